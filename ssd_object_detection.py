@@ -1,0 +1,2203 @@
+"""Train, measure and use an SSD300 object detector (VGG16 backbone) from one file.
+
+Commands:
+    python ssd_object_detection.py --data shapes                  # no data, no GPU, minutes
+    python ssd_object_detection.py --epochs 100                   # Pascal VOC 2007, fetched if missing
+    python ssd_object_detection.py --data PATH                    # any folder in VOC layout
+    python ssd_object_detection.py --resume                       # go on after an interruption
+    python ssd_object_detection.py --evaluate checkpoints/FILE.pth
+    python ssd_object_detection.py --predict dog.jpg --weights checkpoints/FILE.pth
+
+    >>> from ssd_object_detection import load_detector
+    >>> load_detector("checkpoints/FILE.pth").predict("dog.jpg")
+
+Measured results, each with its command and machine: see README.md.
+
+Shape letters: B images, A anchors (9,966), K foreground classes, G ground truths, D detections.
+Boxes: `boxes` are normalised xyxy in [0, 1], `boxes_px` are pixels; `_cxcywh` is centre and size.
+Class 0 is background everywhere; `num_classes` counts foreground classes only.
+
+Papers: SSD (Liu et al. 2016, arXiv:1512.02325), VGG (Simonyan & Zisserman 2015, arXiv:1409.1556),
+Focal loss (Lin et al. 2017, arXiv:1708.02002), ParseNet (Liu et al. 2016, arXiv:1506.04579),
+The Pascal VOC Challenge (Everingham et al. 2010), He initialisation (He et al. 2015, arXiv:1502.01852).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import copy
+import ctypes
+import datetime
+import functools
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import sys
+import time
+import urllib.error
+import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # read when albumentations is imported: no network then
+
+import albumentations as A
+import cv2
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from torchvision.ops import batched_nms, box_convert, box_iou
+from tqdm import tqdm
+
+# ---- 1. Constants ----
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+SHAPES_CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
+
+IMAGE_SIZE = 300
+FEATURE_MAPS = (37, 18, 18, 9, 5, 2)  # cells along each side of the six maps
+# SSD section 2.2 with s_min = .2, s_max = .88 in five steps, .1 for the first map as in section 3.1; the
+# last number is only the second factor of the last map's geometric mean.
+ANCHOR_SCALES = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)
+ASPECT_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))  # w/h; each brings its inverse
+VARIANCES = (0.1, 0.2)  # centre, size: the authors' released Caffe code
+MAX_LOG_SIZE = math.log(1000 / 16)  # decode clamps log(w/anchor_w) here, so that exp() stays finite in any precision
+
+VGG16_BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG Table 1, column D
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # torchvision VGG16_Weights.IMAGENET1K_V1
+IMAGENET_STD = (0.229, 0.224, 0.225)
+L2_NORM_SCALE = 20.0  # ParseNet section 3.2, SSD section 3.1
+
+SCORE_THRESH, NMS_IOU_THRESH, MAX_DETECTIONS = 0.01, 0.45, 200  # SSD section 2.2, "Inference"
+PRE_NMS_TOP_K = 400  # per class: the authors' released Caffe code
+DRAW_SCORE_THRESH = 0.4  # detections below it are left out of pictures
+
+FORMAT_VERSION = 1  # of a checkpoint
+PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324", "#808000", "#000075")
+
+
+class InputError(Exception):
+    """A mistake that the user can mend: shown as one line on standard error, exit code 2."""
+
+
+# ---- 2. Boxes ----
+
+
+def encode(boxes, anchors_cxcywh):
+    """Return the regression targets of boxes for their anchors (SSD Eq. 2, divided by the variances).
+
+    boxes (..., 4): xyxy with x2 > x1 and y2 > y1, in the anchors' unit; anchors_cxcywh (..., 4), same leading
+    shape or one that broadcasts. Returns (..., 4). A side shorter than 1e-6 counts as 1e-6.
+    """
+    centre, size = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-6)
+    anchor_centre, anchor_size = anchors_cxcywh[..., :2], anchors_cxcywh[..., 2:]
+    return torch.cat(
+        ((centre - anchor_centre) / anchor_size / VARIANCES[0], torch.log(size / anchor_size) / VARIANCES[1]), dim=-1
+    )
+
+
+def decode(box_deltas, anchors_cxcywh):
+    """Return the xyxy boxes (..., 4) that regression outputs mean; the inverse of `encode` (SSD Eq. 2).
+
+    Sizes are bounded to 62.5 times the anchor's; the result is not clipped to the picture.
+    """
+    anchor_centre, anchor_size = anchors_cxcywh[..., :2], anchors_cxcywh[..., 2:]
+    centre = anchor_centre + box_deltas[..., :2] * VARIANCES[0] * anchor_size
+    size = anchor_size * torch.exp((box_deltas[..., 2:] * VARIANCES[1]).clamp(max=MAX_LOG_SIZE))
+    return torch.cat((centre - size / 2, centre + size / 2), dim=-1)
+
+
+# ---- 3. Anchors ----
+
+
+def make_anchors(*, clip=False):
+    """Return the 9,966 anchors as cxcywh (A, 4), map by map, row by row, cell by cell (SSD section 2.2).
+
+    A cell's centre is ((i + .5) / n, (j + .5) / n); its anchors are the square of scale s_k, the square of
+    sqrt(s_k * s_k+1), then for each ratio r the widths s_k * sqrt(r) and s_k / sqrt(r). `clip` cuts them at the
+    picture's border (two public reports: the unclipped ones score higher).
+    """
+    anchors = []
+    for k, cells in enumerate(FEATURE_MAPS):
+        scale, next_scale = ANCHOR_SCALES[k], ANCHOR_SCALES[k + 1]
+        sizes = [(scale, scale), (math.sqrt(scale * next_scale),) * 2]
+        for ratio in ASPECT_RATIOS[k]:
+            root = math.sqrt(ratio)
+            sizes += [(scale * root, scale / root), (scale / root, scale * root)]
+        centres = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
+        cy, cx = torch.meshgrid(centres, centres, indexing="ij")
+        grid = torch.stack((cx, cy), dim=-1).view(-1, 1, 2).expand(-1, len(sizes), -1)
+        anchors.append(torch.cat((grid, torch.tensor(sizes, dtype=torch.float64).expand_as(grid)), dim=-1).view(-1, 4))
+    anchors = torch.cat(anchors)
+    if clip:
+        anchors = box_convert(box_convert(anchors, "cxcywh", "xyxy").clamp(0, 1), "xyxy", "cxcywh")
+    return anchors.float()
+
+
+# ---- 4. Matching ----
+
+
+def match_anchors(gt_boxes, gt_labels, anchors_xyxy, match_iou_thresh=0.5):
+    """Return matched_gt (B, A) int64: the ground truth that each anchor answers for, -1 for background.
+
+    gt_boxes (B, G, 4): xyxy; gt_labels (B, G): 1..K, 0 marks padding; G may be 0. anchors_xyxy (A, 4).
+    An anchor takes the ground truth of highest IoU if that is at least match_iou_thresh; besides, every ground
+    truth owns one anchor that no other can take: they choose in turns, best overlap first, their best anchor
+    still free (SSD section 2.2; the turns replace the Caffe code's search of the largest entry of what is left).
+    """
+    batch, num_gt = gt_labels.shape
+    num_anchors = len(anchors_xyxy)
+    if num_gt == 0:
+        return gt_labels.new_full((batch, num_anchors), -1, dtype=torch.int64)
+    valid = gt_labels > 0
+    iou = box_iou(gt_boxes.reshape(-1, 4), anchors_xyxy).view(batch, num_gt, num_anchors)
+    iou = iou.masked_fill(~valid[..., None], -1.0)
+    best_iou, best_gt = iou.max(dim=1)
+    matched_gt = best_gt.masked_fill(best_iou < match_iou_thresh, -1)
+    taken = torch.zeros_like(matched_gt, dtype=torch.bool)
+    turns = iou.amax(dim=2).argsort(dim=1, descending=True, stable=True)
+    for gt in turns.split(1, dim=1):  # gt (B, 1)
+        overlaps = iou.gather(1, gt[..., None].expand(-1, -1, num_anchors))[:, 0].masked_fill(taken, -2.0)
+        anchor = overlaps.argmax(dim=1, keepdim=True)
+        is_real = valid.gather(1, gt)
+        matched_gt.scatter_(1, anchor, torch.where(is_real, gt, matched_gt.gather(1, anchor)))
+        taken.scatter_(1, anchor, is_real | taken.gather(1, anchor))
+    return matched_gt
+
+
+def build_targets(gt_boxes, gt_labels, anchors_cxcywh, match_iou_thresh=0.5):
+    """Return labels (B, A) int64, 0 is background, and box targets (B, A, 4), zero where the label is 0."""
+    matched_gt = match_anchors(gt_boxes, gt_labels, box_convert(anchors_cxcywh, "cxcywh", "xyxy"), match_iou_thresh)
+    if gt_labels.shape[1] == 0:
+        return torch.zeros_like(matched_gt), gt_boxes.new_zeros((*matched_gt.shape, 4))
+    is_positive, index = matched_gt >= 0, matched_gt.clamp(min=0)
+    labels = torch.where(is_positive, gt_labels.gather(1, index), 0)
+    boxes = gt_boxes.gather(1, index[..., None].expand(-1, -1, 4))
+    return labels, torch.where(is_positive[..., None], encode(boxes, anchors_cxcywh), 0.0)
+
+
+# ---- 5. Data ----
+
+
+@dataclass(frozen=True)
+class Record:
+    """One annotated image. boxes_px (G, 4) float32: xyxy, 0-based edges, so that x2 - x1 is the width in pixels."""
+
+    image_id: str
+    image_path: str
+    width: int
+    height: int
+    boxes_px: np.ndarray
+    labels: np.ndarray  # (G,) int64, 1..K
+    difficult: np.ndarray  # (G,) bool
+
+    @property
+    def boxes(self):
+        """Normalised xyxy (G, 4)."""
+        return self.boxes_px / np.array([self.width, self.height] * 2, dtype=np.float32)
+
+
+@dataclass
+class DataSplits:
+    """A data set ready for use: records of each split, class names (label 1 first) and what was mended."""
+
+    name: str
+    classes: tuple
+    train: list
+    val: list
+    test: list
+    notes: list = field(default_factory=list)
+
+
+def read_split(root, split):
+    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt (first word of each line, blank lines skipped)."""
+    path = Path(root) / "ImageSets" / "Main" / f"{split}.txt"
+    if not path.is_file():
+        there = sorted(p.stem for p in path.parent.glob("*.txt")) if path.parent.is_dir() else []
+        hint = f"; lists there: {', '.join(there[:12])}" if there else "; is it a folder in VOC layout?"
+        raise InputError(f"no image list {path}{hint} (see --train-split, --val-split, --test-split)")
+    ids = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not ids:
+        raise InputError(f"the image list {path} is empty")
+    return ids
+
+
+def parse_annotation(path):
+    """Return (width, height, objects) of a VOC XML file; objects are (name, [xmin, ymin, xmax, ymax], difficult).
+
+    Coordinates are as written: 1-based, corners included. Raises InputError that names the file and the object.
+    """
+    try:
+        root = ElementTree.parse(path).getroot()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such annotation file") from None
+    except (ElementTree.ParseError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as XML ({error})") from None
+    objects = []
+    try:
+        width, height = (int(float(root.findtext(f"size/{side}"))) for side in ("width", "height"))
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: no usable <size> with <width> and <height>") from None
+    for number, node in enumerate(root.iter("object"), start=1):
+        name = (node.findtext("name") or "").strip()
+        try:
+            box = [float(node.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+        except (TypeError, ValueError):
+            box = [math.nan]
+        if not name or not all(map(math.isfinite, box)):
+            raise InputError(f"{path}: object {number} ({name or 'no name'}) has no complete <name> and <bndbox>")
+        objects.append((name, box, (node.findtext("difficult") or "0").strip() == "1"))
+    return width, height, objects
+
+
+def find_image(root, image_id):
+    """Return the path of an image below ROOT/JPEGImages: .jpg first, else any usual ending."""
+    for suffix in (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp"):
+        path = Path(root) / "JPEGImages" / (image_id + suffix)
+        if path.is_file():
+            return str(path)
+    raise InputError(f"{Path(root) / 'JPEGImages' / image_id}.jpg: no such image, but a list names it")
+
+
+def parse_annotations(root, image_ids):
+    """Return [(image_id, image_path, annotation_path, width, height, objects)] for a list of ids below a VOC root."""
+    parsed = []
+    for image_id in image_ids:
+        annotation = Path(root) / "Annotations" / f"{image_id}.xml"
+        parsed.append((image_id, find_image(root, image_id), str(annotation), *parse_annotation(annotation)))
+    return parsed
+
+
+def make_records(parsed, classes, notes, *, only_listed=False):
+    """Turn parsed annotations into Records: boxes clipped to the picture, those without area dropped and noted.
+
+    classes: names, label 1 first. Another name raises InputError, or is left out if only_listed.
+    """
+    index = {name: label for label, name in enumerate(classes, start=1)}
+    records, dropped, clipped, unlisted = [], [], [], collections.Counter()
+    for image_id, image_path, annotation, width, height, objects in parsed:
+        kept = []
+        for number, (name, (xmin, ymin, xmax, ymax), difficult) in enumerate(objects, start=1):
+            if name not in index:
+                if not only_listed:
+                    raise InputError(
+                        f"{annotation}: object {number} is of the unknown class {name!r}; known: {', '.join(classes)}"
+                    )
+                unlisted[name] += 1
+                continue
+            raw = np.array([xmin - 1, ymin - 1, xmax, ymax])  # 1-based and inclusive -> 0-based edges
+            box = np.clip(raw, 0, [width, height, width, height])
+            if xmax <= xmin or ymax <= ymin or box[2] <= box[0] or box[3] <= box[1]:
+                dropped.append(f"{Path(annotation).name} object {number} ({name})")
+                continue
+            if np.abs(raw - box).max() > 1:  # one pixel off is a 0-based annotation, not a mistake
+                clipped.append(f"{Path(annotation).name} object {number} ({name})")
+            kept.append((box, index[name], difficult))
+        boxes, labels, difficult = zip(*kept, strict=True) if kept else ((), (), ())
+        records.append(
+            Record(
+                image_id, image_path, width, height, np.array(boxes, dtype=np.float32).reshape(-1, 4),
+                np.array(labels, dtype=np.int64), np.array(difficult, dtype=bool),
+            )
+        )  # fmt: skip
+    for what, items in (("dropped: box without area", dropped), ("clipped: box beyond the picture", clipped)):
+        if items:
+            notes.append(f"{len(items)} object(s) {what}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}")
+    if unlisted:
+        notes.append(f"objects of classes not named by --classes left out: {dict(unlisted)}")
+    return records
+
+
+def download_voc(data_root, years_and_sets):
+    """Fetch and verify (MD5) Pascal VOC archives through torchvision; raises InputError if they cannot be had."""
+    for year, image_set in years_and_sets:
+        print(f"fetching Pascal VOC {year} {image_set} into {data_root} ...", flush=True)
+        try:
+            torchvision.datasets.VOCDetection(str(data_root), year=year, image_set=image_set, download=True)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            raise InputError(
+                f"Pascal VOC {year} {image_set} is not in {Path(data_root) / 'VOCdevkit' / ('VOC' + year)} and could "
+                f"not be fetched ({error}): use --data PATH with a folder in VOC layout, --data-root where VOCdevkit "
+                "is, --train-split and --test-split for the lists that you have, or --data shapes"
+            ) from None
+
+
+def _voc_roots(data, data_root, train_split, test_split):
+    """Return [(root, train split)] and (root, test split) of a Pascal VOC data set, fetched if lists are missing."""
+    voc2007, voc2012 = (Path(data_root) / "VOCdevkit" / f"VOC{year}" for year in ("2007", "2012"))
+    wanted = [(voc2007, "2007", train_split), (voc2007, "2007", test_split)]
+    if data == "voc0712":
+        wanted.append((voc2012, "2012", train_split))
+    missing = [
+        (year, split) for root, year, split in wanted
+        if split and not (root / "ImageSets" / "Main" / f"{split}.txt").is_file()
+    ]  # fmt: skip
+    named = [(year, split) for year, split in missing if split not in ("train", "val", "trainval", "test")]
+    if not named and missing:
+        have = [
+            p.stem for p in sorted((voc2007 / "ImageSets" / "Main").glob("*.txt")) if not re.search(r"_(train|val|test)", p.stem)
+        ]
+        if have:
+            print(f"{voc2007} has the lists {', '.join(have)}, but not {', '.join(s for _, s in missing)}")
+        download_voc(data_root, [(y, s if s == "test" else "trainval") for y, s in missing])
+    train = [(voc2007, train_split)] + ([(voc2012, train_split)] if data == "voc0712" else [])
+    return train, (voc2007, test_split)
+
+
+def load_data(
+    data, *, data_root="data", classes=None, train_split=None, val_split=None, test_split=None, val_fraction=0.1, seed=0
+):
+    """Return the DataSplits of `data`: "voc2007", "voc0712", "shapes" or the path of a folder in VOC layout.
+
+    val_split None holds out a seeded val_fraction of the training list (0: no validation). A test split that is
+    None or absent gives an empty test list. Raises InputError for whatever is missing or malformed.
+    """
+    only_listed = False
+    if data in ("voc2007", "voc0712"):
+        name = "pascal_voc"
+        train_roots, (test_root, test_split) = _voc_roots(data, data_root, train_split, test_split)
+        only_listed, classes = classes is not None, classes or VOC_CLASSES
+    else:
+        test_root = Path(data_root) / "shapes" if data == "shapes" else Path(data)
+        if data == "shapes":
+            generate_shapes(test_root)
+        elif not test_root.is_dir():
+            raise InputError(f"--data {data}: no such folder, and none of the names voc2007, voc0712, shapes")
+        name = re.sub(r"\W+", "_", test_root.resolve().name.lower()).strip("_") or "custom"
+        train_roots = [(test_root, train_split)]
+        only_listed = classes is not None
+    parsed = [item for root, split in train_roots for item in parse_annotations(root, read_split(root, split))]
+    found = sorted({obj[0] for item in parsed for obj in item[5]})
+    classes = tuple(classes or found)
+    absent = [c for c in classes if c not in found]
+    if not found:
+        raise InputError(f"the training list of {data} has no object at all")
+    if only_listed and absent:
+        raise InputError(f"--classes: no object of {', '.join(absent)} in the training list; there: {', '.join(found)}")
+    notes = []
+    train = make_records(parsed, classes, notes, only_listed=only_listed)
+    val, test = [], []
+    if val_split:
+        val_root = train_roots[0][0]
+        val = make_records(
+            parse_annotations(val_root, read_split(val_root, val_split)), classes, notes, only_listed=only_listed
+        )
+    elif val_fraction > 0:
+        order = np.random.default_rng(seed).permutation(len(train))
+        held_out = set(order[: max(1, round(val_fraction * len(train)))].tolist())
+        val = [r for i, r in enumerate(train) if i in held_out]
+        train = [r for i, r in enumerate(train) if i not in held_out]
+    if not train:
+        raise InputError("nothing is left to train on: lower --val-fraction")
+    if test_split:
+        test = make_records(
+            parse_annotations(test_root, read_split(test_root, test_split)), classes, notes, only_listed=only_listed
+        )
+    return DataSplits(name, classes, train, val, test, notes)
+
+
+def read_image(path):
+    """Return an image file as RGB uint8 (H, W, 3), as stored: annotations count pixels before any EXIF rotation."""
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        raise InputError(f"{path}: not readable as an image")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+class VocDataset(torch.utils.data.Dataset):
+    """Images with their boxes. An item is asked for by (index, epoch), and depends on (seed, epoch, index) alone.
+
+    So the order, the number and the restarts of worker processes change nothing. A sample is a dict: image uint8
+    (3, 300, 300) RGB, boxes float32 (G, 4) in [0, 1], labels int64 (G,), difficult bool (G,), index.
+    """
+
+    def __init__(self, records, transform, seed=0):
+        self.records, self.transform, self.seed = records, transform, seed
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, key):
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        record = self.records[index]
+        image = read_image(record.image_path)
+        if image.shape[:2] != (record.height, record.width):
+            raise InputError(
+                f"{record.image_path} is {image.shape[1]}x{image.shape[0]} pixels, its annotation says "
+                f"{record.width}x{record.height}: correct the file or its <size>"
+            )
+        rng = np.random.default_rng((self.seed, epoch, index))
+        self.transform.set_random_state(rng, random.Random(int(rng.integers(2**63))))
+        out = self.transform(image=image, bboxes=record.boxes, rows=np.arange(len(record.labels)))
+        rows = np.asarray(out["rows"], dtype=np.int64).reshape(-1)
+        return {
+            "image": torch.from_numpy(np.ascontiguousarray(out["image"].transpose(2, 0, 1))),
+            "boxes": torch.from_numpy(np.asarray(out["bboxes"], dtype=np.float32).reshape(-1, 4)),
+            "labels": torch.from_numpy(record.labels[rows]),
+            "difficult": torch.from_numpy(record.difficult[rows]),
+            "index": index,
+        }
+
+
+def collate(samples):
+    """Stack samples: images (B, 3, H, W), gt_boxes (B, G, 4), gt_labels and gt_difficult (B, G), indices (B,).
+
+    G is the largest count in the batch and may be 0; shorter lists are padded with label 0.
+    """
+    most = max(len(s["labels"]) for s in samples)
+    gt_boxes = torch.zeros(len(samples), most, 4)
+    gt_labels = torch.zeros(len(samples), most, dtype=torch.int64)
+    gt_difficult = torch.zeros(len(samples), most, dtype=torch.bool)
+    for i, sample in enumerate(samples):
+        count = len(sample["labels"])
+        gt_boxes[i, :count], gt_labels[i, :count] = sample["boxes"], sample["labels"]
+        gt_difficult[i, :count] = sample["difficult"]
+    return {
+        "images": torch.stack([s["image"] for s in samples]),
+        "gt_boxes": gt_boxes,
+        "gt_labels": gt_labels,
+        "gt_difficult": gt_difficult,
+        "indices": torch.tensor([s["index"] for s in samples]),
+    }
+
+
+class EpochBatchSampler(torch.utils.data.Sampler):
+    """Yield batches of (index, epoch) in an order that depends on (seed, epoch) alone; set `epoch` before use.
+
+    The last, smaller batch is dropped (batch norm, static shapes) unless it is the only one.
+    """
+
+    def __init__(self, num_samples, batch_size, seed=0):
+        self.num_samples, self.batch_size, self.seed, self.epoch = num_samples, min(batch_size, num_samples), seed, 0
+
+    def __len__(self):
+        return self.num_samples // self.batch_size
+
+    def __iter__(self):
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples).tolist()
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield [(index, self.epoch) for index in order[start : start + self.batch_size]]
+
+
+def _init_worker(_):
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def make_loader(dataset, *, batch_size, workers, device, sampler=None):
+    """Return a DataLoader: in order and without loss for evaluation, by `sampler` (an EpochBatchSampler) to train."""
+    how = {"batch_sampler": sampler} if sampler is not None else {"batch_size": batch_size}
+    if workers:
+        how.update(persistent_workers=True, prefetch_factor=4, worker_init_fn=_init_worker)
+    return torch.utils.data.DataLoader(
+        dataset, num_workers=workers, collate_fn=collate, pin_memory=torch.device(device).type == "cuda", **how
+    )
+
+
+# The generated data set: drawn shapes on textured, cluttered backgrounds.
+
+SHAPES_SPLITS = {"train": 400, "val": 40, "test": 150}
+SHAPES_VERSION = {"version": 1, "seed": 2007, "splits": SHAPES_SPLITS, "classes": list(SHAPES_CLASSES)}
+
+
+def _shape_polygons(name, rng):
+    """Return the outline of a shape in the unit circle: polygons for cv2.fillPoly (a second one is a hole)."""
+    turn = rng.uniform(0, 2 * math.pi)
+
+    def ring(count, radius=1.0, start=0.0):
+        angles = start + turn + np.arange(count) * 2 * math.pi / count
+        return np.stack((np.cos(angles), np.sin(angles)), axis=1) * np.reshape(radius, (-1, 1))
+
+    if name == "circle":
+        return [ring(48)]
+    if name == "ring":
+        return [ring(48), ring(48, rng.uniform(0.5, 0.62))]
+    if name == "square":
+        return [ring(4)]
+    if name == "triangle":
+        return [ring(3)]
+    if name == "star":
+        return [ring(10, np.tile((1.0, rng.uniform(0.38, 0.45)), 5))]
+    arm = rng.uniform(0.28, 0.36)  # cross
+    quarter = np.array([[arm, 1.0], [arm, arm], [1.0, arm]])
+    corners = [quarter @ np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]])
+               for a in turn - np.arange(4) * math.pi / 2]  # fmt: skip
+    return [np.concatenate(corners)]
+
+
+def _texture(rng, height, width, contrast):
+    """Return a float32 (H, W, 3) texture around a random colour: smooth noise of a few scales, maybe stripes."""
+    base = rng.uniform(30, 225, 3)
+    out = np.tile(base.astype(np.float32), (height, width, 1))
+    for cells in (3, 9, 40):
+        noise = rng.normal(0, contrast / 2, (cells, cells, 3)).astype(np.float32)
+        out += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+    if rng.random() < 0.4:
+        angle, period = rng.uniform(0, math.pi), rng.uniform(6, 40)
+        y, x = np.mgrid[:height, :width].astype(np.float32)
+        wave = np.sin((x * math.cos(angle) + y * math.sin(angle)) * 2 * math.pi / period)
+        out += (contrast * 0.6 * wave)[..., None] * rng.uniform(-1, 1, 3).astype(np.float32)
+    return out
+
+
+def draw_shapes_image(rng):
+    """Draw one picture; returns the image, uint8 (H, W, 3), and its objects as (name, [xmin, ymin, xmax, ymax]).
+
+    Zero to six objects of 20 pixels to four fifths of the shorter side; a box bounds the visible part of its
+    object, 1-based and inclusive as VOC writes it, and at least 60% of every object stays visible.
+    """
+    height, width = (int(v) for v in rng.integers(280, 401, 2))
+    image = _texture(rng, height, width, contrast=22)
+    for _ in range(rng.integers(4, 14)):  # clutter: strokes, scribbles and specks that belong to no class
+        points = np.cumsum(rng.normal(0, 28, (rng.integers(2, 6), 2)), axis=0) + rng.uniform(0, [width, height])
+        cv2.polylines(image, [points.astype(np.int32)], False, rng.uniform(0, 255, 3).tolist(), int(rng.integers(1, 4)), cv2.LINE_AA)
+    masks, names = [], []
+    count = 0 if rng.random() < 0.08 else int(rng.integers(1, 7))
+    for _ in range(4 * count):
+        if len(masks) == count:
+            break
+        name = SHAPES_CLASSES[rng.integers(len(SHAPES_CLASSES))]
+        size = math.exp(rng.uniform(math.log(20), math.log(0.8 * min(height, width))))
+        outline = _shape_polygons(name, rng)
+        low, extent = outline[0].min(axis=0), np.ptp(outline[0], axis=0)
+        corner = rng.uniform(0, np.maximum([width, height] - extent * size / extent.max(), 1))
+        polygons = [((p - low) * size / extent.max() + corner) for p in outline]
+        mask = np.zeros((height, width), np.uint8)
+        cv2.fillPoly(mask, [np.round(p * 16).astype(np.int32) for p in polygons], 255, cv2.LINE_AA, 4)
+        solid = mask > 127
+        if any((old[0] & ~solid).sum() < 0.6 * old[1] for old in masks):
+            continue
+        masks = [(old[0] & ~solid, old[1]) for old in masks] + [(solid, solid.sum())]
+        names.append(name)
+        fill = _texture(rng, height, width, contrast=10)
+        behind = image[solid].mean(axis=0)
+        if np.abs(fill[solid].mean(axis=0) - behind).max() < 50:  # an object that nobody could see teaches nothing
+            fill += np.where(behind > 127, -80, 80).astype(np.float32)
+        alpha = mask[..., None].astype(np.float32) / 255
+        image = image * (1 - alpha) + fill * alpha
+    objects = []
+    for name, (solid, _) in zip(names, masks, strict=True):
+        ys, xs = np.flatnonzero(solid.any(axis=1)), np.flatnonzero(solid.any(axis=0))
+        objects.append((name, [int(v) + 1 for v in (xs[0], ys[0], xs[-1], ys[-1])]))
+    return np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8), objects
+
+
+def generate_shapes(root):
+    """Write the `shapes` data set in VOC layout below root, unless it is there; the same files on every machine.
+
+    Made in a temporary folder and renamed, so that an interrupted run leaves nothing half-made.
+    """
+    root = Path(root)
+    stamp = root / "shapes.json"
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(stamp.read_text()) == SHAPES_VERSION:
+            return
+    if root.exists() and not stamp.exists():
+        raise InputError(f"{root} is there but was not made by --data shapes: move it, or set --data-root")
+    making = root.with_name(f"{root.name}.{os.getpid()}.tmp")
+    shutil.rmtree(making, ignore_errors=True)
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (making / folder).mkdir(parents=True)
+    print(f"drawing the shapes data set into {root} ...", flush=True)
+    for number_of_split, (split, count) in enumerate(SHAPES_SPLITS.items()):
+        ids = [f"{split}_{i:04d}" for i in range(count)]
+        for i, image_id in enumerate(ids):
+            image, objects = draw_shapes_image(np.random.default_rng((SHAPES_VERSION["seed"], number_of_split, i)))
+            Image.fromarray(image).save(making / "JPEGImages" / f"{image_id}.jpg", quality=92)
+            write_annotation(making / "Annotations" / f"{image_id}.xml", f"{image_id}.jpg", image.shape, objects)
+        (making / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
+    (making / "shapes.json").write_text(json.dumps(SHAPES_VERSION))
+    shutil.rmtree(root, ignore_errors=True)
+    making.rename(root)
+
+
+def write_annotation(path, filename, shape, objects):
+    """Write a VOC XML file; shape is (H, W, 3), objects are (name, [xmin, ymin, xmax, ymax]), 1-based inclusive."""
+    root = ElementTree.Element("annotation")
+    ElementTree.SubElement(root, "filename").text = filename
+    size = ElementTree.SubElement(root, "size")
+    for key, value in (("width", shape[1]), ("height", shape[0]), ("depth", shape[2])):
+        ElementTree.SubElement(size, key).text = str(value)
+    for name, box in objects:
+        node = ElementTree.SubElement(root, "object")
+        ElementTree.SubElement(node, "name").text = name
+        ElementTree.SubElement(node, "difficult").text = "0"
+        bndbox = ElementTree.SubElement(node, "bndbox")
+        for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
+            ElementTree.SubElement(bndbox, key).text = str(value)
+    ElementTree.indent(root)
+    ElementTree.ElementTree(root).write(path, encoding="unicode")
+
+
+# ---- 6. Augmentation ----
+
+
+class SSDZoomOut(A.DualTransform):
+    """Place the picture at random on a canvas up to max_ratio times larger, filled with a colour (SSD section 3.6)."""
+
+    _targets = (A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES)
+
+    def __init__(self, max_ratio=4.0, fill=tuple(round(255 * m) for m in IMAGENET_MEAN), p=0.5):
+        super().__init__(p=p)
+        self.max_ratio, self.fill = max_ratio, fill
+
+    def get_params_dependent_on_data(self, params, data):
+        height, width = params["shape"][:2]
+        ratio = self.py_random.uniform(1, self.max_ratio)
+        canvas = (round(height * ratio), round(width * ratio))
+        corner = (self.py_random.randint(0, canvas[0] - height), self.py_random.randint(0, canvas[1] - width))
+        return {"canvas": canvas, "corner": corner}
+
+    def apply(self, img, canvas, corner, **params):
+        out = np.empty((*canvas, 3), dtype=img.dtype)
+        out[:] = self.fill
+        out[corner[0] : corner[0] + img.shape[0], corner[1] : corner[1] + img.shape[1]] = img
+        return out
+
+    def apply_to_bboxes(self, bboxes, canvas, corner, **params):
+        height, width = params["shape"][:2]
+        out = bboxes.copy()
+        out[:, [0, 2]] = (bboxes[:, [0, 2]] * width + corner[1]) / canvas[1]
+        out[:, [1, 3]] = (bboxes[:, [1, 3]] * height + corner[0]) / canvas[0]
+        return out
+
+
+class SSDCrop(A.DualTransform):
+    """Cut out a random patch (SSD section 2.2, "Data augmentation").
+
+    One of seven choices, equally likely: the whole picture; a patch whose IoU with at least one object is no less
+    than .1, .3, .5, .7 or .9; any patch. A patch has .3 to 1 of each side and an aspect ratio of .5 to 2, and must
+    hold the centre of at least one object, else another is drawn, `trials` times; then the picture stays whole.
+    Objects whose centre is inside are kept, clipped to the patch. A picture without objects takes any patch.
+    """
+
+    _targets = (A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES)
+    min_ious = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # None: the whole picture
+
+    def __init__(self, min_scale=0.3, trials=50, p=1.0):
+        super().__init__(p=p)
+        self.min_scale, self.trials = min_scale, trials
+
+    def get_params_dependent_on_data(self, params, data):
+        height, width = params["shape"][:2]
+        whole = (0, 0, width, height)
+        min_iou = self.py_random.choice(self.min_ious)
+        if min_iou is None:
+            return {"patch": whole}
+        boxes = np.asarray(data["bboxes"], dtype=np.float64)[:, :4].reshape(-1, 4) * [width, height, width, height]
+        for _ in range(self.trials):
+            w = max(1, round(width * self.py_random.uniform(self.min_scale, 1)))
+            h = max(1, round(height * self.py_random.uniform(self.min_scale, 1)))
+            if not 0.5 <= w / h <= 2:
+                continue
+            x, y = self.py_random.randint(0, width - w), self.py_random.randint(0, height - h)
+            patch = (x, y, x + w, y + h)
+            if len(boxes) == 0:
+                return {"patch": patch}
+            if self.centre_inside(boxes, patch).any() and self.iou(boxes, patch).max() >= min_iou:
+                return {"patch": patch}
+        return {"patch": whole}
+
+    @staticmethod
+    def centre_inside(boxes, patch):
+        """Whether each box (G, 4) has its centre strictly inside the patch (4,); bool (G,)."""
+        centre = (boxes[:, :2] + boxes[:, 2:4]) / 2
+        return ((centre > patch[:2]) & (centre < patch[2:])).all(axis=1)
+
+    @staticmethod
+    def iou(boxes, patch):
+        """IoU of each box (G, 4) with the patch (4,); float (G,)."""
+        sides = np.minimum(boxes[:, 2:4], patch[2:]) - np.maximum(boxes[:, :2], patch[:2])
+        shared = sides.clip(min=0).prod(axis=1)
+        return shared / ((boxes[:, 2:4] - boxes[:, :2]).prod(axis=1) + (patch[2] - patch[0]) * (patch[3] - patch[1]) - shared)
+
+    def apply(self, img, patch, **params):
+        return img[patch[1] : patch[3], patch[0] : patch[2]]
+
+    def apply_to_bboxes(self, bboxes, patch, **params):
+        height, width = params["shape"][:2]
+        out = bboxes.copy()
+        out[:, :4] *= [width, height, width, height]
+        out = out[self.centre_inside(out, patch)]
+        out[:, :4] -= [patch[0], patch[1], patch[0], patch[1]]
+        return np.column_stack((out[:, :4] / np.array([patch[2] - patch[0], patch[3] - patch[1]] * 2), out[:, 4:])).clip(
+            [0] * 4 + [-np.inf] * (out.shape[1] - 4), [1] * 4 + [np.inf] * (out.shape[1] - 4)
+        )
+
+
+def resize_transform():
+    """Return the resize of training, evaluation and inference: area averaging to shrink, linear to enlarge."""
+    return A.Resize(IMAGE_SIZE, IMAGE_SIZE, interpolation=cv2.INTER_LINEAR, area_for_downscale="image")
+
+
+def build_transform(*, train, zoom_out=0.5, crop=1.0, color=0.5, shadow=0.2, noise=0.2, blur=0.1):
+    """Return the albumentations pipeline; the numbers are the probabilities of its steps (resize only if not train).
+
+    The geometry comes first and ends at 300x300, so that the photometric steps see few pixels. Brightness within
+    +-32/255, contrast and saturation .5 to 1.5, hue +-18 degrees, each at probability `color` (SSD section 2.2).
+    """
+    bbox_params = A.BboxParams(
+        format="albumentations", label_fields=["rows"], clip=True, filter_invalid_bboxes=True, min_width=1e-3, min_height=1e-3
+    )
+    if not train:
+        return A.Compose([resize_transform()], bbox_params=A.BboxParams(format="albumentations", label_fields=["rows"], clip=True))
+    steps = [
+        SSDZoomOut(p=zoom_out),
+        SSDCrop(p=crop),
+        A.HorizontalFlip(p=0.5),
+        resize_transform(),
+        A.RandomBrightnessContrast(brightness_limit=32 / 255, contrast_limit=0, p=color),
+        A.RandomBrightnessContrast(brightness_limit=0, contrast_limit=0.5, p=color),
+        A.ColorJitter(brightness=(1, 1), contrast=(1, 1), saturation=(0.5, 1.5), hue=(0, 0), p=color),
+        A.HueSaturationValue(hue_shift_limit=9, sat_shift_limit=0, val_shift_limit=0, p=color),  # OpenCV: 2 degrees each
+        A.RandomShadow(shadow_roi=(0, 0, 1, 1), num_shadows_limit=(1, 2), shadow_intensity_range=(0.3, 0.6), p=shadow),
+        A.GaussNoise(std_range=(0.01, 0.05), p=noise),  # 2.5 to 13 of 255: a camera in poor light
+        A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.2), p=blur),
+    ]
+    return A.Compose(steps, bbox_params=bbox_params)
+
+
+# ---- 7. Model ----
+
+
+class L2Norm(nn.Module):
+    """Divide each pixel's channel vector by its length and multiply by a learned scale per channel (ParseNet Eq. 1)."""
+
+    def __init__(self, num_channels, scale=L2_NORM_SCALE):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((num_channels,), scale))
+
+    def forward(self, x):
+        # In float32 under autocast: the sum of 512 squares leaves half precision's range.
+        return F.normalize(x.float(), dim=1).mul(self.weight[:, None, None]).to(x.dtype)
+
+
+def _conv(c_in, c_out, kernel=3, *, stride=1, padding=None, batch_norm=False):
+    """Return the layers convolution, batch norm if asked for, ReLU; padding keeps the size unless given."""
+    padding = kernel // 2 if padding is None else padding
+    layers = [nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=padding)]
+    return [*layers, *([nn.BatchNorm2d(c_out)] if batch_norm else []), nn.ReLU(inplace=True)]
+
+
+class SSD300(nn.Module):
+    """SSD300 with a VGG16 backbone (SSD section 3): feature maps of 37, 18, 18, 9, 5 and 2 cells a side.
+
+    forward(images): images (B, 3, 300, 300) RGB, uint8 or float in 0..255, normalised inside. Returns float32
+    cls_logits (B, A, K + 1), class 0 is background, and box_deltas (B, A, 4), what `encode` makes of boxes.
+
+    num_classes counts foreground classes; width multiplies every channel count (1.0: the paper's); batch_norm puts
+    one behind every convolution but the heads'; prior_prob sets the heads' first foreground probability (focal loss
+    section 4.1, spread over the classes of a softmax), None leaves the bias at zero.
+    Raises ValueError for images of another shape.
+    """
+
+    # Differs from paper: six maps of 37, 18, 18, 9, 5, 2 cells with 9,966 anchors (SSD: 38, 19, 10, 5, 3, 1 with 8,732):
+    # VGG's pooling rounds down, conv5_3 feeds a head of its own, and fc6 has no dilation.
+
+    def __init__(self, num_classes, *, width=1.0, batch_norm=False, prior_prob=None, clip_anchors=False):
+        super().__init__()
+        self.num_classes = num_classes
+        ch = functools.partial(self.channels, width=width)
+        conv = functools.partial(_conv, batch_norm=batch_norm)
+        self.blocks, c_in = nn.ModuleList(), 3
+        for block in VGG16_BLOCKS:
+            layers = []
+            for c_out in map(ch, block):
+                layers, c_in = layers + conv(c_in, c_out), c_out
+            self.blocks.append(nn.Sequential(*layers))
+        self.l2_norm = L2Norm(ch(512))
+        self.fc = nn.Sequential(*conv(ch(512), ch(1024)), *conv(ch(1024), ch(1024), 1))
+        self.extras = nn.ModuleList([
+            nn.Sequential(*conv(ch(1024), ch(256), 1), *conv(ch(256), ch(512), stride=2)),  # 18 -> 9
+            nn.Sequential(*conv(ch(512), ch(128), 1), *conv(ch(128), ch(256), stride=2)),  # 9 -> 5
+            nn.Sequential(*conv(ch(256), ch(128), 1), *conv(ch(128), ch(256), stride=2, padding=0)),  # 5 -> 2
+        ])  # fmt: skip
+        map_channels = [ch(c) for c in (512, 512, 1024, 512, 256, 256)]
+        per_cell = [2 + 2 * len(ratios) for ratios in ASPECT_RATIOS]
+        pairs = list(zip(map_channels, per_cell, strict=True))
+        self.cls_heads = nn.ModuleList(nn.Conv2d(c, n * (num_classes + 1), 3, padding=1) for c, n in pairs)
+        self.box_heads = nn.ModuleList(nn.Conv2d(c, n * 4, 3, padding=1) for c, n in pairs)
+        self.register_buffer("anchors", make_anchors(clip=clip_anchors))
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).mul(255).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).mul(255).view(1, 3, 1, 1))
+        self.frozen_blocks = 0
+        self._initialise(prior_prob)
+
+    @staticmethod
+    def channels(full, width):
+        """Return a channel count at a width: a multiple of 8, at least 8."""
+        return max(8, round(full * width / 8) * 8)
+
+    def _initialise(self, prior_prob):
+        heads = {*self.cls_heads, *self.box_heads}
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                if module in heads:
+                    nn.init.normal_(module.weight, std=0.01)
+                else:
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        if prior_prob is not None:
+            background = math.log((1 - prior_prob) / prior_prob * self.num_classes)
+            for head in self.cls_heads:
+                with torch.no_grad():
+                    head.bias.view(-1, self.num_classes + 1)[:, 0] = background
+
+    def freeze_blocks(self, count):
+        """Keep the first `count` of the five VGG blocks as they are: no gradient, batch norm in evaluation mode."""
+        self.frozen_blocks = count
+        self.blocks[:count].requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.blocks[: self.frozen_blocks].eval()
+        return self
+
+    def feature_maps(self, x):
+        """Return the six maps, finest first, of normalised images (B, 3, 300, 300)."""
+        for block in self.blocks[:4]:
+            x = block(x if x.shape[1] == 3 else F.max_pool2d(x, 2))
+        maps = [self.l2_norm(x)]
+        maps.append(self.blocks[4](F.max_pool2d(x, 2)))
+        maps.append(self.fc(maps[-1]))
+        for extra in self.extras:
+            maps.append(extra(maps[-1]))
+        return maps
+
+    def forward(self, images):
+        if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(f"images must be (B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), got {tuple(images.shape)}")
+        maps = self.feature_maps((images.float() - self.mean) / self.std)
+        outputs = []
+        for heads, last in ((self.cls_heads, self.num_classes + 1), (self.box_heads, 4)):
+            flat = [h(m).permute(0, 2, 3, 1).reshape(len(images), -1, last) for h, m in zip(heads, maps, strict=True)]
+            outputs.append(torch.cat(flat, dim=1).float())
+        return tuple(outputs)
+
+
+def load_backbone(model, state):
+    """Copy ImageNet weights, the state dict of torchvision's vgg16 or vgg16_bn, into a full-width SSD300.
+
+    The convolutions are copied; fc6 (4096, 512, 7, 7) and fc7 (4096, 4096) are decimated: every fourth output and
+    input, rows and columns 0, 3, 6 (DeepLab, arXiv:1412.7062; SSD section 3). With batch norm fc6 and fc7 start
+    from the same weights. Raises InputError if a weight is missing or of another shape.
+    """
+    own = {k: v for k, v in model.blocks.state_dict().items() if not k.endswith("num_batches_tracked")}
+    given = {k: v for k, v in state.items() if k.startswith("features.") and not k.endswith("num_batches_tracked")}
+    if [v.shape for v in own.values()] != [v.shape for v in given.values()]:
+        raise InputError(
+            f"the backbone weights do not fit: this network's VGG blocks have {len(own)} tensors, the file has "
+            f"{len(given)} named features.*; a full-width network takes torchvision's vgg16 (vgg16_bn with --batch-norm)"
+        )
+    try:
+        fc6 = state["classifier.0.weight"].view(4096, 512, 7, 7)[::4, :, ::3, ::3], state["classifier.0.bias"][::4]
+        fc7 = state["classifier.3.weight"][::4, ::4, None, None], state["classifier.3.bias"][::4]
+    except KeyError as error:
+        raise InputError(f"the backbone weights lack {error}: take IMAGENET1K_V1, which has the classifier") from None
+    with torch.no_grad():
+        for target, source in zip(own.values(), given.values(), strict=True):
+            target.copy_(source)
+        convs = [m for m in model.fc if isinstance(m, nn.Conv2d)]
+        for layer, (weight, bias) in zip(convs, (fc6, fc7), strict=True):
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+
+
+def fetch_backbone(path=None, *, batch_norm=False):
+    """Return the state dict of ImageNet VGG16 weights: from a file, or fetched through torchvision and cached."""
+    if path is not None:
+        return load_tensors(path, "backbone weights")
+    models = torchvision.models
+    weights = models.VGG16_BN_Weights.IMAGENET1K_V1 if batch_norm else models.VGG16_Weights.IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise InputError(
+            f"the ImageNet VGG16 weights could not be fetched from {weights.url} ({error}): give that file with "
+            "--backbone-weights FILE, or train from scratch with --no-pretrained"
+        ) from None
+
+
+# ---- 8. Losses ----
+
+
+def focal_loss(cls_logits, labels, *, alpha=-1.0, gamma=2.0):
+    """Return -alpha_t (1 - p_t)^gamma log(p_t) per anchor, p a softmax (Focal loss Eq. 5).
+
+    cls_logits (..., K + 1); labels (...) int64, 0 is background. alpha weighs objects and 1 - alpha background,
+    -1 weighs neither; gamma 0 and alpha -1 is the cross-entropy. Returns (...).
+    """
+    # Differs from paper: a softmax over K + 1 classes in place of K sigmoids.
+    log_pt = F.log_softmax(cls_logits.float(), dim=-1).gather(-1, labels[..., None])[..., 0]
+    loss = -((1 - log_pt.exp()).clamp(min=1e-8) ** gamma) * log_pt  # clamp: the slope of 0 ** gamma is NaN below 1
+    if alpha < 0:
+        return loss
+    return torch.where(labels > 0, alpha, 1 - alpha) * loss
+
+
+def mined_cross_entropy(cls_logits, labels, *, negatives_per_positive=3):
+    """Return the cross-entropy per anchor (B, A), zero but at the positives and each image's hardest negatives.
+
+    An image keeps three negatives a positive (SSD section 2.2, "Hard negative mining"), ranked by their loss.
+    """
+    # Differs from paper: an image without objects keeps three negatives, so that it teaches background.
+    loss = F.cross_entropy(cls_logits.float().transpose(1, 2), labels, reduction="none")
+    is_positive = labels > 0
+    budget = negatives_per_positive * is_positive.sum(dim=1, keepdim=True).clamp(min=1)
+    rank = loss.detach().masked_fill(is_positive, -1.0).argsort(dim=1, descending=True).argsort(dim=1)
+    return loss * (is_positive | (rank < budget))
+
+
+def detection_loss(outputs, targets, *, loss="focal", alpha=-1.0, gamma=2.0, cls_weight=1.0, box_weight=1.0):
+    """Return {"loss", "loss_cls", "loss_box"}: scalars, sums over the batch divided by its number of positives.
+
+    outputs: cls_logits (B, A, K + 1), box_deltas (B, A, 4); targets: labels (B, A), box targets (B, A, 4). The box
+    loss is smooth-L1 over positives (SSD Eq. 1 and 2). The divisor is at least B: a batch without an object has a
+    finite, moderate loss. Nothing here waits for the device.
+    """
+    (cls_logits, box_deltas), (labels, box_targets) = outputs, targets
+    is_positive = labels > 0
+    divisor = is_positive.sum().clamp(min=len(labels))
+    if loss == "focal":
+        per_anchor = focal_loss(cls_logits, labels, alpha=alpha, gamma=gamma)
+    else:
+        per_anchor = mined_cross_entropy(cls_logits, labels)
+    box = F.smooth_l1_loss(box_deltas, box_targets, reduction="none").sum(dim=-1) * is_positive
+    loss_cls, loss_box = cls_weight * per_anchor.sum() / divisor, box_weight * box.sum() / divisor
+    return {"loss": loss_cls + loss_box, "loss_cls": loss_cls, "loss_box": loss_box}
+
+
+# ---- 9. Detection ----
+
+
+@torch.no_grad()
+def detect(
+    cls_logits, box_deltas, anchors, *,
+    score_thresh=SCORE_THRESH, nms_iou_thresh=NMS_IOU_THRESH, max_detections=MAX_DETECTIONS,
+):  # fmt: skip
+    """Turn raw outputs into detections: a list of B triples boxes (D, 4), labels (D,) 1..K, scores (D,), best first.
+
+    cls_logits (B, A, K + 1), box_deltas (B, A, 4), anchors_cxcywh (A, 4). Boxes are normalised xyxy cut at the
+    picture's border. Per class the best 400 at or above score_thresh go through NMS, over all classes the best
+    max_detections stay (SSD section 2.2). D may be 0.
+    """
+    scores = F.softmax(cls_logits.float(), dim=-1)[..., 1:]
+    boxes = decode(box_deltas.float(), anchors).clamp(0, 1)
+    top_scores, top_anchors = scores.topk(min(PRE_NMS_TOP_K, scores.shape[1]), dim=1)  # (B, T, K)
+    results = []
+    for image_boxes, image_scores, anchor in zip(boxes, top_scores, top_anchors, strict=True):
+        rank, label = (image_scores >= score_thresh).nonzero(as_tuple=True)
+        candidates, score = image_boxes[anchor[rank, label]], image_scores[rank, label]
+        whole = (candidates[:, 2:] > candidates[:, :2]).all(dim=1)  # cutting may leave no area
+        candidates, score, label = candidates[whole], score[whole], label[whole] + 1
+        keep = batched_nms(candidates, score, label, nms_iou_thresh)[:max_detections]
+        results.append((candidates[keep], label[keep], score[keep]))
+    return results
+
+
+# ---- 10. Evaluation ----
+
+
+def average_precision(recall, precision):
+    """Return (area, 11-point) average precision of a curve: recall (N,) rising, precision (N,); N may be 0.
+
+    Area: under the precision made monotone from the right (VOC 2010 on). 11-point: the mean over recall 0, .1, ...,
+    1 of the best precision at that recall or more (VOC 2007; Everingham et al. 2010, Eq. 1 and 2).
+    """
+    envelope = np.maximum.accumulate(np.concatenate((precision, [0.0]))[::-1])[::-1]
+    area = float(np.sum(np.diff(np.concatenate(([0.0], recall))) * envelope[:-1]))
+    eleven = float(envelope[np.searchsorted(recall, np.linspace(0, 1, 11))].mean())
+    return area, eleven
+
+
+def best_overlaps(det_keys, det_boxes, gt_keys, gt_boxes):
+    """Return for each detection the highest IoU (N,) with a ground truth of its key and that one's row, -1 if none.
+
+    Boxes (N, 4) and (M, 4) in VOC pixels: corners included, a side is x2 - x1 + 1. Keys are integers: image and
+    class. Of equal overlaps the first row wins, as in the devkit.
+    """
+    order = np.argsort(gt_keys, kind="stable")
+    first = np.searchsorted(gt_keys[order], det_keys, side="left")
+    count = np.searchsorted(gt_keys[order], det_keys, side="right") - first
+    det = np.repeat(np.arange(len(det_keys)), count)  # one row a pair
+    offset = np.arange(len(det)) - np.repeat(np.cumsum(count) - count, count)
+    gt = order[np.repeat(first, count) + offset]
+    a, b = det_boxes[det], gt_boxes[gt]
+    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]) + 1
+    shared = sides.clip(min=0).prod(axis=1)
+    iou = shared / ((a[:, 2:] - a[:, :2] + 1).prod(axis=1) + (b[:, 2:] - b[:, :2] + 1).prod(axis=1) - shared)
+    best_iou, best_gt = np.zeros(len(det_keys)), np.full(len(det_keys), -1)
+    np.maximum.at(best_iou, det, iou)
+    rows = np.flatnonzero((iou == best_iou[det]) & (iou > 0))[::-1]
+    best_gt[det[rows]] = gt[rows]  # reversed: the first of equals is written last
+    return best_iou, best_gt
+
+
+def evaluate_voc(detections, truth, num_classes, iou_thresh=0.5):
+    """Score detections by the VOC2007 devkit's rules; returns {label: {"ap_area", "ap11", "recall", "precision", "num_gt"}}.
+
+    detections: {"image_ids" (N,), "labels" (N,) 1..K, "scores" (N,), "boxes_px" (N, 4)}; truth: {"image_ids" (M,),
+    "labels" (M,), "boxes_px" (M, 4), "difficult" (M,) bool}. Boxes are VOC pixels: 1-based, corners included. In
+    score order (ties: as given) a detection takes the ground truth of its image and class that it overlaps most; at
+    IoU >= iou_thresh it is a hit the first time and false after that, a difficult one counts neither way. recall
+    and precision are arrays along the score order. A class without ground truth has NaN for both APs.
+    Raises ValueError for a score that is NaN.
+    """
+    det_labels, scores = np.asarray(detections["labels"]), np.asarray(detections["scores"], dtype=np.float64)
+    gt_labels, difficult = np.asarray(truth["labels"]), np.asarray(truth["difficult"], dtype=bool)
+    if np.isnan(scores).any():
+        raise ValueError(f"{int(np.isnan(scores).sum())} score(s) are NaN")
+    ids = np.concatenate((np.asarray(truth["image_ids"]), np.asarray(detections["image_ids"])))
+    keys = np.unique(ids, return_inverse=True)[1] * (num_classes + 1)
+    gt_keys, det_keys = keys[: len(gt_labels)] + gt_labels, keys[len(gt_labels) :] + det_labels
+    order = np.argsort(-scores, kind="stable")
+    det_labels = det_labels[order]
+    det_boxes, gt_boxes = (np.asarray(d["boxes_px"], dtype=np.float64).reshape(-1, 4) for d in (detections, truth))
+    best_iou, best_gt = best_overlaps(det_keys[order], det_boxes[order], gt_keys, gt_boxes)
+    claims = np.flatnonzero((best_iou >= iou_thresh) & (best_gt >= 0))
+    is_ignored, is_hit = np.zeros(len(order), dtype=bool), np.zeros(len(order), dtype=bool)
+    is_ignored[claims] = difficult[best_gt[claims]]
+    claims = claims[~is_ignored[claims]]
+    is_hit[claims[np.unique(best_gt[claims], return_index=True)[1]]] = True
+    results = {}
+    for label in range(1, num_classes + 1):
+        hits = is_hit[(det_labels == label) & ~is_ignored]
+        num_gt = int(((gt_labels == label) & ~difficult).sum())
+        recall, precision = hits.cumsum() / max(num_gt, 1), hits.cumsum() / np.arange(1, len(hits) + 1)
+        ap_area, ap11 = average_precision(recall, precision) if num_gt else (math.nan, math.nan)
+        results[label] = {"ap_area": ap_area, "ap11": ap11, "recall": recall, "precision": precision, "num_gt": num_gt}
+    return results
+
+
+def to_voc_pixels(boxes_px):
+    """Return 0-based edges (N, 4) as VOC pixels, 1-based with corners included; sizes stay the same."""
+    return np.asarray(boxes_px, dtype=np.float64).reshape(-1, 4) + np.array([1, 1, 0, 0])
+
+
+def truth_of(records):
+    """Return the ground truth of records in the form that `evaluate_voc` takes; image ids are positions."""
+    return {
+        "image_ids": np.repeat(np.arange(len(records)), [len(r.labels) for r in records]),
+        "labels": np.concatenate([r.labels for r in records]),
+        "boxes_px": to_voc_pixels(np.concatenate([r.boxes_px for r in records])),
+        "difficult": np.concatenate([r.difficult for r in records]),
+    }
+
+
+@torch.no_grad()
+def evaluate(model, loader, *, device, amp_dtype=None, criterion=None, iou_thresh=0.5, **detect_settings):
+    """Run a model over a loader of a VocDataset and score it by the VOC rules.
+
+    Returns {"map_area", "map11", "classes": as evaluate_voc, "detections"}, and with a criterion (outputs, batch ->
+    losses) the mean "loss", "loss_cls" and "loss_box". Classes without ground truth are left out of the means.
+    """
+    model.eval()
+    records, parts, losses = loader.dataset.records, collections.defaultdict(list), collections.Counter()
+    for batch in loader:
+        batch = to_device(batch, device)
+        with autocast(device, amp_dtype):
+            outputs = model(batch["images"])
+        if criterion is not None:
+            for name, value in criterion(outputs, batch).items():
+                losses[name] += value.item() * len(batch["images"])
+        for index, (boxes, labels, scores) in zip(
+            batch["indices"].tolist(), detect(*outputs, model.anchors, **detect_settings), strict=True
+        ):
+            size = np.array([records[index].width, records[index].height] * 2)
+            parts["image_ids"].append(np.full(len(labels), index))
+            parts["labels"].append(labels.cpu().numpy())
+            parts["scores"].append(scores.cpu().numpy())
+            parts["boxes_px"].append(to_voc_pixels(boxes.cpu().numpy() * size))
+    detections = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    classes = evaluate_voc(detections, truth_of(records), model.num_classes, iou_thresh)
+    means = {
+        name: float(np.nanmean(aps)) if not np.isnan(aps).all() else math.nan
+        for name, aps in (("map_area", [c["ap_area"] for c in classes.values()]), ("map11", [c["ap11"] for c in classes.values()]))
+    }
+    return {**means, **{k: v / len(records) for k, v in losses.items()}, "classes": classes, "detections": detections}
+
+
+def class_table(result, class_names):
+    """Return the per-class table of an evaluation as text: ground truths, recall, AP by area and by 11 points."""
+    width = max(10, *map(len, class_names))
+    lines = [f"{'class':<{width}}  objects  recall  AP area  AP 11-point"]
+    for label, name in enumerate(class_names, start=1):
+        row = result["classes"][label]
+        recall = row["recall"][-1] if len(row["recall"]) else 0.0
+        values = f"{recall:7.3f} {row['ap_area']:8.4f} {row['ap11']:12.4f}" if row["num_gt"] else "      -        -            -"
+        lines.append(f"{name:<{width}} {row['num_gt']:8d} {values}")
+    return "\n".join([*lines, f"{'mean':<{width}} {'':8} {'':7} {result['map_area']:8.4f} {result['map11']:12.4f}"])
+
+
+# ---- 11. Run records ----
+
+
+def load_tensors(path, what):
+    """Return what torch.save wrote into a file, as data only; raises InputError if it is missing or something else."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file ({what})")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the unpickler meets in a foreign file
+        raise InputError(f"{path}: not readable as {what} ({str(error).splitlines()[0][:120]})") from None
+
+
+def write_atomically(path, write):
+    """Call write(temporary path), flush it to disk and rename it to path: readers see the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint: a dict of tensors and plain values, format_version first."""
+    write_atomically(path, lambda temporary: torch.save({"format_version": FORMAT_VERSION, **checkpoint}, temporary))
+
+
+def load_checkpoint(path):
+    """Return a checkpoint's dict; raises InputError if the file is missing, damaged or no checkpoint of this program."""
+    checkpoint = load_tensors(path, "a checkpoint")
+    if not isinstance(checkpoint, dict) or not {"format_version", "model", "config", "classes"} <= checkpoint.keys():
+        raise InputError(f"{path}: not a checkpoint of ssd_object_detection.py (it lacks model, config or classes)")
+    if checkpoint["format_version"] > FORMAT_VERSION:
+        raise InputError(f"{path}: written by a newer version (format {checkpoint['format_version']})")
+    return checkpoint
+
+
+def model_from_checkpoint(checkpoint, path="checkpoint"):
+    """Return the SSD300 that a checkpoint describes, with its averaged weights, in evaluation mode."""
+    model = SSD300(**checkpoint["config"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise InputError(f"{path}: the weights do not fit the network: {' '.join(str(error).split())[:300]}") from None
+    return model.eval()
+
+
+def set_seed(seed):
+    """Seed Python's, NumPy's and torch's generators; data order and augmentation have their own (see VocDataset)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def environment(device):
+    """Return what a result depends on beside the flags: versions, machine, device; plain values."""
+    is_cuda = torch.device(device).type == "cuda"
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "albumentations": A.__version__, "numpy": np.__version__, "platform": platform.platform(),
+        "cpu_count": os.cpu_count(), "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
+        "command": " ".join(sys.argv), "started": datetime.datetime.now().isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def clear_run_folder(folder):
+    """Make a folder ready for a new run; an earlier run's files move to a subfolder named for their time."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = [p for p in folder.iterdir() if p.suffix in (".pth", ".jsonl", ".json")]
+    if not any(p.suffix == ".pth" for p in earlier):
+        return
+    when = datetime.datetime.fromtimestamp(max(p.stat().st_mtime for p in earlier))
+    kept = folder / f"earlier-{when:%Y%m%d-%H%M%S}"
+    kept.mkdir(exist_ok=True)
+    for path in earlier:
+        path.rename(kept / path.name)
+    print(f"an earlier run's files are now in {kept}")
+
+
+# ---- 12. Plots ----
+
+
+def save_figure(figure, path):
+    """Write a figure as PNG, whole or not at all; a failure (a full disk) costs the picture, not the run."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+    except OSError as error:
+        print(f"warning: {path} was not written: {error}", file=sys.stderr)
+
+
+def _series(history, key):
+    """Return epochs (from 1) and values of a metric, epochs that lack it left out."""
+    pairs = [(row["epoch"] + 1, row[key]) for row in history if row.get(key) is not None]
+    return [p[0] for p in pairs], [p[1] for p in pairs]
+
+
+def _line_axes(axes, history, curves, title, ylabel):
+    for key, label, style in curves:
+        x, y = _series(history, key)
+        if x:
+            axes.plot(x, y, style, label=label, marker="." if len(x) < 40 else None)
+    axes.set(title=title, xlabel="epoch", ylabel=ylabel)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    if len(curves) > 1 and axes.lines:
+        axes.legend()
+
+
+def plot_losses(history):
+    """Return loss.png: total, class and box loss of training and validation over the epochs of metrics.jsonl."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    for axes, (key, title) in zip(
+        figure.subplots(1, 3), (("loss", "Loss"), ("loss_cls", "Class loss"), ("loss_box", "Box loss")), strict=True
+    ):
+        curves = [(f"train_{key}", "train", "C0-"), (f"val_{key}", "validation", "C1-")]
+        _line_axes(axes, history, curves, title, "sum / positives")
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+def plot_training(history):
+    """Return training.png: validation mAP, learning rate, images per second over the epochs of metrics.jsonl."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    curves = [("val_map_area", "area", "C2-"), ("val_map11", "11-point", "C4--")]
+    _line_axes(left, history, curves, "Validation mAP@.5", "mAP")
+    left.set_ylim(0, 1)
+    if not left.lines:
+        left.text(0.5, 0.5, "no validation images", ha="center", transform=left.transAxes)
+    _line_axes(middle, history, [("lr", "learning rate", "C3-")], "Learning rate at the epoch's end", "learning rate")
+    _line_axes(right, history, [("images_per_s", "images/s", "C0-")], "Training speed", "images/s")
+    for axes in (middle, right):
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+def plot_data(records, classes):
+    """Return data.png: objects per class, box sizes, and the share of objects that some anchor matches at IoU .5."""
+    labels = np.concatenate([r.labels for r in records])
+    boxes = torch.from_numpy(np.concatenate([r.boxes for r in records]))
+    anchors = box_convert(make_anchors(), "cxcywh", "xyxy")
+    best = torch.cat([box_iou(part, anchors).amax(dim=1) for part in boxes.split(512)] or [boxes.new_zeros(0)]).numpy()
+    figure = Figure(figsize=(14, 4.6 + 0.1 * len(classes)), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    counts = np.bincount(labels, minlength=len(classes) + 1)[1:]
+    left.barh(classes, counts, color="C0")
+    left.bar_label(left.containers[0], padding=3)
+    left.set(title=f"{len(labels)} objects in {len(records)} training images", xlabel="objects")
+    left.margins(x=0.15)
+    left.invert_yaxis()
+    size = (boxes[:, 2:] - boxes[:, :2]).numpy() * IMAGE_SIZE
+    middle.scatter(size[:, 0], size[:, 1], s=5, alpha=0.25, c=np.where(best >= 0.5, "C0", "C3"), linewidths=0, rasterized=True)
+    middle.set(title="Box sizes at 300x300 (red: no anchor at IoU .5)", xlabel="width, pixels", ylabel="height, pixels")
+    middle.set(xlim=(0, IMAGE_SIZE), ylim=(0, IMAGE_SIZE), aspect="equal")
+    share = [float((best[labels == k] >= 0.5).mean()) if counts[k - 1] else 0.0 for k in range(1, len(classes) + 1)]
+    right.barh(classes, share, color="C2")
+    right.bar_label(right.containers[0], fmt="%.2f", padding=3)
+    total = float((best >= 0.5).mean()) if len(best) else 0.0
+    right.set(title=f"Share of objects matched at IoU .5: {total:.3f} in all", xlabel="share", xlim=(0, 1.15))
+    right.invert_yaxis()
+    return figure
+
+
+def plot_precision_recall(result, class_names):
+    """Return precision_recall.png: a curve a class with its area AP in the legend, best first."""
+    columns = 1 + (len(class_names) - 1) // 25
+    figure = Figure(figsize=(8 + 2 * columns, 6), layout="constrained")
+    axes = figure.subplots()
+    rows = [(result["classes"][label], name) for label, name in enumerate(class_names, start=1)]
+    rows = sorted((r for r in rows if r[0]["num_gt"]), key=lambda r: -r[0]["ap_area"])
+    for number, (row, name) in enumerate(rows):
+        style = ("-", "--", ":")[number // 10 % 3]
+        axes.plot(row["recall"], row["precision"], style, color=PALETTE[number % 10], label=f"{name} {row['ap_area']:.3f}")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
+    axes.set_title(f"Precision and recall at IoU .5, mAP {result['map_area']:.4f} (area)")
+    axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", title="AP (area)", ncols=columns)
+    return figure
+
+
+def draw_boxes(image, boxes_px, captions, colors, *, dashed=False):
+    """Draw boxes with captions on a PIL image, in place; line width and text follow its size."""
+    draw = ImageDraw.Draw(image)
+    line, size = max(2, round(max(image.size) / 250)), max(11, round(max(image.size) / 36))
+    font = ImageFont.load_default(size)
+    for (x1, y1, x2, y2), caption, color in zip(np.asarray(boxes_px).reshape(-1, 4).tolist(), captions, colors, strict=True):
+        if dashed:
+            for (ax, ay), (bx, by) in (((x1, y1), (x2, y1)), ((x1, y2), (x2, y2)), ((x1, y1), (x1, y2)), ((x2, y1), (x2, y2))):
+                steps = max(1, round(math.hypot(bx - ax, by - ay) / (5 * line)))
+                for i in range(steps):
+                    a, b = i / steps, (i + 0.55) / steps
+                    draw.line((ax + (bx - ax) * a, ay + (by - ay) * a, ax + (bx - ax) * b, ay + (by - ay) * b), color, line)
+        else:
+            draw.rectangle((x1, y1, x2, y2), outline=color, width=line)
+        if caption:
+            left, top, right, bottom = draw.textbbox((0, 0), caption, font=font)
+            x = min(max(0, x1), max(0, image.width - (right - left) - 6))
+            y = y1 - (bottom - top) - 6 if y1 - (bottom - top) - 6 >= 0 else min(y1, image.height - (bottom - top) - 6)
+            draw.rectangle((x, y, x + right - left + 6, y + bottom - top + 6), fill=color)
+            draw.text((x + 3 - left, y + 3 - top), caption, fill="white", font=font)
+    return image
+
+
+def color_of(label):
+    """Return the colour of a class; classes ten apart share one."""
+    return PALETTE[(label - 1) % len(PALETTE)]
+
+
+def plot_sheet(images, title, columns=4):
+    """Return a sheet of PIL images, each shrunk or enlarged to a cell of the same size."""
+    rows = max(1, math.ceil(len(images) / columns))
+    figure = Figure(figsize=(3.4 * columns, 3.4 * rows + 0.5), layout="constrained")
+    figure.suptitle(title)
+    for axes, image in zip(figure.subplots(rows, columns, squeeze=False).flat, [*images, *[None] * columns], strict=False):
+        axes.axis("off")
+        if image is not None:
+            axes.imshow(image)
+    return figure
+
+
+def plot_augmentations(dataset, classes, count=16):
+    """Return augmentations.png: augmented training images as the network sees them, with their boxes."""
+    images = []
+    for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist():
+        sample = dataset[i, 0]
+        image = Image.fromarray(sample["image"].numpy().transpose(1, 2, 0)).resize((450, 450))
+        labels = sample["labels"].tolist()
+        boxes_px = sample["boxes"].numpy() * 450
+        images.append(draw_boxes(image, boxes_px, [classes[k - 1] for k in labels], [color_of(k) for k in labels]))
+    return plot_sheet(images, "Augmented training images and their boxes")
+
+
+def plot_predictions(records, detections, classes, title):
+    """Return predictions.png: truth dashed in white, detections solid with class and score.
+
+    detections: a list parallel to records of (boxes_px (D, 4), labels, scores).
+    """
+    images = []
+    for record, (boxes_px, labels, scores) in zip(records, detections, strict=True):
+        image = Image.fromarray(read_image(record.image_path))
+        scale = 450 / max(image.size)
+        image = image.resize([max(1, round(side * scale)) for side in image.size])
+        truth = record.boxes_px * scale
+        draw_boxes(image, truth, [""] * len(truth), ["white"] * len(truth), dashed=True)
+        captions = [f"{classes[k - 1]} {s:.2f}" for k, s in zip(labels, scores, strict=True)]
+        images.append(draw_boxes(image, np.asarray(boxes_px) * scale, captions, [color_of(k) for k in labels]))
+    return plot_sheet(images, title)
+
+
+# ---- 13. Training ----
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; one field a flag of the same name, documented there."""
+
+    epochs: int
+    batch_size: int
+    optimizer: str
+    lr: float
+    momentum: float
+    weight_decay: float
+    warmup_epochs: float
+    clip_grad: float
+    ema_decay: float
+    loss: str
+    focal_alpha: float
+    focal_gamma: float
+    cls_weight: float
+    box_weight: float
+    match_iou: float
+    patience: int
+    eval_interval: int
+    seed: int
+    workers: int
+
+
+def pick_device(name="auto"):
+    """Return a torch.device: the first CUDA device if there is one and "auto" is asked for; InputError if absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def pick_amp_dtype(device, amp="auto"):
+    """Return the autocast dtype, None for float32. "auto": bfloat16 where the hardware multiplies it, float16 on
+    older GPUs, float32 on a CPU without bfloat16 instructions (emulated, it is nine times slower there)."""
+    if amp == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16")
+        return torch.bfloat16 if device.type == "cpu" and fast else None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def autocast(device, amp_dtype):
+    """Return the autocast context of a dtype, one that does nothing for None."""
+    return torch.autocast(torch.device(device).type, dtype=amp_dtype, enabled=amp_dtype is not None)
+
+
+def to_device(batch, device):
+    """Copy a collated batch to a device, without waiting for it; images in channels_last order."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
+    return moved
+
+
+def keep_freed_memory():
+    """Tell glibc to keep freed memory: the kernel's zeroing of new pages costs a quarter of a CPU training step."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own mapping
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def make_optimizer(model, recipe, device):
+    """Return SGD (Nesterov off) or AdamW; weight decay on weights of two dimensions or more, not on biases and norms."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    fused = device.type == "cuda"
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=fused)
+
+
+def learning_rate(step, *, base, warmup_steps, total_steps):
+    """Return (rate, phase) of a step: linear warm-up from base / warmup_steps, then a cosine to base / 100."""
+    if step < warmup_steps:
+        return base * (step + 1) / warmup_steps, "warm-up"
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return base * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, progress))) / 2), "cosine"
+
+
+class Ema:
+    """An exponential moving average of a model, batch norm statistics included; `model` is the averaged copy.
+
+    The decay rises as (1 + step) / (10 + step) to its full value, so that early weights are forgotten.
+    """
+
+    def __init__(self, model, decay):
+        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        self.floats = [p for p in pairs if p[0].is_floating_point()]
+        self.others = [p for p in pairs if not p[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step):
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        averaged, current = zip(*self.floats, strict=True)
+        torch._foreach_lerp_(list(averaged), list(current), weight)
+        for mine, theirs in self.others:
+            mine.copy_(theirs)
+
+
+def make_criterion(model, recipe):
+    """Return criterion(outputs, batch) -> losses, see `detection_loss`."""
+
+    def criterion(outputs, batch):
+        targets = build_targets(batch["gt_boxes"], batch["gt_labels"], model.anchors, recipe.match_iou)
+        return detection_loss(
+            outputs, targets, loss=recipe.loss, alpha=recipe.focal_alpha, gamma=recipe.focal_gamma,
+            cls_weight=recipe.cls_weight, box_weight=recipe.box_weight,
+        )  # fmt: skip
+
+    return criterion
+
+
+@dataclass
+class TrainState:
+    """What a run carries from step to step; all but the model's own structure goes into last.pth."""
+
+    model: SSD300
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch: int = 0  # epochs finished
+    step: int = 0  # optimizer steps finished
+    best_map: float = -1.0
+    best_epoch: int = 0
+    history: list = field(default_factory=list)
+
+    def state_dict(self):
+        return {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch, "step": self.step, "best_map": self.best_map, "best_epoch": self.best_epoch,
+            "history": self.history, "rng": torch.get_rng_state(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state, averaged):
+        self.model.load_state_dict(state["model"])
+        self.ema.model.load_state_dict(averaged)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
+        self.best_map, self.best_epoch = state["best_map"], state["best_epoch"]
+        torch.set_rng_state(state["rng"])
+
+
+def train_one_epoch(state, loader, criterion, recipe, *, device, amp_dtype):
+    """Train for one pass over the loader; returns its means: losses, lr, seconds, images_per_s, data_wait."""
+    state.model.train()
+    loader.batch_sampler.epoch = state.epoch
+    totals, images, waited, start = {}, 0, 0.0, time.perf_counter()
+    bar = tqdm(loader, desc=f"epoch {state.epoch + 1}/{recipe.epochs}", disable=not sys.stderr.isatty(), leave=False)
+    batches, lr = iter(loader), 0.0
+    for number in range(len(loader)):
+        before = time.perf_counter()
+        batch = to_device(next(batches), device)
+        waited += time.perf_counter() - before
+        lr, _ = learning_rate(
+            state.step, base=recipe.lr, warmup_steps=round(recipe.warmup_epochs * len(loader)),
+            total_steps=recipe.epochs * len(loader),
+        )  # fmt: skip
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        with autocast(device, amp_dtype):
+            outputs = state.model(batch["images"])
+        losses = criterion(outputs, batch)
+        optimize(state, losses["loss"], recipe.clip_grad)
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0) + value.detach()
+        images += len(batch["images"])
+        if number % 10 == 9 or number + 1 == len(loader):  # the only place that waits for the device
+            loss, seconds = totals["loss"].item() / (number + 1), time.perf_counter() - start
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"the loss is {loss} at step {state.step}: lower --lr, lengthen --warmup-epochs or use --amp off; "
+                    "the checkpoints of earlier epochs are intact"
+                )
+            left = (len(loader) * (recipe.epochs - state.epoch) - number - 1) * seconds / (number + 1)
+            bar.set_postfix_str(
+                f"loss {loss:.3f} lr {lr:.1e} {images / seconds:.0f} img/s wait {waited / seconds:.0%} "
+                f"eta {datetime.timedelta(seconds=round(left))}"
+            )
+            bar.update(number + 1 - bar.n)
+    bar.close()
+    seconds = time.perf_counter() - start
+    means = {f"train_{name}": value.item() / len(loader) for name, value in totals.items()}
+    return {**means, "lr": lr, "train_s": seconds, "images_per_s": images / seconds, "data_wait": waited / seconds}
+
+
+def optimize(state, loss, clip_grad):
+    """Take one optimizer step on a scalar loss: backward, unscale, clip the gradients' norm, step, average."""
+    state.optimizer.zero_grad(set_to_none=True)
+    state.scaler.scale(loss).backward()
+    if clip_grad:
+        state.scaler.unscale_(state.optimizer)
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.step += 1
+    state.ema.update(state.step)
+
+
+def epoch_line(row, recipe, phase, saved):
+    """Return the printed line of an epoch from its row of metrics.jsonl."""
+    def losses(prefix):
+        return f"{row[prefix + 'loss']:7.3f} (cls {row[prefix + 'loss_cls']:.3f} box {row[prefix + 'loss_box']:.3f})"
+
+    parts = [f"epoch {row['epoch'] + 1:3d}/{recipe.epochs}  train {losses('train_')}"]
+    if "val_loss" in row:
+        parts.append(f"val {losses('val_')}  mAP {row['val_map_area']:.4f}")
+    parts.append(f"lr {row['lr']:.2e} {phase}")
+    parts.append(f"{row['seconds']:.1f} s  {row['images_per_s']:.0f} img/s  wait {row['data_wait']:.0%}  saved {saved}")
+    return "  ".join(parts)
+
+
+def fit(state, data, loaders, recipe, *, device, amp_dtype, folders, checkpoint_base, detect_settings):
+    """Train until the epochs or the patience run out; writes checkpoints, metrics.jsonl and plots after every epoch.
+
+    loaders: (training, validation or None, gallery). folders: (checkpoints, plots). checkpoint_base: config,
+    classes and flags, which every checkpoint holds. Returns the path of the checkpoint to test: best.pth, or
+    last.pth where nothing was held out.
+    """
+    train_loader, val_loader, gallery = loaders
+    checkpoints, plots = folders
+    criterion = make_criterion(state.model, recipe)
+    while state.epoch < recipe.epochs:
+        start = time.perf_counter()
+        row = {"epoch": state.epoch, **train_one_epoch(state, train_loader, criterion, recipe, device=device, amp_dtype=amp_dtype)}
+        is_last, saved = state.epoch + 1 == recipe.epochs, "last"
+        phase = learning_rate(
+            state.step - 1, base=1.0, warmup_steps=round(recipe.warmup_epochs * len(train_loader)),
+            total_steps=recipe.epochs * len(train_loader),
+        )[1]  # fmt: skip
+        is_best = False
+        if val_loader is not None and (is_last or (state.epoch + 1) % recipe.eval_interval == 0):
+            result = evaluate(state.ema.model, val_loader, device=device, amp_dtype=amp_dtype, criterion=criterion, **detect_settings)
+            row.update({f"val_{name}": result[name] for name in ("loss", "loss_cls", "loss_box", "map_area", "map11")})
+            is_best = row["val_map_area"] > state.best_map
+        state.epoch += 1
+        if is_best:
+            state.best_map, state.best_epoch, saved = row["val_map_area"], state.epoch, "last, best"
+        row.update(step=state.step, seconds=round(time.perf_counter() - start, 3))
+        state.history.append(row)
+        checkpoint = {**checkpoint_base, "model": state.ema.model.state_dict(), "metrics": row}
+        if is_best:
+            save_checkpoint(checkpoints / "best.pth", checkpoint)
+        save_checkpoint(checkpoints / "last.pth", {**checkpoint, "train_state": state.state_dict()})
+        write_history(checkpoints / "metrics.jsonl", state.history)
+        print(epoch_line(row, recipe, phase, saved), flush=True)
+        save_figure(plot_losses(state.history), plots / "loss.png")
+        save_figure(plot_training(state.history), plots / "training.png")
+        draw_gallery(state.ema.model, gallery, data.classes, plots, device=device, amp_dtype=amp_dtype, title=f"after epoch {state.epoch}")
+        if recipe.patience and val_loader is not None and state.epoch - state.best_epoch >= recipe.patience * recipe.eval_interval:
+            print(f"stopped early: no better validation mAP for {recipe.patience} evaluations (--patience)")
+            break
+    return checkpoints / ("best.pth" if val_loader is not None else "last.pth")
+
+
+def write_history(path, history):
+    """Write metrics.jsonl: one line of JSON an epoch."""
+    text = "".join(json.dumps(row) + "\n" for row in history)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+
+
+def draw_gallery(model, loader, classes, plots, *, device, amp_dtype, title):
+    """Write predictions.png: a model's detections on the loader's images, truth dashed."""
+    records = loader.dataset.records
+    detections = evaluate(model, loader, device=device, amp_dtype=amp_dtype, score_thresh=DRAW_SCORE_THRESH)["detections"]
+    mine = [detections["image_ids"] == i for i in range(len(records))]
+    parts = [
+        (detections["boxes_px"][m] - np.array([1, 1, 0, 0]), detections["labels"][m].tolist(), detections["scores"][m]) for m in mine
+    ]
+    heading = f"Test images {title}: detections (solid, score >= {DRAW_SCORE_THRESH}) and truth (dashed)"
+    save_figure(plot_predictions(records, parts, classes, heading), plots / "predictions.png")
+
+
+def spread(records, count):
+    """Return `count` records evenly spread over a list."""
+    return [records[i] for i in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int)]
+
+
+# ---- 14. Inference ----
+
+
+@dataclass
+class Detections:
+    """What was found in one image, best first. boxes_px (D, 4): xyxy in pixels of the original picture."""
+
+    boxes_px: np.ndarray
+    labels: list
+    names: list
+    scores: list
+
+    def __len__(self):
+        return len(self.labels)
+
+    def to_dict(self):
+        """Return plain lists and numbers, ready for JSON."""
+        return {
+            "boxes_px": [[round(v, 2) for v in box] for box in self.boxes_px.tolist()],
+            "labels": self.labels, "names": self.names, "scores": [round(s, 4) for s in self.scores],
+        }  # fmt: skip
+
+    def draw(self, image):
+        """Return a copy of a PIL image with the boxes, class names and scores drawn on it."""
+        captions = [f"{n} {s:.2f}" for n, s in zip(self.names, self.scores, strict=True)]
+        return draw_boxes(image.convert("RGB"), self.boxes_px, captions, [color_of(k) for k in self.labels])
+
+
+def open_image(source):
+    """Return an RGB PIL image, turned upright by its EXIF tag, of a path, a PIL image or a uint8 array (H, W[, 3])."""
+    if isinstance(source, (str, os.PathLike)):
+        try:
+            with Image.open(source) as file:
+                source = ImageOps.exif_transpose(file)
+                source.load()
+        except FileNotFoundError:
+            raise InputError(f"{source}: no such image") from None
+        except (OSError, Image.DecompressionBombError) as error:
+            raise InputError(f"{source}: not readable as an image ({error})") from None
+    elif isinstance(source, np.ndarray):
+        if source.dtype != np.uint8:
+            raise ValueError(f"an image array must be uint8, not {source.dtype}")
+        source = Image.fromarray(source)
+    if source.mode.startswith("I;16") or source.mode == "I":  # 16-bit grey: PIL's own conversion would clip at 255
+        source = Image.fromarray((np.asarray(source).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+    return source.convert("RGB")
+
+
+class Detector:
+    """A trained model with its class names; see `load_detector`."""
+
+    def __init__(self, model, classes, device="cpu", amp_dtype=None):
+        self.device, self.amp_dtype, self.classes = torch.device(device), amp_dtype, tuple(classes)
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
+        self._resize = resize_transform()
+
+    @torch.inference_mode()
+    def predict(
+        self, images, *, score_thresh=DRAW_SCORE_THRESH, nms_iou_thresh=NMS_IOU_THRESH,
+        max_detections=MAX_DETECTIONS, batch_size=16,
+    ):  # fmt: skip
+        """Detect objects in an image or a list of them: paths, PIL images or uint8 RGB arrays (H, W, 3) of any size.
+
+        Returns a Detections, or a list of them for a list. Raises InputError that names an unreadable file.
+        """
+        is_list = isinstance(images, (list, tuple))
+        sources, results = list(images) if is_list else [images], []
+        for start in range(0, len(sources), batch_size):
+            opened = [open_image(s) for s in sources[start : start + batch_size]]
+            arrays = [self._resize(image=np.asarray(image))["image"] for image in opened]
+            batch = to_device({"images": torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)}, self.device)
+            with autocast(self.device, self.amp_dtype):
+                outputs = self.model(batch["images"])
+            found = detect(
+                *outputs, self.model.anchors,
+                score_thresh=score_thresh, nms_iou_thresh=nms_iou_thresh, max_detections=max_detections,
+            )  # fmt: skip
+            for image, (boxes, labels, scores) in zip(opened, found, strict=True):
+                boxes_px = boxes.cpu().numpy() * np.array(image.size * 2, dtype=np.float32)
+                names = [self.classes[k - 1] for k in labels.tolist()]
+                results.append(Detections(boxes_px, labels.tolist(), names, scores.tolist()))
+        return results if is_list else results[0]
+
+
+def load_detector(path, device="auto", amp="auto"):
+    """Return the Detector of a checkpoint file (.pth); device and amp as the flags of these names."""
+    device = pick_device(device)
+    checkpoint = load_checkpoint(path)
+    return Detector(model_from_checkpoint(checkpoint, path), checkpoint["classes"], device, pick_amp_dtype(device, amp))
+
+
+def predict_files(detector, paths, folder, **settings):
+    """Detect in image files; writes a PNG each and predictions.json into folder, returns their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written, report = [], {}
+    for path in paths:
+        image = open_image(path)
+        found = detector.predict(image, **settings)
+        target, copies = folder / f"{Path(path).stem}.png", 1
+        while target in written:
+            copies += 1
+            target = folder / f"{Path(path).stem}_{copies}.png"
+        write_atomically(target, lambda temporary, drawn=found.draw(image): drawn.save(temporary, format="PNG"))
+        written.append(target)
+        report[str(path)] = found.to_dict()
+        print(f"{path}: {', '.join(f'{n} {s:.2f}' for n, s in zip(found.names, found.scores, strict=True)) or 'nothing'} -> {target}")
+    target = folder / "predictions.json"
+    write_atomically(target, lambda temporary: Path(temporary).write_text(json.dumps(report, indent=1)))
+    return [*written, target]
+
+
+# ---- 15. Command line ----
+
+# What a data set, and then the kind of start, choose where no flag is given. Measured in the README.
+DATA_DEFAULTS = {
+    "voc2007": {"train_split": "trainval", "test_split": "test", "epochs": 100, "batch_size": 32, "width": 1.0},
+    "voc0712": {"train_split": "trainval", "test_split": "test", "epochs": 100, "batch_size": 32, "width": 1.0},
+    "shapes": {
+        "train_split": "train", "val_split": "val", "test_split": "test", "epochs": 12, "batch_size": 8, "width": 0.125,
+        "pretrained": False, "lr": 2e-3,
+    },
+    "folder": {"train_split": "train", "test_split": "test", "epochs": 100, "batch_size": 16, "width": 1.0},
+}  # fmt: skip
+START_DEFAULTS = {
+    True: {"batch_norm": False, "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4},
+    False: {"batch_norm": True, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05},
+}
+RESUME_MAY_CHANGE = {"resume", "device", "workers", "output_dir", "data_root", "patience", "amp", "backbone_weights"}
+
+
+def positive_int(text):
+    """argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def natural_int(text):
+    """argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
+def positive_float(text):
+    """argparse type: a finite number above 0."""
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def natural_float(text):
+    """argparse type: a finite number of at least 0."""
+    value = float(text)
+    if not (value >= 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
+    return value
+
+
+def unit_interval(text):
+    """argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def class_list(text):
+    """argparse type: class names parted by commas."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) != len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty or repeated class name")
+    return names
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None or "default" in action.help else super()._get_help_string(action)
+
+
+def build_parser():
+    """Return the parser; a default of None is chosen by the data set or the kind of start (see parse_args)."""
+    parser = argparse.ArgumentParser(
+        description="Train, evaluate and use an SSD300 object detector. Training is what it does unless told otherwise.",
+        formatter_class=_Formatter,
+    )
+    by_data, by_start = "default: chosen by the data set", "default: chosen by the kind of start"
+    flag = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("what to do").add_argument
+    group("--evaluate", metavar="FILE", help="measure a checkpoint on the test split, print the per-class table")
+    group("--predict", metavar="PATH", nargs="+", help="detect objects in image files (needs --weights)")
+    group("--weights", metavar="FILE", help="checkpoint for --predict")
+    group("--resume", metavar="FILE", nargs="?", const="auto", help="go on with a run; without FILE: OUTPUT_DIR/checkpoints/last.pth")
+    group("--output-dir", metavar="DIR", default=".", help="where checkpoints/ and plots/ are written")
+
+    group = parser.add_argument_group("data").add_argument
+    group("--data", default="voc2007", help="voc2007, voc0712, shapes (generated) or a folder in VOC layout")
+    group("--data-root", metavar="DIR", default="data", help="where VOCdevkit and shapes are or will be")
+    group("--classes", type=class_list, help="names a,b,c; default: the VOC classes, or those of the training annotations")
+    group("--train-split", metavar="LIST", help=f"list below ImageSets/Main to train on ({by_data})")
+    group("--val-split", metavar="LIST", help="list for early stopping and the best checkpoint (default: see --val-fraction)")
+    group("--test-split", metavar="LIST", help=f"list to measure on at the end; never seen before that ({by_data})")
+    group("--val-fraction", type=unit_interval, default=0.1, help="seeded share of the training list to hold out, if no --val-split")
+    group("--workers", type=natural_int, help="loader processes (default: one a core on a GPU machine up to 16, else 1)")
+
+    group = parser.add_argument_group("network").add_argument
+    group("--width", type=positive_float, help=f"factor on every channel count ({by_data})")
+    group("--batch-norm", action=flag, help="batch norm behind every convolution (default: when training from scratch)")
+    group("--pretrained", action=flag, help="start from ImageNet VGG16 weights (default: on at width 1)")
+    group("--backbone-weights", metavar="FILE", help="torchvision vgg16 or vgg16_bn state dict to use in place of the download")
+    group("--freeze-blocks", type=int, choices=range(6), default=0, help="keep the first N VGG blocks as they are (4: ten convolutions)")
+    group("--clip-anchors", action=flag, default=False, help="cut anchors at the picture's border")
+
+    group = parser.add_argument_group("augmentation (probabilities)").add_argument
+    group("--zoom-out", type=unit_interval, default=0.5, help="SSD zoom-out, up to 4x")
+    group("--crop", type=unit_interval, default=1.0, help="SSD crop; one of its seven choices is the whole picture")
+    group("--color", type=unit_interval, default=0.5, help="each of brightness, contrast, saturation, hue")
+    group("--shadow", type=unit_interval, default=0.2, help="random shadow")
+    group("--noise", type=unit_interval, default=0.2, help="Gaussian noise as of a camera")
+    group("--blur", type=unit_interval, default=0.1, help="Gaussian blur")
+
+    group = parser.add_argument_group("loss").add_argument
+    group("--loss", choices=("focal", "multibox"), default="focal", help="softmax focal loss, or cross-entropy with 3:1 mining")
+    group("--focal-alpha", type=float, default=-1.0, help="weight of objects against background, 0 to 1; -1: none")
+    group("--focal-gamma", type=natural_float, default=2.0, help="focusing exponent")
+    group("--prior-prob", type=unit_interval, default=0.01, help="foreground probability that the focal head starts from")
+    group("--cls-weight", type=positive_float, default=1.0, help="factor on the class loss")
+    group("--box-weight", type=positive_float, default=1.0, help="factor on the box loss")
+    group("--match-iou", type=unit_interval, default=0.5, help="IoU from which an anchor answers for an object")
+
+    group = parser.add_argument_group("training").add_argument
+    group("--epochs", type=positive_int, help=f"passes over the training images ({by_data})")
+    group("--batch-size", type=positive_int, help=f"images a step ({by_data})")
+    group("--optimizer", choices=("sgd", "adamw"), help=by_start)
+    group("--lr", type=positive_float, help=f"learning rate after the warm-up ({by_start})")
+    group("--momentum", type=unit_interval, default=0.9, help="SGD momentum, AdamW beta 1")
+    group("--weight-decay", type=natural_float, help=f"not on biases and norms ({by_start})")
+    group("--warmup-epochs", type=natural_float, default=1.0, help="linear warm-up; then a cosine to a hundredth")
+    group("--clip-grad", type=natural_float, default=10.0, help="largest gradient norm, 0: no limit")
+    group("--ema-decay", type=unit_interval, default=0.998, help="of the averaged weights, which are evaluated and saved")
+    group("--patience", type=natural_int, default=30, help="evaluations without a better validation mAP before stopping, 0: never")
+    group("--eval-interval", type=positive_int, default=1, help="epochs between validations")
+    group("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision; auto: the fastest that is safe here")
+    group("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group("--seed", type=natural_int, default=0, help="of weights, data order, augmentation and the held-out share")
+
+    group = parser.add_argument_group("detection").add_argument
+    group("--score-thresh", type=unit_interval, help=f"least score (default: {SCORE_THRESH} to evaluate, {DRAW_SCORE_THRESH} to predict)")
+    group("--nms-iou", type=unit_interval, default=NMS_IOU_THRESH, help="overlap from which the lower score of a class is dropped")
+    group("--max-detections", type=positive_int, default=MAX_DETECTIONS, help="most detections an image")
+    return parser
+
+
+def parse_args(argv=None, saved=None):
+    """Return the complete namespace: flags given, then `saved` ones (of a run resumed or evaluated), then defaults.
+
+    Contradictions end the program by parser.error before any data is touched. `given` names the flags on the line.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    probe = build_parser()
+    for action in probe._actions:
+        action.default = argparse.SUPPRESS
+    args.given = set(vars(probe.parse_args(argv))) | set(saved or {})
+    for name, value in (saved or {}).items():
+        if name not in vars(probe.parse_args(argv)):
+            setattr(args, name, value)
+    if sum(bool(action) for action in (args.evaluate, args.predict, args.resume)) > 1:
+        parser.error("--evaluate, --predict and --resume exclude one another")
+    if bool(args.predict) != bool(args.weights):
+        parser.error("--predict and --weights go together")
+    if not (args.focal_alpha == -1 or 0 <= args.focal_alpha <= 1):
+        parser.error(f"--focal-alpha {args.focal_alpha}: must be from 0 to 1, or -1 for none")
+    if not 0 < args.prior_prob < 1:
+        parser.error(f"--prior-prob {args.prior_prob}: must be between 0 and 1")
+    if args.val_fraction == 1:
+        parser.error("--val-fraction 1 leaves nothing to train on")
+    fill_defaults(args)
+    if args.pretrained and args.width != 1:
+        parser.error(f"--pretrained needs --width 1, ImageNet weights have no width {args.width:g}")
+    if args.backbone_weights and not args.pretrained:
+        parser.error("--backbone-weights contradicts --no-pretrained or --width below 1")
+    if args.freeze_blocks and not args.pretrained and not args.resume:
+        parser.error("--freeze-blocks needs pretrained weights: frozen random ones learn nothing")
+    return args
+
+
+def fill_defaults(args):
+    """Fill what is None in a namespace, in place: by the data set, then by the kind of start."""
+    def fill(values):
+        for name, value in values.items():
+            if getattr(args, name) is None and name not in args.given:
+                setattr(args, name, value)
+
+    known = args.data in DATA_DEFAULTS and args.data != "folder"
+    fill(DATA_DEFAULTS[args.data if known else "folder"])
+    fill({"pretrained": args.width == 1})
+    fill(START_DEFAULTS[bool(args.pretrained)])
+    if args.workers is None:
+        cuda = args.device != "cpu" and torch.cuda.is_available()
+        args.workers = min(16, os.cpu_count() or 1) if cuda else 1
+
+
+def print_header(args, data, model, *, device, amp_dtype, steps):
+    """Print what runs on what: versions, device, data, network, recipe; the mended and the defaults included."""
+    env = environment(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    precision = str(amp_dtype).removeprefix("torch.") if amp_dtype else "float32"
+    start = "ImageNet weights" if args.pretrained else "from scratch"
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+    print(f"SSD300  python {env['python']}  torch {env['torch']}  torchvision {env['torchvision']}  albumentations {A.__version__}")
+    print(f"device  {env['device']}{threads}  precision {precision}  {args.workers} loader process(es)")
+    print(f"data    {args.data}: {len(data.train)} train, {len(data.val)} val, {len(data.test)} test images, "
+          f"{sum(len(r.labels) for r in data.train)} training objects of {len(data.classes)} classes")  # fmt: skip
+    for note in data.notes:
+        print(f"        note: {note}")
+    print(f"network width {args.width:g}{', batch norm' if args.batch_norm else ''}, {start}: {parameters:,} parameters "
+          f"({trained:,} trained), {len(model.anchors):,} anchors")  # fmt: skip
+    print(f"recipe  {args.epochs} epochs x {steps} steps of {min(args.batch_size, len(data.train))} images, {args.optimizer} lr {args.lr:g} "
+          f"weight decay {args.weight_decay:g}, {args.loss} loss, seed {args.seed}")  # fmt: skip
+    if device.type == "cpu" and args.width == 1:
+        print("        note: full width on a CPU is slow; --width .25 computes a sixteenth of it")
+    sys.stdout.flush()
+
+
+def load_splits(args):
+    """Return the DataSplits that the flags name; a folder's default lists are what it has."""
+    if args.data not in DATA_DEFAULTS or args.data == "folder":
+        lists = Path(args.data) / "ImageSets" / "Main"
+        if "test_split" not in args.given and not (lists / f"{args.test_split}.txt").is_file():
+            args.test_split = None
+        if "train_split" not in args.given and not (lists / "train.txt").is_file() and (lists / "trainval.txt").is_file():
+            args.train_split = "trainval"
+    return load_data(
+        args.data, data_root=args.data_root, classes=args.classes, train_split=args.train_split,
+        val_split=args.val_split, test_split=args.test_split, val_fraction=args.val_fraction, seed=args.seed,
+    )  # fmt: skip
+
+
+def run_training(args, resumed=None):
+    """Train by the flags, evaluate on the test split once, save the final checkpoint; returns the exit code."""
+    began = time.perf_counter()
+    device = pick_device(args.device)
+    amp_dtype = pick_amp_dtype(device, args.amp)
+    if device.type == "cpu":
+        keep_freed_memory()
+    set_seed(args.seed)
+    cv2.setNumThreads(0)
+    checkpoints, plots = Path(args.output_dir) / "checkpoints", Path(args.output_dir) / "plots"
+    data = load_splits(args)
+    config = {"num_classes": len(data.classes), "width": args.width, "batch_norm": args.batch_norm, "clip_anchors": args.clip_anchors}
+    model = SSD300(**config, prior_prob=args.prior_prob if args.loss == "focal" else None)
+    if args.pretrained and not resumed:
+        load_backbone(model, fetch_backbone(args.backbone_weights, batch_norm=args.batch_norm))
+    model.freeze_blocks(args.freeze_blocks).to(device, memory_format=torch.channels_last)
+    recipe = Recipe(**{name: getattr(args, name) for name in Recipe.__dataclass_fields__})
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    state = TrainState(model, Ema(model, recipe.ema_decay), make_optimizer(model, recipe, device), scaler)
+    if resumed:
+        state.load_state_dict(resumed["train_state"], resumed["model"])
+    else:
+        clear_run_folder(checkpoints)
+    flags = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k != "given"}
+    base = {"config": config, "classes": list(data.classes), "args": flags}
+    transform = build_transform(train=True, **{n: getattr(args, n) for n in ("zoom_out", "crop", "color", "shadow", "noise", "blur")})
+    loader = functools.partial(make_loader, device=device)
+    train_set = VocDataset(data.train, transform, args.seed)
+    sampler = EpochBatchSampler(len(train_set), args.batch_size, args.seed)
+    train_loader = loader(train_set, batch_size=None, workers=args.workers, sampler=sampler)
+    plain = build_transform(train=False)
+    val_loader = loader(VocDataset(data.val, plain), batch_size=args.batch_size, workers=args.workers) if data.val else None
+    gallery = loader(VocDataset(spread(data.test or data.val or data.train, 12), plain), batch_size=12, workers=0)
+    print_header(args, data, model, device=device, amp_dtype=amp_dtype, steps=len(sampler))
+    record = {"flags": flags, "environment": environment(device), "classes": list(data.classes), "notes": data.notes}
+    save_json(checkpoints / "run.json", record)
+    save_figure(plot_augmentations(train_set, data.classes), plots / "augmentations.png")
+    save_figure(plot_data(data.train, data.classes), plots / "data.png")
+    settings = detect_settings(args)
+    chosen = fit(
+        state, data, (train_loader, val_loader, gallery), recipe, device=device, amp_dtype=amp_dtype,
+        folders=(checkpoints, plots), checkpoint_base=base, detect_settings=settings,
+    )  # fmt: skip
+    checkpoint = load_checkpoint(chosen)
+    model = model_from_checkpoint(checkpoint, chosen).to(device, memory_format=torch.channels_last)
+    final = {**base, "model": checkpoint["model"], "metrics": checkpoint["metrics"]}
+    draw_gallery(model, gallery, data.classes, plots, device=device, amp_dtype=amp_dtype, title=f"by {chosen.name}")
+    summary = "no test list, so no test mAP (--test-split)"
+    if data.test:
+        test_loader = loader(VocDataset(data.test, plain), batch_size=args.batch_size, workers=args.workers)
+        final["test"], summary = measure(model, test_loader, data, plots, "Test", device=device, amp_dtype=amp_dtype, **settings)
+    path = checkpoints / f"ssd_{data.name}_final.pth"
+    save_checkpoint(path, final)
+    seconds = time.perf_counter() - began
+    save_json(checkpoints / "run.json", {**record, "test": final.get("test"), "chosen": chosen.name, "wall_s": round(seconds, 1)})
+    print(f"{summary}\n{path}\nwall time {datetime.timedelta(seconds=round(seconds))}")
+    return 0
+
+
+def save_json(path, content):
+    """Write a JSON file, whole or not at all."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1, default=str)))
+
+
+def detect_settings(args):
+    """Return the settings of `detect` to measure by."""
+    thresh = SCORE_THRESH if args.score_thresh is None else args.score_thresh
+    return {"score_thresh": thresh, "nms_iou_thresh": args.nms_iou, "max_detections": args.max_detections}
+
+
+def measure(model, loader, data, plots, title, *, device, amp_dtype, **settings):
+    """Evaluate, print the per-class table, draw the curves; returns the numbers and the line that sums them up."""
+    result = evaluate(model, loader, device=device, amp_dtype=amp_dtype, **settings)
+    print(class_table(result, data.classes))
+    save_figure(plot_precision_recall(result, data.classes), plots / "evaluation" / "precision_recall.png")
+    per_class = {
+        name: {key: result["classes"][label][key] for key in ("ap_area", "ap11", "num_gt")}
+        for label, name in enumerate(data.classes, start=1)
+    }
+    numbers = {"map_area": result["map_area"], "map11": result["map11"], "per_class": per_class}
+    return numbers, f"{title} mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point)"
+
+
+def run_evaluation(args, checkpoint):
+    """Measure a checkpoint on the test split of its own data set or of the one that the flags name."""
+    device = pick_device(args.device)
+    data = load_splits(args)
+    if list(data.classes) != list(checkpoint["classes"]):
+        raise InputError(
+            f"{args.evaluate} was trained on the classes {', '.join(checkpoint['classes'])}; {args.data} has "
+            f"{', '.join(data.classes)}: choose the data it was made for with --data"
+        )
+    if not data.test:
+        raise InputError(f"{args.data} has no test list: name one with --test-split")
+    model = model_from_checkpoint(checkpoint, args.evaluate).to(device, memory_format=torch.channels_last)
+    amp_dtype, plots = pick_amp_dtype(device, args.amp), Path(args.output_dir) / "plots"
+    dataset = VocDataset(data.test, build_transform(train=False))
+    loader = make_loader(dataset, batch_size=args.batch_size, workers=args.workers, device=device)
+    gallery = make_loader(VocDataset(spread(data.test, 12), dataset.transform), batch_size=12, workers=0, device=device)
+    print(f"{args.evaluate} on {args.data}, list {args.test_split}: {len(data.test)} images")
+    numbers, summary = measure(model, loader, data, plots, "Test", device=device, amp_dtype=amp_dtype, **detect_settings(args))
+    draw_gallery(model, gallery, data.classes, plots, device=device, amp_dtype=amp_dtype, title=f"by {Path(args.evaluate).name}")
+    save_json(plots / "evaluation" / "evaluation.json", {"checkpoint": args.evaluate, "data": args.data, **numbers})
+    print(summary)
+    return 0
+
+
+def run_prediction(args):
+    """Detect in the files named on the command line."""
+    missing = [p for p in args.predict if not Path(p).is_file()]
+    if missing:
+        raise InputError(f"{', '.join(missing)}: no such image")
+    detector = load_detector(args.weights, args.device, args.amp)
+    thresh = DRAW_SCORE_THRESH if args.score_thresh is None else args.score_thresh
+    folder = Path(args.output_dir) / "plots" / "predictions"
+    predict_files(
+        detector, args.predict, folder, score_thresh=thresh, nms_iou_thresh=args.nms_iou, max_detections=args.max_detections
+    )
+    return 0
+
+
+def prepare_resume(argv, args):
+    """Return (args, checkpoint) of the run to go on with; raises InputError for flags that contradict it."""
+    path = Path(args.output_dir) / "checkpoints" / "last.pth" if args.resume == "auto" else Path(args.resume)
+    checkpoint = load_checkpoint(path)
+    if "train_state" not in checkpoint:
+        raise InputError(f"{path}: holds weights but no training state; resume from last.pth")
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["args"].items()}
+    differ = [
+        f"--{name.replace('_', '-')} {getattr(args, name)} (saved: {value})" for name, value in saved.items()
+        if name in args.given and name not in RESUME_MAY_CHANGE and getattr(args, name) != value
+    ]  # fmt: skip
+    if differ:
+        raise InputError(f"{path} contradicts {'; '.join(differ)}: leave these flags out, or start a new run")
+    kept = {k: v for k, v in saved.items() if k not in ("resume", "output_dir")}
+    return parse_args(argv, kept), checkpoint
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code: 0 done, 2 an error the user can mend, 130 interrupted."""
+    args = parse_args(argv)
+    try:
+        if args.predict:
+            return run_prediction(args)
+        if args.evaluate:
+            checkpoint = load_checkpoint(args.evaluate)
+            names = ("data", "data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed")
+            saved = {k: v for k, v in checkpoint.get("args", {}).items() if k in names and "data" not in args.given}
+            return run_evaluation(parse_args(argv, saved), checkpoint)
+        if args.resume:
+            return run_training(*prepare_resume(argv, args))
+        return run_training(args)
+    except InputError as error:
+        message = str(error).strip().splitlines()[-1].removeprefix("ssd_object_detection.").removeprefix("InputError: ")
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; if an epoch was finished, --resume goes on from it", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
