@@ -31,6 +31,7 @@ import copy
 import ctypes
 import datetime
 import functools
+import itertools
 import json
 import math
 import os
@@ -42,19 +43,18 @@ import sys
 import time
 import urllib.error
 import xml.etree.ElementTree as ElementTree
-from dataclasses import asdict, dataclass, field
+import xml.sax.saxutils
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # read when albumentations is imported: no network then
 
 import albumentations as A
 import cv2
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
@@ -66,7 +66,7 @@ from tqdm import tqdm
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
+)
 SHAPES_CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 
 IMAGE_SIZE = 300
@@ -212,29 +212,38 @@ class Record:
         return self.boxes_px / np.array([self.width, self.height] * 2, dtype=np.float32)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataSplits:
-    """A data set ready for use: records of each split, class names (label 1 first) and what was mended."""
+    """A data set ready for use: class names (label 1 first), Records of each split, what was mended on the way."""
 
     name: str
     classes: tuple
     train: list
     val: list
     test: list
-    notes: list = field(default_factory=list)
+    notes: list
 
 
 def read_split(root, split):
-    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt (first word of each line, blank lines skipped)."""
+    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt: the first word of each line, blank lines skipped."""
     path = Path(root) / "ImageSets" / "Main" / f"{split}.txt"
     if not path.is_file():
-        there = sorted(p.stem for p in path.parent.glob("*.txt")) if path.parent.is_dir() else []
-        hint = f"; lists there: {', '.join(there[:12])}" if there else "; is it a folder in VOC layout?"
-        raise InputError(f"no image list {path}{hint} (see --train-split, --val-split, --test-split)")
+        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))[:12])
+        hint = f"lists there: {there}" if there else "is it a folder in VOC layout?"
+        raise InputError(f"no image list {path}; {hint} (see --train-split, --val-split, --test-split)")
     ids = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not ids:
         raise InputError(f"the image list {path} is empty")
     return ids
+
+
+def find_image(root, image_id):
+    """Return the path of an image below ROOT/JPEGImages: .jpg first, else another usual ending."""
+    for suffix in (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp"):
+        path = Path(root) / "JPEGImages" / (image_id + suffix)
+        if path.is_file():
+            return str(path)
+    raise InputError(f"{Path(root) / 'JPEGImages' / image_id}.jpg: no such image, but a list names it")
 
 
 def parse_annotation(path):
@@ -248,11 +257,14 @@ def parse_annotation(path):
         raise InputError(f"{path}: no such annotation file") from None
     except (ElementTree.ParseError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable as XML ({error})") from None
-    objects = []
     try:
         width, height = (int(float(root.findtext(f"size/{side}"))) for side in ("width", "height"))
-    except (TypeError, ValueError):
-        raise InputError(f"{path}: no usable <size> with <width> and <height>") from None
+        usable = width > 0 and height > 0
+    except (TypeError, ValueError, OverflowError):
+        usable = False
+    if not usable:
+        raise InputError(f"{path}: no usable <size> with <width> and <height>")
+    objects = []
     for number, node in enumerate(root.iter("object"), start=1):
         name = (node.findtext("name") or "").strip()
         try:
@@ -265,149 +277,116 @@ def parse_annotation(path):
     return width, height, objects
 
 
-def find_image(root, image_id):
-    """Return the path of an image below ROOT/JPEGImages: .jpg first, else any usual ending."""
-    for suffix in (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp"):
-        path = Path(root) / "JPEGImages" / (image_id + suffix)
-        if path.is_file():
-            return str(path)
-    raise InputError(f"{Path(root) / 'JPEGImages' / image_id}.jpg: no such image, but a list names it")
-
-
-def parse_annotations(root, image_ids):
-    """Return [(image_id, image_path, annotation_path, width, height, objects)] for a list of ids below a VOC root."""
+def parse_split(roots, split):
+    """Return [(image_id, image_path, annotation_path, width, height, objects)] of a list in each VOC root."""
     parsed = []
-    for image_id in image_ids:
-        annotation = Path(root) / "Annotations" / f"{image_id}.xml"
-        parsed.append((image_id, find_image(root, image_id), str(annotation), *parse_annotation(annotation)))
+    for root in roots:
+        for image_id in read_split(root, split):
+            annotation = Path(root) / "Annotations" / f"{image_id}.xml"
+            parsed.append((image_id, find_image(root, image_id), str(annotation), *parse_annotation(annotation)))
     return parsed
 
 
 def make_records(parsed, classes, notes, *, only_listed=False):
-    """Turn parsed annotations into Records: boxes clipped to the picture, those without area dropped and noted.
+    """Turn what `parse_split` returns into Records: boxes clipped to the picture, those without area dropped.
 
-    classes: names, label 1 first. Another name raises InputError, or is left out if only_listed.
+    classes: names, label 1 first. An object of another class raises InputError, or is left out if only_listed.
+    What was clipped, dropped or left out is counted in notes.
     """
-    index = {name: label for label, name in enumerate(classes, start=1)}
-    records, dropped, clipped, unlisted = [], [], [], collections.Counter()
+    label_of = {name: label for label, name in enumerate(classes, start=1)}
+    records, mended = [], collections.defaultdict(list)
     for image_id, image_path, annotation, width, height, objects in parsed:
         kept = []
         for number, (name, (xmin, ymin, xmax, ymax), difficult) in enumerate(objects, start=1):
-            if name not in index:
-                if not only_listed:
-                    raise InputError(
-                        f"{annotation}: object {number} is of the unknown class {name!r}; known: {', '.join(classes)}"
-                    )
-                unlisted[name] += 1
-                continue
+            where = f"{Path(annotation).name} object {number} ({name})"
             raw = np.array([xmin - 1, ymin - 1, xmax, ymax])  # 1-based and inclusive -> 0-based edges
             box = np.clip(raw, 0, [width, height, width, height])
-            if xmax <= xmin or ymax <= ymin or box[2] <= box[0] or box[3] <= box[1]:
-                dropped.append(f"{Path(annotation).name} object {number} ({name})")
-                continue
-            if np.abs(raw - box).max() > 1:  # one pixel off is a 0-based annotation, not a mistake
-                clipped.append(f"{Path(annotation).name} object {number} ({name})")
-            kept.append((box, index[name], difficult))
+            if name not in label_of:
+                if not only_listed:
+                    raise InputError(f"{annotation}: object {number} is of the unknown class {name!r}; known: "
+                                     f"{', '.join(classes)}")
+                mended["left out: class not named by --classes"].append(where)
+            elif xmax <= xmin or ymax <= ymin or (box[2:] <= box[:2]).any():
+                mended["dropped: box without area"].append(where)
+            else:
+                if np.abs(raw - box).max() > 1:  # one pixel off is a 0-based annotation, not a mistake
+                    mended["clipped: box beyond the picture"].append(where)
+                kept.append((box, label_of[name], difficult))
         boxes, labels, difficult = zip(*kept, strict=True) if kept else ((), (), ())
-        records.append(
-            Record(
-                image_id, image_path, width, height, np.array(boxes, dtype=np.float32).reshape(-1, 4),
-                np.array(labels, dtype=np.int64), np.array(difficult, dtype=bool),
-            )
-        )  # fmt: skip
-    for what, items in (("dropped: box without area", dropped), ("clipped: box beyond the picture", clipped)):
-        if items:
-            notes.append(f"{len(items)} object(s) {what}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}")
-    if unlisted:
-        notes.append(f"objects of classes not named by --classes left out: {dict(unlisted)}")
+        boxes_px = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+        labels, difficult = np.array(labels, dtype=np.int64), np.array(difficult, dtype=bool)
+        records.append(Record(image_id, image_path, width, height, boxes_px, labels, difficult))
+    for what, places in mended.items():
+        notes.append(f"{len(places)} object(s) {what}: {', '.join(places[:3])}{', ...' if len(places) > 3 else ''}")
     return records
 
 
-def download_voc(data_root, years_and_sets):
-    """Fetch and verify (MD5) Pascal VOC archives through torchvision; raises InputError if they cannot be had."""
-    for year, image_set in years_and_sets:
-        print(f"fetching Pascal VOC {year} {image_set} into {data_root} ...", flush=True)
+def voc_roots(data, data_root, train_split, val_split, test_split):
+    """Return the folders of "voc2007" or "voc0712", 2007 first; lists that are missing are fetched by torchvision.
+
+    The archives are verified by their MD5 sums. Raises InputError if one cannot be had.
+    """
+    voc2007, voc2012 = (Path(data_root) / "VOCdevkit" / f"VOC{year}" for year in (2007, 2012))
+    wanted = [(voc2007, split) for split in (train_split, val_split, test_split)]
+    wanted += [(voc2012, train_split)] if data == "voc0712" else []
+    for root, split in wanted:
+        lists = root / "ImageSets" / "Main"
+        if split not in ("train", "val", "trainval", "test") or (lists / f"{split}.txt").is_file():
+            continue
+        year, archive = root.name[3:], "test" if split == "test" else "trainval"
+        print(f"{lists / split}.txt is missing: fetching Pascal VOC {year} {archive} into {data_root} ...", flush=True)
         try:
-            torchvision.datasets.VOCDetection(str(data_root), year=year, image_set=image_set, download=True)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            torchvision.datasets.VOCDetection(str(data_root), year=year, image_set=archive, download=True)
+        except (urllib.error.URLError, OSError, RuntimeError, ValueError) as error:
+            there = ", ".join(sorted(p.stem for p in lists.glob("*.txt") if "_" not in p.stem)) or "none"
             raise InputError(
-                f"Pascal VOC {year} {image_set} is not in {Path(data_root) / 'VOCdevkit' / ('VOC' + year)} and could "
-                f"not be fetched ({error}): use --data PATH with a folder in VOC layout, --data-root where VOCdevkit "
-                "is, --train-split and --test-split for the lists that you have, or --data shapes"
+                f"Pascal VOC {year}: no list {split} in {lists} (there: {there}) and it could not be fetched ({error}); "
+                "use --data PATH for a folder in VOC layout, --data-root DIR where VOCdevkit is, --train-split and "
+                "--test-split for the lists you have, or --data shapes, which needs no download"
             ) from None
-
-
-def _voc_roots(data, data_root, train_split, test_split):
-    """Return [(root, train split)] and (root, test split) of a Pascal VOC data set, fetched if lists are missing."""
-    voc2007, voc2012 = (Path(data_root) / "VOCdevkit" / f"VOC{year}" for year in ("2007", "2012"))
-    wanted = [(voc2007, "2007", train_split), (voc2007, "2007", test_split)]
-    if data == "voc0712":
-        wanted.append((voc2012, "2012", train_split))
-    missing = [
-        (year, split) for root, year, split in wanted
-        if split and not (root / "ImageSets" / "Main" / f"{split}.txt").is_file()
-    ]  # fmt: skip
-    named = [(year, split) for year, split in missing if split not in ("train", "val", "trainval", "test")]
-    if not named and missing:
-        have = [
-            p.stem for p in sorted((voc2007 / "ImageSets" / "Main").glob("*.txt")) if not re.search(r"_(train|val|test)", p.stem)
-        ]
-        if have:
-            print(f"{voc2007} has the lists {', '.join(have)}, but not {', '.join(s for _, s in missing)}")
-        download_voc(data_root, [(y, s if s == "test" else "trainval") for y, s in missing])
-    train = [(voc2007, train_split)] + ([(voc2012, train_split)] if data == "voc0712" else [])
-    return train, (voc2007, test_split)
+    return [voc2007, voc2012] if data == "voc0712" else [voc2007]
 
 
 def load_data(
-    data, *, data_root="data", classes=None, train_split=None, val_split=None, test_split=None, val_fraction=0.1, seed=0
+    data, *, data_root="data", classes=None, train_split="train", val_split=None, test_split=None,
+    val_fraction=0.1, seed=0,
 ):
     """Return the DataSplits of `data`: "voc2007", "voc0712", "shapes" or the path of a folder in VOC layout.
 
-    val_split None holds out a seeded val_fraction of the training list (0: no validation). A test split that is
-    None or absent gives an empty test list. Raises InputError for whatever is missing or malformed.
+    Without val_split a seeded val_fraction of the training list is held out (0: nothing); without test_split the
+    test list is empty. classes None: the VOC classes, or those that the training list has. Raises InputError for
+    whatever is missing or malformed.
     """
-    only_listed = False
+    only_listed, notes = classes is not None, []
     if data in ("voc2007", "voc0712"):
-        name = "pascal_voc"
-        train_roots, (test_root, test_split) = _voc_roots(data, data_root, train_split, test_split)
-        only_listed, classes = classes is not None, classes or VOC_CLASSES
+        name, classes = "pascal_voc", classes or VOC_CLASSES
+        roots = voc_roots(data, data_root, train_split, val_split, test_split)
     else:
-        test_root = Path(data_root) / "shapes" if data == "shapes" else Path(data)
+        roots = [Path(data_root) / "shapes" if data == "shapes" else Path(data)]
         if data == "shapes":
-            generate_shapes(test_root)
-        elif not test_root.is_dir():
-            raise InputError(f"--data {data}: no such folder, and none of the names voc2007, voc0712, shapes")
-        name = re.sub(r"\W+", "_", test_root.resolve().name.lower()).strip("_") or "custom"
-        train_roots = [(test_root, train_split)]
-        only_listed = classes is not None
-    parsed = [item for root, split in train_roots for item in parse_annotations(root, read_split(root, split))]
-    found = sorted({obj[0] for item in parsed for obj in item[5]})
+            generate_shapes(roots[0])
+        elif not roots[0].is_dir():
+            raise InputError(f"--data {data}: no such folder, and not voc2007, voc0712 or shapes")
+        name = re.sub(r"\W+", "_", roots[0].resolve().name.lower()).strip("_") or "custom"
+    parsed = parse_split(roots, train_split)
+    found = sorted({name_ for item in parsed for name_, _, _ in item[5]})
     classes = tuple(classes or found)
-    absent = [c for c in classes if c not in found]
     if not found:
-        raise InputError(f"the training list of {data} has no object at all")
-    if only_listed and absent:
-        raise InputError(f"--classes: no object of {', '.join(absent)} in the training list; there: {', '.join(found)}")
-    notes = []
-    train = make_records(parsed, classes, notes, only_listed=only_listed)
-    val, test = [], []
+        raise InputError(f"the list {train_split} of {data} names no image with an object")
+    if only_listed and (absent := [c for c in classes if c not in found]):
+        raise InputError(f"--classes: list {train_split} has no {', '.join(absent)}; it has {', '.join(found)}")
+    records = functools.partial(make_records, classes=classes, notes=notes, only_listed=only_listed)
+    train, val = records(parsed), []
     if val_split:
-        val_root = train_roots[0][0]
-        val = make_records(
-            parse_annotations(val_root, read_split(val_root, val_split)), classes, notes, only_listed=only_listed
-        )
+        val = records(parse_split(roots[:1], val_split))
     elif val_fraction > 0:
-        order = np.random.default_rng(seed).permutation(len(train))
-        held_out = set(order[: max(1, round(val_fraction * len(train)))].tolist())
+        order = np.random.default_rng(seed).permutation(len(train)).tolist()
+        held_out = set(order[: max(1, round(val_fraction * len(train)))])
         val = [r for i, r in enumerate(train) if i in held_out]
         train = [r for i, r in enumerate(train) if i not in held_out]
     if not train:
         raise InputError("nothing is left to train on: lower --val-fraction")
-    if test_split:
-        test = make_records(
-            parse_annotations(test_root, read_split(test_root, test_split)), classes, notes, only_listed=only_listed
-        )
+    test = records(parse_split(roots[:1], test_split)) if test_split else []
     return DataSplits(name, classes, train, val, test, notes)
 
 
@@ -437,10 +416,9 @@ class VocDataset(torch.utils.data.Dataset):
         record = self.records[index]
         image = read_image(record.image_path)
         if image.shape[:2] != (record.height, record.width):
-            raise InputError(
-                f"{record.image_path} is {image.shape[1]}x{image.shape[0]} pixels, its annotation says "
-                f"{record.width}x{record.height}: correct the file or its <size>"
-            )
+            raise InputError(f"{record.image_path} is {image.shape[1]}x{image.shape[0]} pixels, its annotation says "
+                             f"{record.width}x{record.height}: correct the file or its <size>")
+        # One generator for all steps: Compose(seed=...) would give each step the same stream, all their coins equal.
         rng = np.random.default_rng((self.seed, epoch, index))
         self.transform.set_random_state(rng, random.Random(int(rng.integers(2**63))))
         out = self.transform(image=image, bboxes=record.boxes, rows=np.arange(len(record.labels)))
@@ -459,19 +437,12 @@ def collate(samples):
 
     G is the largest count in the batch and may be 0; shorter lists are padded with label 0.
     """
-    most = max(len(s["labels"]) for s in samples)
-    gt_boxes = torch.zeros(len(samples), most, 4)
-    gt_labels = torch.zeros(len(samples), most, dtype=torch.int64)
-    gt_difficult = torch.zeros(len(samples), most, dtype=torch.bool)
-    for i, sample in enumerate(samples):
-        count = len(sample["labels"])
-        gt_boxes[i, :count], gt_labels[i, :count] = sample["boxes"], sample["labels"]
-        gt_difficult[i, :count] = sample["difficult"]
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
     return {
         "images": torch.stack([s["image"] for s in samples]),
-        "gt_boxes": gt_boxes,
-        "gt_labels": gt_labels,
-        "gt_difficult": gt_difficult,
+        "gt_boxes": pad([s["boxes"] for s in samples]),
+        "gt_labels": pad([s["labels"] for s in samples]),
+        "gt_difficult": pad([s["difficult"] for s in samples]),
         "indices": torch.tensor([s["index"] for s in samples]),
     }
 
@@ -499,14 +470,12 @@ def _init_worker(_):
     torch.set_num_threads(1)
 
 
-def make_loader(dataset, *, batch_size, workers, device, sampler=None):
-    """Return a DataLoader: in order and without loss for evaluation, by `sampler` (an EpochBatchSampler) to train."""
+def make_loader(dataset, *, batch_size=1, workers=0, pin_memory=False, sampler=None):
+    """Return a DataLoader: in order and complete for evaluation, by `sampler` (an EpochBatchSampler) to train."""
     how = {"batch_sampler": sampler} if sampler is not None else {"batch_size": batch_size}
     if workers:
         how.update(persistent_workers=True, prefetch_factor=4, worker_init_fn=_init_worker)
-    return torch.utils.data.DataLoader(
-        dataset, num_workers=workers, collate_fn=collate, pin_memory=torch.device(device).type == "cuda", **how
-    )
+    return torch.utils.data.DataLoader(dataset, num_workers=workers, collate_fn=collate, pin_memory=pin_memory, **how)
 
 
 # The generated data set: drawn shapes on textured, cluttered backgrounds.
@@ -515,90 +484,93 @@ SHAPES_SPLITS = {"train": 400, "val": 40, "test": 150}
 SHAPES_VERSION = {"version": 1, "seed": 2007, "splits": SHAPES_SPLITS, "classes": list(SHAPES_CLASSES)}
 
 
-def _shape_polygons(name, rng):
-    """Return the outline of a shape in the unit circle: polygons for cv2.fillPoly (a second one is a hole)."""
-    turn = rng.uniform(0, 2 * math.pi)
+def _shape_outline(name, rng):
+    """Return a shape in the unit circle, turned by up to 20 degrees: polygons (N, 2), of which a second is a hole."""
+    turn = math.radians(rng.uniform(-20, 20))
 
-    def ring(count, radius=1.0, start=0.0):
-        angles = start + turn + np.arange(count) * 2 * math.pi / count
+    def polygon(count, start=0.0, radius=1.0):
+        angles = turn + start + np.arange(count) * 2 * math.pi / count
         return np.stack((np.cos(angles), np.sin(angles)), axis=1) * np.reshape(radius, (-1, 1))
 
-    if name == "circle":
-        return [ring(48)]
-    if name == "ring":
-        return [ring(48), ring(48, rng.uniform(0.5, 0.62))]
-    if name == "square":
-        return [ring(4)]
-    if name == "triangle":
-        return [ring(3)]
+    if name == "cross":
+        near, far = rng.uniform(0.28, 0.36), 1.0
+        reach, angle = math.hypot(near, far), math.atan2(near, far)
+        corners = [(reach, -angle), (reach, angle), (near * math.sqrt(2), math.pi / 4)]
+        angles = [turn + a + quarter * math.pi / 2 for quarter in range(4) for _, a in corners]
+        return [np.stack((np.cos(angles), np.sin(angles)), axis=1) * np.tile([[r] for r, _ in corners], (4, 1))]
     if name == "star":
-        return [ring(10, np.tile((1.0, rng.uniform(0.38, 0.45)), 5))]
-    arm = rng.uniform(0.28, 0.36)  # cross
-    quarter = np.array([[arm, 1.0], [arm, arm], [1.0, arm]])
-    corners = [quarter @ np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]])
-               for a in turn - np.arange(4) * math.pi / 2]  # fmt: skip
-    return [np.concatenate(corners)]
+        return [polygon(10, -math.pi / 2, np.tile((1.0, rng.uniform(0.38, 0.45)), 5))]
+    if name in ("square", "triangle"):
+        return [polygon(4, math.pi / 4) if name == "square" else polygon(3, -math.pi / 2)]
+    return [polygon(48)] + ([polygon(48, radius=rng.uniform(0.5, 0.62))] if name == "ring" else [])
 
 
 def _texture(rng, height, width, contrast):
-    """Return a float32 (H, W, 3) texture around a random colour: smooth noise of a few scales, maybe stripes."""
-    base = rng.uniform(30, 225, 3)
-    out = np.tile(base.astype(np.float32), (height, width, 1))
+    """Return a float32 (H, W, 3) texture around a random colour: smooth noise of three scales, maybe stripes."""
+    out = np.tile(rng.uniform(30, 225, 3).astype(np.float32), (height, width, 1))
     for cells in (3, 9, 40):
         noise = rng.normal(0, contrast / 2, (cells, cells, 3)).astype(np.float32)
-        out += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+        out += cv2.resize(noise, (width, height), interpolation=cv2.INTER_LINEAR)
     if rng.random() < 0.4:
         angle, period = rng.uniform(0, math.pi), rng.uniform(6, 40)
-        y, x = np.mgrid[:height, :width].astype(np.float32)
-        wave = np.sin((x * math.cos(angle) + y * math.sin(angle)) * 2 * math.pi / period)
+        x, y = (np.arange(n, dtype=np.float32) * 2 * math.pi / period for n in (width, height))
+        wave = np.sin(x * math.cos(angle) + y[:, None] * math.sin(angle))
         out += (contrast * 0.6 * wave)[..., None] * rng.uniform(-1, 1, 3).astype(np.float32)
     return out
+
+
+def _paint(image, polygons, rng):
+    """Fill polygons (N, 2), the outer one first, on a float32 image with a texture that can be told from what is there.
+
+    Changes the image in place; returns the bool (H, W) mask of the pixels covered.
+    """
+    mask = np.zeros(image.shape[:2], np.uint8)
+    cv2.fillPoly(mask, [np.round(p * 16).astype(np.int32) for p in polygons], 255, cv2.LINE_AA, 4)
+    x, y, width, height = cv2.boundingRect(mask)
+    part, cover = image[y : y + height, x : x + width], mask[y : y + height, x : x + width]
+    fill, behind = _texture(rng, height, width, contrast=10), part[cover > 127].mean(axis=0)
+    if np.abs(fill[cover > 127].mean(axis=0) - behind).max() < 50:  # what nobody could see would teach nothing
+        fill += np.where(behind > 127, -80, 80).astype(np.float32)
+    part += (fill - part) * (cover[..., None] / np.float32(255))
+    return mask > 127
 
 
 def draw_shapes_image(rng):
     """Draw one picture; returns the image, uint8 (H, W, 3), and its objects as (name, [xmin, ymin, xmax, ymax]).
 
-    Zero to six objects of 20 pixels to four fifths of the shorter side; a box bounds the visible part of its
-    object, 1-based and inclusive as VOC writes it, and at least 60% of every object stays visible.
+    Zero to eight objects of 20 pixels to four fifths of the shorter side. A box bounds the visible part of its
+    object, 1-based and inclusive as VOC writes it; at least 60% of every object stays visible.
     """
     height, width = (int(v) for v in rng.integers(280, 401, 2))
     image = _texture(rng, height, width, contrast=22)
-    for _ in range(rng.integers(4, 14)):  # clutter: strokes, scribbles and specks that belong to no class
+    for _ in range(rng.integers(4, 14)):  # clutter: strokes that belong to no class
         points = np.cumsum(rng.normal(0, 28, (rng.integers(2, 6), 2)), axis=0) + rng.uniform(0, [width, height])
-        cv2.polylines(image, [points.astype(np.int32)], False, rng.uniform(0, 255, 3).tolist(), int(rng.integers(1, 4)), cv2.LINE_AA)
-    masks, names = [], []
-    count = 0 if rng.random() < 0.08 else int(rng.integers(1, 7))
+        color, thickness = rng.uniform(0, 255, 3).tolist(), int(rng.integers(1, 4))
+        cv2.polylines(image, [points.astype(np.int32)], False, color, thickness, cv2.LINE_AA)
+    placed, count = [], 0 if rng.random() < 0.08 else int(rng.integers(1, 9))  # placed: (name, visible mask, area)
     for _ in range(4 * count):
-        if len(masks) == count:
+        if len(placed) == count:
             break
         name = SHAPES_CLASSES[rng.integers(len(SHAPES_CLASSES))]
         size = math.exp(rng.uniform(math.log(20), math.log(0.8 * min(height, width))))
-        outline = _shape_polygons(name, rng)
+        outline = _shape_outline(name, rng)
         low, extent = outline[0].min(axis=0), np.ptp(outline[0], axis=0)
         corner = rng.uniform(0, np.maximum([width, height] - extent * size / extent.max(), 1))
-        polygons = [((p - low) * size / extent.max() + corner) for p in outline]
-        mask = np.zeros((height, width), np.uint8)
-        cv2.fillPoly(mask, [np.round(p * 16).astype(np.int32) for p in polygons], 255, cv2.LINE_AA, 4)
-        solid = mask > 127
-        if any((old[0] & ~solid).sum() < 0.6 * old[1] for old in masks):
+        before = image.copy()
+        solid = _paint(image, [(p - low) * size / extent.max() + corner for p in outline], rng)
+        if any(np.count_nonzero(visible & ~solid) < 0.6 * area for _, visible, area in placed):
+            image = before  # it would hide too much of another
             continue
-        masks = [(old[0] & ~solid, old[1]) for old in masks] + [(solid, solid.sum())]
-        names.append(name)
-        fill = _texture(rng, height, width, contrast=10)
-        behind = image[solid].mean(axis=0)
-        if np.abs(fill[solid].mean(axis=0) - behind).max() < 50:  # an object that nobody could see teaches nothing
-            fill += np.where(behind > 127, -80, 80).astype(np.float32)
-        alpha = mask[..., None].astype(np.float32) / 255
-        image = image * (1 - alpha) + fill * alpha
+        placed = [(n, visible & ~solid, area) for n, visible, area in placed] + [(name, solid, solid.sum())]
     objects = []
-    for name, (solid, _) in zip(names, masks, strict=True):
-        ys, xs = np.flatnonzero(solid.any(axis=1)), np.flatnonzero(solid.any(axis=0))
+    for name, visible, _ in placed:
+        ys, xs = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
         objects.append((name, [int(v) + 1 for v in (xs[0], ys[0], xs[-1], ys[-1])]))
-    return np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8), objects
+    return np.clip(image + rng.normal(0, 4, (height, width, 1)), 0, 255).astype(np.uint8), objects
 
 
 def generate_shapes(root):
-    """Write the `shapes` data set in VOC layout below root, unless it is there; the same files on every machine.
+    """Write the `shapes` data set in VOC layout below root, unless this version of it is there.
 
     Made in a temporary folder and renamed, so that an interrupted run leaves nothing half-made.
     """
@@ -610,74 +582,87 @@ def generate_shapes(root):
     if root.exists() and not stamp.exists():
         raise InputError(f"{root} is there but was not made by --data shapes: move it, or set --data-root")
     making = root.with_name(f"{root.name}.{os.getpid()}.tmp")
-    shutil.rmtree(making, ignore_errors=True)
-    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (making / folder).mkdir(parents=True)
     print(f"drawing the shapes data set into {root} ...", flush=True)
-    for number_of_split, (split, count) in enumerate(SHAPES_SPLITS.items()):
-        ids = [f"{split}_{i:04d}" for i in range(count)]
-        for i, image_id in enumerate(ids):
-            image, objects = draw_shapes_image(np.random.default_rng((SHAPES_VERSION["seed"], number_of_split, i)))
-            Image.fromarray(image).save(making / "JPEGImages" / f"{image_id}.jpg", quality=92)
-            write_annotation(making / "Annotations" / f"{image_id}.xml", f"{image_id}.jpg", image.shape, objects)
-        (making / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
-    (making / "shapes.json").write_text(json.dumps(SHAPES_VERSION))
-    shutil.rmtree(root, ignore_errors=True)
-    making.rename(root)
+    try:
+        for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+            (making / folder).mkdir(parents=True)
+        for number, (split, count) in enumerate(SHAPES_SPLITS.items()):
+            ids = [f"{split}_{i:04d}" for i in range(count)]
+            for i, image_id in enumerate(ids):
+                image, objects = draw_shapes_image(np.random.default_rng((SHAPES_VERSION["seed"], number, i)))
+                Image.fromarray(image).save(making / "JPEGImages" / f"{image_id}.jpg", quality=90)
+                write_annotation(making / "Annotations" / f"{image_id}.xml", f"{image_id}.jpg", image.shape, objects)
+            (making / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
+        (making / stamp.name).write_text(json.dumps(SHAPES_VERSION))
+        shutil.rmtree(root, ignore_errors=True)
+        making.rename(root)
+    except OSError as error:
+        raise InputError(f"{root} could not be written: {error}") from None
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
 
 
 def write_annotation(path, filename, shape, objects):
     """Write a VOC XML file; shape is (H, W, 3), objects are (name, [xmin, ymin, xmax, ymax]), 1-based inclusive."""
-    root = ElementTree.Element("annotation")
-    ElementTree.SubElement(root, "filename").text = filename
-    size = ElementTree.SubElement(root, "size")
-    for key, value in (("width", shape[1]), ("height", shape[0]), ("depth", shape[2])):
-        ElementTree.SubElement(size, key).text = str(value)
+    def element(tag, content):
+        inner = "".join(content) if isinstance(content, list) else xml.sax.saxutils.escape(str(content))
+        return f"<{tag}>{inner}</{tag}>"
+
+    def elements(tags, values):
+        return [element(tag, value) for tag, value in zip(tags, values, strict=True)]
+
+    nodes = elements(("filename", "size"), (filename, elements(("height", "width", "depth"), shape)))
     for name, box in objects:
-        node = ElementTree.SubElement(root, "object")
-        ElementTree.SubElement(node, "name").text = name
-        ElementTree.SubElement(node, "difficult").text = "0"
-        bndbox = ElementTree.SubElement(node, "bndbox")
-        for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
-            ElementTree.SubElement(bndbox, key).text = str(value)
-    ElementTree.indent(root)
-    ElementTree.ElementTree(root).write(path, encoding="unicode")
+        content = name, 0, elements(("xmin", "ymin", "xmax", "ymax"), box)
+        nodes.append(element("object", elements(("name", "difficult", "bndbox"), content)))
+    Path(path).write_text(element("annotation", nodes) + "\n", encoding="utf-8")
 
 
 # ---- 6. Augmentation ----
 
 
-class SSDZoomOut(A.DualTransform):
-    """Place the picture at random on a canvas up to max_ratio times larger, filled with a colour (SSD section 3.6)."""
+class _BoxGeometry(A.DualTransform):
+    """A transform of image and boxes by the parameters that get_params_dependent_on_data draws."""
 
     _targets = (A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES)
 
-    def __init__(self, max_ratio=4.0, fill=tuple(round(255 * m) for m in IMAGENET_MEAN), p=0.5):
+
+class SSDZoomOut(_BoxGeometry):
+    """Place the picture at random on a canvas up to max_ratio times larger, of the mean colour (SSD section 3.6).
+
+    Picture and canvas are shrunk together where the canvas would have more than twice the network's resolution,
+    which saves half the pipeline's time.
+    """
+
+    def __init__(self, max_ratio=4.0, p=0.5):
         super().__init__(p=p)
-        self.max_ratio, self.fill = max_ratio, fill
+        self.max_ratio, self.fill = max_ratio, [round(255 * m) for m in IMAGENET_MEAN]
 
     def get_params_dependent_on_data(self, params, data):
         height, width = params["shape"][:2]
         ratio = self.py_random.uniform(1, self.max_ratio)
-        canvas = (round(height * ratio), round(width * ratio))
-        corner = (self.py_random.randint(0, canvas[0] - height), self.py_random.randint(0, canvas[1] - width))
-        return {"canvas": canvas, "corner": corner}
+        scale = min(1.0, 2 * IMAGE_SIZE / (ratio * max(height, width)))
+        size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        canvas = (max(size[0], round(height * ratio * scale)), max(size[1], round(width * ratio * scale)))
+        corner = tuple(self.py_random.randint(0, c - s) for c, s in zip(canvas, size, strict=True))
+        return {"canvas": canvas, "size": size, "corner": corner}
 
-    def apply(self, img, canvas, corner, **params):
+    def apply(self, img, canvas, size, corner, **params):
         out = np.empty((*canvas, 3), dtype=img.dtype)
         out[:] = self.fill
-        out[corner[0] : corner[0] + img.shape[0], corner[1] : corner[1] + img.shape[1]] = img
+        img = img if size == img.shape[:2] else cv2.resize(img, size[::-1], interpolation=cv2.INTER_AREA)
+        out[corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]] = img
         return out
 
-    def apply_to_bboxes(self, bboxes, canvas, corner, **params):
-        height, width = params["shape"][:2]
+    def apply_to_bboxes(self, bboxes, canvas, size, corner, **params):
         out = bboxes.copy()
-        out[:, [0, 2]] = (bboxes[:, [0, 2]] * width + corner[1]) / canvas[1]
-        out[:, [1, 3]] = (bboxes[:, [1, 3]] * height + corner[0]) / canvas[0]
+        for axis in (0, 1):  # y, x
+            columns = [1 - axis, 3 - axis]
+            out[:, columns] = (bboxes[:, columns] * size[axis] + corner[axis]) / canvas[axis]
         return out
 
 
-class SSDCrop(A.DualTransform):
+class SSDCrop(_BoxGeometry):
     """Cut out a random patch (SSD section 2.2, "Data augmentation").
 
     One of seven choices, equally likely: the whole picture; a patch whose IoU with at least one object is no less
@@ -686,7 +671,6 @@ class SSDCrop(A.DualTransform):
     Objects whose centre is inside are kept, clipped to the patch. A picture without objects takes any patch.
     """
 
-    _targets = (A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES)
     min_ious = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # None: the whole picture
 
     def __init__(self, min_scale=0.3, trials=50, p=1.0):
@@ -695,23 +679,18 @@ class SSDCrop(A.DualTransform):
 
     def get_params_dependent_on_data(self, params, data):
         height, width = params["shape"][:2]
-        whole = (0, 0, width, height)
         min_iou = self.py_random.choice(self.min_ious)
-        if min_iou is None:
-            return {"patch": whole}
         boxes = np.asarray(data["bboxes"], dtype=np.float64)[:, :4].reshape(-1, 4) * [width, height, width, height]
-        for _ in range(self.trials):
+        for _ in range(0 if min_iou is None else self.trials):
             w = max(1, round(width * self.py_random.uniform(self.min_scale, 1)))
             h = max(1, round(height * self.py_random.uniform(self.min_scale, 1)))
-            if not 0.5 <= w / h <= 2:
-                continue
             x, y = self.py_random.randint(0, width - w), self.py_random.randint(0, height - h)
-            patch = (x, y, x + w, y + h)
-            if len(boxes) == 0:
+            patch = np.array([x, y, x + w, y + h])
+            if 0.5 <= w / h <= 2 and (
+                len(boxes) == 0 or (self.centre_inside(boxes, patch).any() and self.iou(boxes, patch).max() >= min_iou)
+            ):
                 return {"patch": patch}
-            if self.centre_inside(boxes, patch).any() and self.iou(boxes, patch).max() >= min_iou:
-                return {"patch": patch}
-        return {"patch": whole}
+        return {"patch": np.array([0, 0, width, height])}
 
     @staticmethod
     def centre_inside(boxes, patch):
@@ -724,20 +703,16 @@ class SSDCrop(A.DualTransform):
         """IoU of each box (G, 4) with the patch (4,); float (G,)."""
         sides = np.minimum(boxes[:, 2:4], patch[2:]) - np.maximum(boxes[:, :2], patch[:2])
         shared = sides.clip(min=0).prod(axis=1)
-        return shared / ((boxes[:, 2:4] - boxes[:, :2]).prod(axis=1) + (patch[2] - patch[0]) * (patch[3] - patch[1]) - shared)
+        return shared / ((boxes[:, 2:4] - boxes[:, :2]).prod(axis=1) + (patch[2:] - patch[:2]).prod() - shared)
 
     def apply(self, img, patch, **params):
         return img[patch[1] : patch[3], patch[0] : patch[2]]
 
     def apply_to_bboxes(self, bboxes, patch, **params):
-        height, width = params["shape"][:2]
-        out = bboxes.copy()
-        out[:, :4] *= [width, height, width, height]
-        out = out[self.centre_inside(out, patch)]
-        out[:, :4] -= [patch[0], patch[1], patch[0], patch[1]]
-        return np.column_stack((out[:, :4] / np.array([patch[2] - patch[0], patch[3] - patch[1]] * 2), out[:, 4:])).clip(
-            [0] * 4 + [-np.inf] * (out.shape[1] - 4), [1] * 4 + [np.inf] * (out.shape[1] - 4)
-        )
+        sides = np.array(params["shape"][1::-1] * 2)  # width, height, width, height
+        out = bboxes[self.centre_inside(bboxes[:, :4] * sides, patch)]
+        inside = (out[:, :4] * sides - np.tile(patch[:2], 2)) / np.tile(patch[2:] - patch[:2], 2)
+        return np.column_stack((inside.clip(0, 1), out[:, 4:]))
 
 
 def resize_transform():
@@ -751,11 +726,10 @@ def build_transform(*, train, zoom_out=0.5, crop=1.0, color=0.5, shadow=0.2, noi
     The geometry comes first and ends at 300x300, so that the photometric steps see few pixels. Brightness within
     +-32/255, contrast and saturation .5 to 1.5, hue +-18 degrees, each at probability `color` (SSD section 2.2).
     """
-    bbox_params = A.BboxParams(
-        format="albumentations", label_fields=["rows"], clip=True, filter_invalid_bboxes=True, min_width=1e-3, min_height=1e-3
-    )
+    options = {} if not train else {"filter_invalid_bboxes": True, "check_each_transform": False}
+    bbox_params = A.BboxParams(format="albumentations", label_fields=["rows"], clip=True, **options)
     if not train:
-        return A.Compose([resize_transform()], bbox_params=A.BboxParams(format="albumentations", label_fields=["rows"], clip=True))
+        return A.Compose([resize_transform()], bbox_params=bbox_params)
     steps = [
         SSDZoomOut(p=zoom_out),
         SSDCrop(p=crop),
@@ -764,7 +738,7 @@ def build_transform(*, train, zoom_out=0.5, crop=1.0, color=0.5, shadow=0.2, noi
         A.RandomBrightnessContrast(brightness_limit=32 / 255, contrast_limit=0, p=color),
         A.RandomBrightnessContrast(brightness_limit=0, contrast_limit=0.5, p=color),
         A.ColorJitter(brightness=(1, 1), contrast=(1, 1), saturation=(0.5, 1.5), hue=(0, 0), p=color),
-        A.HueSaturationValue(hue_shift_limit=9, sat_shift_limit=0, val_shift_limit=0, p=color),  # OpenCV: 2 degrees each
+        A.HueSaturationValue(hue_shift_limit=9, sat_shift_limit=0, val_shift_limit=0, p=color),  # 2 degrees each
         A.RandomShadow(shadow_roi=(0, 0, 1, 1), num_shadows_limit=(1, 2), shadow_intensity_range=(0.3, 0.6), p=shadow),
         A.GaussNoise(std_range=(0.01, 0.05), p=noise),  # 2.5 to 13 of 255: a camera in poor light
         A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.2), p=blur),
@@ -806,8 +780,8 @@ class SSD300(nn.Module):
     Raises ValueError for images of another shape.
     """
 
-    # Differs from paper: six maps of 37, 18, 18, 9, 5, 2 cells with 9,966 anchors (SSD: 38, 19, 10, 5, 3, 1 with 8,732):
-    # VGG's pooling rounds down, conv5_3 feeds a head of its own, and fc6 has no dilation.
+    # Differs from paper: maps of 37, 18, 18, 9, 5, 2 cells with 9,966 anchors (SSD: 38, 19, 10, 5, 3, 1 with 8,732):
+    # VGG's pooling rounds down, conv5_3 feeds a head of its own, fc6 is not dilated, nothing pools before it.
 
     def __init__(self, num_classes, *, width=1.0, batch_norm=False, prior_prob=None, clip_anchors=False):
         super().__init__()
@@ -826,7 +800,7 @@ class SSD300(nn.Module):
             nn.Sequential(*conv(ch(1024), ch(256), 1), *conv(ch(256), ch(512), stride=2)),  # 18 -> 9
             nn.Sequential(*conv(ch(512), ch(128), 1), *conv(ch(128), ch(256), stride=2)),  # 9 -> 5
             nn.Sequential(*conv(ch(256), ch(128), 1), *conv(ch(128), ch(256), stride=2, padding=0)),  # 5 -> 2
-        ])  # fmt: skip
+        ])
         map_channels = [ch(c) for c in (512, 512, 1024, 512, 256, 256)]
         per_cell = [2 + 2 * len(ratios) for ratios in ASPECT_RATIOS]
         pairs = list(zip(map_channels, per_cell, strict=True))
@@ -903,7 +877,7 @@ def load_backbone(model, state):
     if [v.shape for v in own.values()] != [v.shape for v in given.values()]:
         raise InputError(
             f"the backbone weights do not fit: this network's VGG blocks have {len(own)} tensors, the file has "
-            f"{len(given)} named features.*; a full-width network takes torchvision's vgg16 (vgg16_bn with --batch-norm)"
+            f"{len(given)} named features.*; take torchvision's vgg16, or vgg16_bn with --batch-norm"
         )
     try:
         fc6 = state["classifier.0.weight"].view(4096, 512, 7, 7)[::4, :, ::3, ::3], state["classifier.0.bias"][::4]
@@ -990,7 +964,7 @@ def detection_loss(outputs, targets, *, loss="focal", alpha=-1.0, gamma=2.0, cls
 def detect(
     cls_logits, box_deltas, anchors, *,
     score_thresh=SCORE_THRESH, nms_iou_thresh=NMS_IOU_THRESH, max_detections=MAX_DETECTIONS,
-):  # fmt: skip
+):
     """Turn raw outputs into detections: a list of B triples boxes (D, 4), labels (D,) 1..K, scores (D,), best first.
 
     cls_logits (B, A, K + 1), box_deltas (B, A, 4), anchors_cxcywh (A, 4). Boxes are normalised xyxy cut at the
@@ -1050,7 +1024,7 @@ def best_overlaps(det_keys, det_boxes, gt_keys, gt_boxes):
 
 
 def evaluate_voc(detections, truth, num_classes, iou_thresh=0.5):
-    """Score detections by the VOC2007 devkit's rules; returns {label: {"ap_area", "ap11", "recall", "precision", "num_gt"}}.
+    """Score detections by the VOC2007 devkit's rules: {label: {"ap_area", "ap11", "recall", "precision", "num_gt"}}.
 
     detections: {"image_ids" (N,), "labels" (N,) 1..K, "scores" (N,), "boxes_px" (N, 4)}; truth: {"image_ids" (M,),
     "labels" (M,), "boxes_px" (M, 4), "difficult" (M,) bool}. Boxes are VOC pixels: 1-based, corners included. In
@@ -1101,46 +1075,44 @@ def truth_of(records):
 
 
 @torch.no_grad()
-def evaluate(model, loader, *, device, amp_dtype=None, criterion=None, iou_thresh=0.5, **detect_settings):
-    """Run a model over a loader of a VocDataset and score it by the VOC rules.
+def evaluate(model, loader, *, amp_dtype=None, criterion=None, **settings):
+    """Run a model over a loader of a VocDataset and score it by the VOC rules at IoU .5.
 
-    Returns {"map_area", "map11", "classes": as evaluate_voc, "detections"}, and with a criterion (outputs, batch ->
-    losses) the mean "loss", "loss_cls" and "loss_box". Classes without ground truth are left out of the means.
+    Returns {"map_area", "map11", "classes": as evaluate_voc, "detections": as it takes them}, and with a criterion
+    (outputs, batch -> losses) the means "loss", "loss_cls", "loss_box". settings: of `detect`. Classes without
+    ground truth are left out of the mean APs, which are NaN if no class has any.
     """
     model.eval()
-    records, parts, losses = loader.dataset.records, collections.defaultdict(list), collections.Counter()
+    device, records, parts, losses = model.anchors.device, loader.dataset.records, collections.defaultdict(list), {}
     for batch in loader:
         batch = to_device(batch, device)
         with autocast(device, amp_dtype):
             outputs = model(batch["images"])
         if criterion is not None:
             for name, value in criterion(outputs, batch).items():
-                losses[name] += value.item() * len(batch["images"])
-        for index, (boxes, labels, scores) in zip(
-            batch["indices"].tolist(), detect(*outputs, model.anchors, **detect_settings), strict=True
-        ):
+                losses[name] = losses.get(name, 0.0) + value.item() * len(batch["images"]) / len(records)
+        found = detect(*outputs, model.anchors, **settings)
+        for index, (boxes, labels, scores) in zip(batch["indices"].tolist(), found, strict=True):
             size = np.array([records[index].width, records[index].height] * 2)
             parts["image_ids"].append(np.full(len(labels), index))
             parts["labels"].append(labels.cpu().numpy())
             parts["scores"].append(scores.cpu().numpy())
             parts["boxes_px"].append(to_voc_pixels(boxes.cpu().numpy() * size))
     detections = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    classes = evaluate_voc(detections, truth_of(records), model.num_classes, iou_thresh)
-    means = {
-        name: float(np.nanmean(aps)) if not np.isnan(aps).all() else math.nan
-        for name, aps in (("map_area", [c["ap_area"] for c in classes.values()]), ("map11", [c["ap11"] for c in classes.values()]))
-    }
-    return {**means, **{k: v / len(records) for k, v in losses.items()}, "classes": classes, "detections": detections}
+    classes = evaluate_voc(detections, truth_of(records), model.num_classes)
+    aps = np.array([(c["ap_area"], c["ap11"]) for c in classes.values() if c["num_gt"]]).reshape(-1, 2)
+    map_area, map11 = aps.mean(axis=0).tolist() if len(aps) else (math.nan, math.nan)
+    return {"map_area": map_area, "map11": map11, **losses, "classes": classes, "detections": detections}
 
 
 def class_table(result, class_names):
-    """Return the per-class table of an evaluation as text: ground truths, recall, AP by area and by 11 points."""
+    """Return the per-class table of an evaluation as text: objects that count, recall, AP by area and by 11 points."""
     width = max(10, *map(len, class_names))
     lines = [f"{'class':<{width}}  objects  recall  AP area  AP 11-point"]
     for label, name in enumerate(class_names, start=1):
         row = result["classes"][label]
         recall = row["recall"][-1] if len(row["recall"]) else 0.0
-        values = f"{recall:7.3f} {row['ap_area']:8.4f} {row['ap11']:12.4f}" if row["num_gt"] else "      -        -            -"
+        values = f"{recall:7.3f} {row['ap_area']:8.4f} {row['ap11']:12.4f}" if row["num_gt"] else "  no object to find"
         lines.append(f"{name:<{width}} {row['num_gt']:8d} {values}")
     return "\n".join([*lines, f"{'mean':<{width}} {'':8} {'':7} {result['map_area']:8.4f} {result['map11']:12.4f}"])
 
@@ -1171,13 +1143,23 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path, content):
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1))
+
+
 def save_checkpoint(path, checkpoint):
     """Write a checkpoint: a dict of tensors and plain values, format_version first."""
     write_atomically(path, lambda temporary: torch.save({"format_version": FORMAT_VERSION, **checkpoint}, temporary))
 
 
 def load_checkpoint(path):
-    """Return a checkpoint's dict; raises InputError if the file is missing, damaged or no checkpoint of this program."""
+    """Return a checkpoint's dict; raises InputError if the file is missing, damaged or no checkpoint of this module."""
     checkpoint = load_tensors(path, "a checkpoint")
     if not isinstance(checkpoint, dict) or not {"format_version", "model", "config", "classes"} <= checkpoint.keys():
         raise InputError(f"{path}: not a checkpoint of ssd_object_detection.py (it lacks model, config or classes)")
@@ -1186,14 +1168,14 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def model_from_checkpoint(checkpoint, path="checkpoint"):
-    """Return the SSD300 that a checkpoint describes, with its averaged weights, in evaluation mode."""
+def model_from_checkpoint(checkpoint, path="checkpoint", device="cpu"):
+    """Return the SSD300 that a checkpoint describes, with its averaged weights, in evaluation mode on a device."""
     model = SSD300(**checkpoint["config"])
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise InputError(f"{path}: the weights do not fit the network: {' '.join(str(error).split())[:300]}") from None
-    return model.eval()
+    return model.to(device, memory_format=torch.channels_last).eval()
 
 
 def set_seed(seed):
@@ -1211,22 +1193,25 @@ def environment(device):
         "albumentations": A.__version__, "numpy": np.__version__, "platform": platform.platform(),
         "cpu_count": os.cpu_count(), "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
         "command": " ".join(sys.argv), "started": datetime.datetime.now().isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }
 
 
-def clear_run_folder(folder):
-    """Make a folder ready for a new run; an earlier run's files move to a subfolder named for their time."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    earlier = [p for p in folder.iterdir() if p.suffix in (".pth", ".jsonl", ".json")]
-    if not any(p.suffix == ".pth" for p in earlier):
-        return
-    when = datetime.datetime.fromtimestamp(max(p.stat().st_mtime for p in earlier))
-    kept = folder / f"earlier-{when:%Y%m%d-%H%M%S}"
-    kept.mkdir(exist_ok=True)
-    for path in earlier:
-        path.rename(kept / path.name)
-    print(f"an earlier run's files are now in {kept}")
+def prepare_folders(checkpoints, plots, *, keep):
+    """Make a run's folders; an earlier run's files move to a subfolder named for their time, unless keep is true."""
+    try:
+        for folder in (checkpoints, plots):
+            folder.mkdir(parents=True, exist_ok=True)
+        earlier = [p for p in checkpoints.iterdir() if p.suffix in (".pth", ".jsonl", ".json")]
+        if keep or not any(p.suffix == ".pth" for p in earlier):
+            return
+        newest = datetime.datetime.fromtimestamp(max(p.stat().st_mtime for p in earlier))
+        aside = checkpoints / f"earlier-{newest:%Y%m%d-%H%M%S}"
+        aside.mkdir(exist_ok=True)
+        for path in earlier:
+            path.rename(aside / path.name)
+    except OSError as error:
+        raise InputError(f"--output-dir: {error}") from None
+    print(f"the files of an earlier run are now in {aside}")
 
 
 # ---- 12. Plots ----
@@ -1302,7 +1287,7 @@ def plot_data(records, classes):
     left.margins(x=0.15)
     left.invert_yaxis()
     size = (boxes[:, 2:] - boxes[:, :2]).numpy() * IMAGE_SIZE
-    middle.scatter(size[:, 0], size[:, 1], s=5, alpha=0.25, c=np.where(best >= 0.5, "C0", "C3"), linewidths=0, rasterized=True)
+    middle.scatter(size[:, 0], size[:, 1], s=5, alpha=0.25, c=np.where(best >= 0.5, "C0", "C3"), linewidths=0)
     middle.set(title="Box sizes at 300x300 (red: no anchor at IoU .5)", xlabel="width, pixels", ylabel="height, pixels")
     middle.set(xlim=(0, IMAGE_SIZE), ylim=(0, IMAGE_SIZE), aspect="equal")
     share = [float((best[labels == k] >= 0.5).mean()) if counts[k - 1] else 0.0 for k in range(1, len(classes) + 1)]
@@ -1323,7 +1308,8 @@ def plot_precision_recall(result, class_names):
     rows = sorted((r for r in rows if r[0]["num_gt"]), key=lambda r: -r[0]["ap_area"])
     for number, (row, name) in enumerate(rows):
         style = ("-", "--", ":")[number // 10 % 3]
-        axes.plot(row["recall"], row["precision"], style, color=PALETTE[number % 10], label=f"{name} {row['ap_area']:.3f}")
+        label, color = f"{name} {row['ap_area']:.3f}", color_of(number + 1)
+        axes.plot(row["recall"], row["precision"], style, color=color, label=label)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
     axes.set_title(f"Precision and recall at IoU .5, mAP {result['map_area']:.4f} (area)")
     axes.grid(alpha=0.3)
@@ -1332,26 +1318,32 @@ def plot_precision_recall(result, class_names):
 
 
 def draw_boxes(image, boxes_px, captions, colors, *, dashed=False):
-    """Draw boxes with captions on a PIL image, in place; line width and text follow its size."""
+    """Draw boxes with captions on a PIL image, in place, and return it; line width and text follow its size."""
     draw = ImageDraw.Draw(image)
-    line, size = max(2, round(max(image.size) / 250)), max(11, round(max(image.size) / 36))
-    font = ImageFont.load_default(size)
-    for (x1, y1, x2, y2), caption, color in zip(np.asarray(boxes_px).reshape(-1, 4).tolist(), captions, colors, strict=True):
+    line, font = max(2, round(max(image.size) / 250)), ImageFont.load_default(max(11, round(max(image.size) / 36)))
+    boxes_px = np.asarray(boxes_px).reshape(-1, 4).tolist()
+    for (x1, y1, x2, y2), caption, color in zip(boxes_px, captions, colors, strict=True):
         if dashed:
-            for (ax, ay), (bx, by) in (((x1, y1), (x2, y1)), ((x1, y2), (x2, y2)), ((x1, y1), (x1, y2)), ((x2, y1), (x2, y2))):
-                steps = max(1, round(math.hypot(bx - ax, by - ay) / (5 * line)))
-                for i in range(steps):
-                    a, b = i / steps, (i + 0.55) / steps
-                    draw.line((ax + (bx - ax) * a, ay + (by - ay) * a, ax + (bx - ax) * b, ay + (by - ay) * b), color, line)
+            corners = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)])
+            for a, b in itertools.pairwise(corners):
+                dashes = max(1, round(np.abs(b - a).sum() / (5 * line)))
+                for i in range(dashes):
+                    draw.line((*(a + (b - a) * i / dashes), *(a + (b - a) * (i + 0.55) / dashes)), color, line)
         else:
             draw.rectangle((x1, y1, x2, y2), outline=color, width=line)
         if caption:
             left, top, right, bottom = draw.textbbox((0, 0), caption, font=font)
-            x = min(max(0, x1), max(0, image.width - (right - left) - 6))
-            y = y1 - (bottom - top) - 6 if y1 - (bottom - top) - 6 >= 0 else min(y1, image.height - (bottom - top) - 6)
-            draw.rectangle((x, y, x + right - left + 6, y + bottom - top + 6), fill=color)
+            width, height = right - left + 6, bottom - top + 6
+            x = min(max(0, x1), max(0, image.width - width))
+            y = y1 - height if y1 >= height else max(0, min(y1, image.height - height))
+            draw.rectangle((x, y, x + width, y + height), fill=color)
             draw.text((x + 3 - left, y + 3 - top), caption, fill="white", font=font)
     return image
+
+
+def spread(records, count):
+    """Return `count` records, or all if there are fewer, evenly spread over a list."""
+    return [records[i] for i in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int)]
 
 
 def color_of(label):
@@ -1364,22 +1356,22 @@ def plot_sheet(images, title, columns=4):
     rows = max(1, math.ceil(len(images) / columns))
     figure = Figure(figsize=(3.4 * columns, 3.4 * rows + 0.5), layout="constrained")
     figure.suptitle(title)
-    for axes, image in zip(figure.subplots(rows, columns, squeeze=False).flat, [*images, *[None] * columns], strict=False):
-        axes.axis("off")
-        if image is not None:
-            axes.imshow(image)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for cell in axes:
+        cell.axis("off")
+    for cell, image in zip(axes, images, strict=False):
+        cell.imshow(image)
     return figure
 
 
 def plot_augmentations(dataset, classes, count=16):
-    """Return augmentations.png: augmented training images as the network sees them, with their boxes."""
-    images = []
-    for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist():
-        sample = dataset[i, 0]
-        image = Image.fromarray(sample["image"].numpy().transpose(1, 2, 0)).resize((450, 450))
-        labels = sample["labels"].tolist()
-        boxes_px = sample["boxes"].numpy() * 450
-        images.append(draw_boxes(image, boxes_px, [classes[k - 1] for k in labels], [color_of(k) for k in labels]))
+    """Return augmentations.png: training images as the network sees them in the first epoch, with their boxes."""
+    images, side = [], 450
+    for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist():
+        sample = dataset[index, 0]
+        image, labels = Image.fromarray(sample["image"].numpy().transpose(1, 2, 0)), sample["labels"].tolist()
+        names, colors = [classes[k - 1] for k in labels], [color_of(k) for k in labels]
+        images.append(draw_boxes(image.resize((side, side)), sample["boxes"].numpy() * side, names, colors))
     return plot_sheet(images, "Augmented training images and their boxes")
 
 
@@ -1403,37 +1395,18 @@ def plot_predictions(records, detections, classes, title):
 # ---- 13. Training ----
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; one field a flag of the same name, documented there."""
-
-    epochs: int
-    batch_size: int
-    optimizer: str
-    lr: float
-    momentum: float
-    weight_decay: float
-    warmup_epochs: float
-    clip_grad: float
-    ema_decay: float
-    loss: str
-    focal_alpha: float
-    focal_gamma: float
-    cls_weight: float
-    box_weight: float
-    match_iou: float
-    patience: int
-    eval_interval: int
-    seed: int
-    workers: int
+Recipe = collections.namedtuple(
+    "Recipe",
+    "epochs optimizer lr momentum weight_decay warmup_epochs clip_grad ema_decay loss focal_alpha focal_gamma "
+    "cls_weight box_weight match_iou patience eval_interval",
+)
+Recipe.__doc__ = "How to train; each field is the flag of that name and is explained there."
 
 
 def pick_device(name="auto"):
-    """Return a torch.device: the first CUDA device if there is one and "auto" is asked for; InputError if absent."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the torch.device of a name; "auto" is the first CUDA device, else the CPU. InputError if it is absent."""
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
@@ -1441,95 +1414,94 @@ def pick_device(name="auto"):
 
 
 def pick_amp_dtype(device, amp="auto"):
-    """Return the autocast dtype, None for float32. "auto": bfloat16 where the hardware multiplies it, float16 on
-    older GPUs, float32 on a CPU without bfloat16 instructions (emulated, it is nine times slower there)."""
-    if amp == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        fast = able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16")
-        return torch.bfloat16 if device.type == "cpu" and fast else None
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    """Return the autocast dtype of --amp, None for float32.
+
+    "auto" is bfloat16 where the hardware multiplies it, float16 on older GPUs, float32 on a CPU without bfloat16
+    instructions, which would emulate it many times slower.
+    """
+    if amp != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else None
 
 
 def autocast(device, amp_dtype):
-    """Return the autocast context of a dtype, one that does nothing for None."""
-    return torch.autocast(torch.device(device).type, dtype=amp_dtype, enabled=amp_dtype is not None)
+    """Return the autocast context of a dtype; for None it does nothing."""
+    return torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
 
 
 def to_device(batch, device):
-    """Copy a collated batch to a device, without waiting for it; images in channels_last order."""
+    """Copy a collated batch to a device without waiting for it; images in channels_last order."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
     return moved
 
 
 def keep_freed_memory():
-    """Tell glibc to keep freed memory: the kernel's zeroing of new pages costs a quarter of a CPU training step."""
+    """Tell glibc to keep freed memory: the kernel's fresh pages cost about a quarter of a CPU training step."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own mapping
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
-def make_optimizer(model, recipe, device):
-    """Return SGD (Nesterov off) or AdamW; weight decay on weights of two dimensions or more, not on biases and norms."""
+def make_optimizer(model, recipe):
+    """Return SGD or AdamW; weight decay falls on weights of two dimensions or more, not on biases and norms."""
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    fused = device.type == "cuda"
+    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": recipe.weight_decay},
+              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    fused = params[0].is_cuda
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=fused)
 
 
-def learning_rate(step, *, base, warmup_steps, total_steps):
-    """Return (rate, phase) of a step: linear warm-up from base / warmup_steps, then a cosine to base / 100."""
-    if step < warmup_steps:
-        return base * (step + 1) / warmup_steps, "warm-up"
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return base * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, progress))) / 2), "cosine"
+def learning_rate(step, recipe, steps_per_epoch):
+    """Return (rate, phase) of a step: a linear warm-up to recipe.lr, then a cosine to a hundredth of it."""
+    warmup, total = round(recipe.warmup_epochs * steps_per_epoch), recipe.epochs * steps_per_epoch
+    if step < warmup:
+        return recipe.lr * (step + 1) / warmup, "warm-up"
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return recipe.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2), "cosine"
 
 
 class Ema:
     """An exponential moving average of a model, batch norm statistics included; `model` is the averaged copy.
 
-    The decay rises as (1 + step) / (10 + step) to its full value, so that early weights are forgotten.
+    The decay rises as (1 + step) / (10 + step) to its full value, so that early weights are soon forgotten.
     """
 
     def __init__(self, model, decay):
         self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
         pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
-        self.floats = [p for p in pairs if p[0].is_floating_point()]
-        self.others = [p for p in pairs if not p[0].is_floating_point()]
+        self.averaged, self.current = map(list, zip(*(p for p in pairs if p[0].is_floating_point()), strict=True))
+        self.counters = [p for p in pairs if not p[0].is_floating_point()]
 
     @torch.no_grad()
     def update(self, step):
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        averaged, current = zip(*self.floats, strict=True)
-        torch._foreach_lerp_(list(averaged), list(current), weight)
-        for mine, theirs in self.others:
+        """Move the average towards the model's weights; step counts from 1."""
+        torch._foreach_lerp_(self.averaged, self.current, 1 - min(self.decay, (1 + step) / (10 + step)))
+        for mine, theirs in self.counters:
             mine.copy_(theirs)
 
 
-def make_criterion(model, recipe):
-    """Return criterion(outputs, batch) -> losses, see `detection_loss`."""
-
+def make_criterion(anchors, recipe):
+    """Return criterion(outputs, batch) -> {"loss", "loss_cls", "loss_box"}, see `detection_loss`."""
     def criterion(outputs, batch):
-        targets = build_targets(batch["gt_boxes"], batch["gt_labels"], model.anchors, recipe.match_iou)
         return detection_loss(
-            outputs, targets, loss=recipe.loss, alpha=recipe.focal_alpha, gamma=recipe.focal_gamma,
+            outputs, build_targets(batch["gt_boxes"], batch["gt_labels"], anchors, recipe.match_iou),
+            loss=recipe.loss, alpha=recipe.focal_alpha, gamma=recipe.focal_gamma,
             cls_weight=recipe.cls_weight, box_weight=recipe.box_weight,
-        )  # fmt: skip
+        )
 
     return criterion
 
 
 @dataclass
 class TrainState:
-    """What a run carries from step to step; all but the model's own structure goes into last.pth."""
+    """What a run carries from step to step; `state_dict` is what last.pth keeps of it beside the averaged weights."""
 
     model: SSD300
     ema: Ema
@@ -1539,66 +1511,22 @@ class TrainState:
     step: int = 0  # optimizer steps finished
     best_map: float = -1.0
     best_epoch: int = 0
-    history: list = field(default_factory=list)
+    history: list = field(default_factory=list)  # the rows of metrics.jsonl
 
     def state_dict(self):
-        return {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch, "step": self.step, "best_map": self.best_map, "best_epoch": self.best_epoch,
-            "history": self.history, "rng": torch.get_rng_state(),
-        }  # fmt: skip
+        """Return tensors and plain values only."""
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
+        plain = {name: getattr(self, name) for name in ("epoch", "step", "best_map", "best_epoch", "history")}
+        return {**parts, **plain, "rng": torch.get_rng_state()}
 
     def load_state_dict(self, state, averaged):
-        self.model.load_state_dict(state["model"])
+        """Go back to a saved state; averaged: the weights of the average."""
+        for name in ("model", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
         self.ema.model.load_state_dict(averaged)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
-        self.best_map, self.best_epoch = state["best_map"], state["best_epoch"]
+        for name in ("epoch", "step", "best_map", "best_epoch", "history"):
+            setattr(self, name, state[name])
         torch.set_rng_state(state["rng"])
-
-
-def train_one_epoch(state, loader, criterion, recipe, *, device, amp_dtype):
-    """Train for one pass over the loader; returns its means: losses, lr, seconds, images_per_s, data_wait."""
-    state.model.train()
-    loader.batch_sampler.epoch = state.epoch
-    totals, images, waited, start = {}, 0, 0.0, time.perf_counter()
-    bar = tqdm(loader, desc=f"epoch {state.epoch + 1}/{recipe.epochs}", disable=not sys.stderr.isatty(), leave=False)
-    batches, lr = iter(loader), 0.0
-    for number in range(len(loader)):
-        before = time.perf_counter()
-        batch = to_device(next(batches), device)
-        waited += time.perf_counter() - before
-        lr, _ = learning_rate(
-            state.step, base=recipe.lr, warmup_steps=round(recipe.warmup_epochs * len(loader)),
-            total_steps=recipe.epochs * len(loader),
-        )  # fmt: skip
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        with autocast(device, amp_dtype):
-            outputs = state.model(batch["images"])
-        losses = criterion(outputs, batch)
-        optimize(state, losses["loss"], recipe.clip_grad)
-        for name, value in losses.items():
-            totals[name] = totals.get(name, 0) + value.detach()
-        images += len(batch["images"])
-        if number % 10 == 9 or number + 1 == len(loader):  # the only place that waits for the device
-            loss, seconds = totals["loss"].item() / (number + 1), time.perf_counter() - start
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"the loss is {loss} at step {state.step}: lower --lr, lengthen --warmup-epochs or use --amp off; "
-                    "the checkpoints of earlier epochs are intact"
-                )
-            left = (len(loader) * (recipe.epochs - state.epoch) - number - 1) * seconds / (number + 1)
-            bar.set_postfix_str(
-                f"loss {loss:.3f} lr {lr:.1e} {images / seconds:.0f} img/s wait {waited / seconds:.0%} "
-                f"eta {datetime.timedelta(seconds=round(left))}"
-            )
-            bar.update(number + 1 - bar.n)
-    bar.close()
-    seconds = time.perf_counter() - start
-    means = {f"train_{name}": value.item() / len(loader) for name, value in totals.items()}
-    return {**means, "lr": lr, "train_s": seconds, "images_per_s": images / seconds, "data_wait": waited / seconds}
 
 
 def optimize(state, loss, clip_grad):
@@ -1614,83 +1542,96 @@ def optimize(state, loss, clip_grad):
     state.ema.update(state.step)
 
 
-def epoch_line(row, recipe, phase, saved):
-    """Return the printed line of an epoch from its row of metrics.jsonl."""
+def train_one_epoch(state, loader, criterion, recipe, *, amp_dtype=None):
+    """Train for one pass over the loader; returns the means of the losses, lr, phase, images_per_s and data_wait."""
+    device = state.model.anchors.device
+    state.model.train()
+    loader.batch_sampler.epoch = state.epoch
+    totals, images, waited, start = collections.defaultdict(float), 0, 0.0, time.perf_counter()
+    bar = tqdm(total=len(loader), desc=f"epoch {state.epoch + 1}/{recipe.epochs}", leave=False,
+               disable=not sys.stderr.isatty())
+    batches = iter(loader)
+    for number in range(1, len(loader) + 1):
+        before = time.perf_counter()
+        batch = to_device(next(batches), device)
+        waited += time.perf_counter() - before
+        lr, phase = learning_rate(state.step, recipe, len(loader))
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        with autocast(device, amp_dtype):
+            outputs = state.model(batch["images"])
+        losses = criterion(outputs, batch)
+        optimize(state, losses["loss"], recipe.clip_grad)
+        for name, value in losses.items():
+            totals[name] += value.detach()
+        images += len(batch["images"])
+        if number % 10 == 0 or number == len(loader):  # the only place that waits for the device
+            loss, seconds = totals["loss"].item() / number, time.perf_counter() - start
+            if not math.isfinite(loss):
+                raise InputError(f"the loss is {loss} at step {state.step}: lower --lr, lengthen --warmup-epochs or "
+                                 "set --amp off; the checkpoints of finished epochs are intact")
+            left = (len(loader) * (recipe.epochs - state.epoch) - number) * seconds / number
+            bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} {images / seconds:.0f} img/s wait {waited / seconds:.0%} "
+                                f"eta {datetime.timedelta(seconds=round(left))}")
+            bar.update(number - bar.n)
+    bar.close()
+    seconds = time.perf_counter() - start
+    means = {f"train_{name}": value.item() / len(loader) for name, value in totals.items()}
+    return {**means, "lr": lr, "phase": phase, "images_per_s": images / seconds, "data_wait": waited / seconds}
+
+
+def epoch_line(row, epochs, saved):
+    """Return the printed line of an epoch, a row of metrics.jsonl."""
     def losses(prefix):
-        return f"{row[prefix + 'loss']:7.3f} (cls {row[prefix + 'loss_cls']:.3f} box {row[prefix + 'loss_box']:.3f})"
+        return f"{row[prefix + 'loss']:.3f} (cls {row[prefix + 'loss_cls']:.3f} box {row[prefix + 'loss_box']:.3f})"
 
-    parts = [f"epoch {row['epoch'] + 1:3d}/{recipe.epochs}  train {losses('train_')}"]
-    if "val_loss" in row:
-        parts.append(f"val {losses('val_')}  mAP {row['val_map_area']:.4f}")
-    parts.append(f"lr {row['lr']:.2e} {phase}")
-    parts.append(f"{row['seconds']:.1f} s  {row['images_per_s']:.0f} img/s  wait {row['data_wait']:.0%}  saved {saved}")
-    return "  ".join(parts)
+    val = f"  val {losses('val_')}  mAP {row['val_map_area']:.4f}" if "val_loss" in row else ""
+    return (f"epoch {row['epoch']:3d}/{epochs}  train {losses('train_')}{val}  lr {row['lr']:.2e} {row['phase']}  "
+            f"{row['seconds']:.1f} s  {row['images_per_s']:.0f} img/s  wait {row['data_wait']:.0%}  saved {saved}")
 
 
-def fit(state, data, loaders, recipe, *, device, amp_dtype, folders, checkpoint_base, detect_settings):
-    """Train until the epochs or the patience run out; writes checkpoints, metrics.jsonl and plots after every epoch.
+def fit(state, loaders, recipe, *, amp_dtype, checkpoints, base, settings, redraw):
+    """Train until the epochs or the patience run out, writing checkpoints and metrics.jsonl after every epoch.
 
-    loaders: (training, validation or None, gallery). folders: (checkpoints, plots). checkpoint_base: config,
-    classes and flags, which every checkpoint holds. Returns the path of the checkpoint to test: best.pth, or
-    last.pth where nothing was held out.
+    loaders: training, and validation or None. base: what every checkpoint holds beside weights and metrics.
+    settings: of `detect`. redraw(state) draws the plots. Returns the path of the checkpoint to test: best.pth, or
+    last.pth if nothing was held out.
     """
-    train_loader, val_loader, gallery = loaders
-    checkpoints, plots = folders
-    criterion = make_criterion(state.model, recipe)
+    train_loader, val_loader = loaders
+    criterion = make_criterion(state.model.anchors, recipe)
     while state.epoch < recipe.epochs:
-        start = time.perf_counter()
-        row = {"epoch": state.epoch, **train_one_epoch(state, train_loader, criterion, recipe, device=device, amp_dtype=amp_dtype)}
-        is_last, saved = state.epoch + 1 == recipe.epochs, "last"
-        phase = learning_rate(
-            state.step - 1, base=1.0, warmup_steps=round(recipe.warmup_epochs * len(train_loader)),
-            total_steps=recipe.epochs * len(train_loader),
-        )[1]  # fmt: skip
-        is_best = False
-        if val_loader is not None and (is_last or (state.epoch + 1) % recipe.eval_interval == 0):
-            result = evaluate(state.ema.model, val_loader, device=device, amp_dtype=amp_dtype, criterion=criterion, **detect_settings)
-            row.update({f"val_{name}": result[name] for name in ("loss", "loss_cls", "loss_box", "map_area", "map11")})
-            is_best = row["val_map_area"] > state.best_map
+        start, saved = time.perf_counter(), "last"
+        row = train_one_epoch(state, train_loader, criterion, recipe, amp_dtype=amp_dtype)
         state.epoch += 1
-        if is_best:
-            state.best_map, state.best_epoch, saved = row["val_map_area"], state.epoch, "last, best"
-        row.update(step=state.step, seconds=round(time.perf_counter() - start, 3))
+        if val_loader is not None and (state.epoch == recipe.epochs or state.epoch % recipe.eval_interval == 0):
+            result = evaluate(state.ema.model, val_loader, amp_dtype=amp_dtype, criterion=criterion, **settings)
+            row |= {f"val_{name}": result[name] for name in ("loss", "loss_cls", "loss_box", "map_area", "map11")}
+            if row["val_map_area"] > state.best_map:
+                state.best_map, state.best_epoch, saved = row["val_map_area"], state.epoch, "last, best"
+        row = {"epoch": state.epoch, "step": state.step, **row, "seconds": round(time.perf_counter() - start, 3)}
         state.history.append(row)
-        checkpoint = {**checkpoint_base, "model": state.ema.model.state_dict(), "metrics": row}
-        if is_best:
+        checkpoint = {**base, "model": state.ema.model.state_dict(), "metrics": row}
+        if saved != "last":
             save_checkpoint(checkpoints / "best.pth", checkpoint)
         save_checkpoint(checkpoints / "last.pth", {**checkpoint, "train_state": state.state_dict()})
-        write_history(checkpoints / "metrics.jsonl", state.history)
-        print(epoch_line(row, recipe, phase, saved), flush=True)
-        save_figure(plot_losses(state.history), plots / "loss.png")
-        save_figure(plot_training(state.history), plots / "training.png")
-        draw_gallery(state.ema.model, gallery, data.classes, plots, device=device, amp_dtype=amp_dtype, title=f"after epoch {state.epoch}")
-        if recipe.patience and val_loader is not None and state.epoch - state.best_epoch >= recipe.patience * recipe.eval_interval:
-            print(f"stopped early: no better validation mAP for {recipe.patience} evaluations (--patience)")
+        write_text(checkpoints / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in state.history))
+        print(epoch_line(row, recipe.epochs, saved), flush=True)
+        redraw(state)
+        if val_loader is not None and 0 < recipe.patience * recipe.eval_interval <= state.epoch - state.best_epoch:
+            print(f"stopped early: no better validation mAP in {recipe.patience} evaluations (--patience)")
             break
-    return checkpoints / ("best.pth" if val_loader is not None else "last.pth")
+    return checkpoints / ("last.pth" if val_loader is None else "best.pth")
 
 
-def write_history(path, history):
-    """Write metrics.jsonl: one line of JSON an epoch."""
-    text = "".join(json.dumps(row) + "\n" for row in history)
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
-
-
-def draw_gallery(model, loader, classes, plots, *, device, amp_dtype, title):
-    """Write predictions.png: a model's detections on the loader's images, truth dashed."""
+def draw_gallery(model, loader, classes, path, *, amp_dtype, title):
+    """Write predictions.png: a model's detections on the loader's images, with the truth dashed."""
     records = loader.dataset.records
-    detections = evaluate(model, loader, device=device, amp_dtype=amp_dtype, score_thresh=DRAW_SCORE_THRESH)["detections"]
-    mine = [detections["image_ids"] == i for i in range(len(records))]
-    parts = [
-        (detections["boxes_px"][m] - np.array([1, 1, 0, 0]), detections["labels"][m].tolist(), detections["scores"][m]) for m in mine
-    ]
-    heading = f"Test images {title}: detections (solid, score >= {DRAW_SCORE_THRESH}) and truth (dashed)"
-    save_figure(plot_predictions(records, parts, classes, heading), plots / "predictions.png")
-
-
-def spread(records, count):
-    """Return `count` records evenly spread over a list."""
-    return [records[i] for i in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int)]
+    found = evaluate(model, loader, amp_dtype=amp_dtype, score_thresh=DRAW_SCORE_THRESH)["detections"]
+    boxes_px = found["boxes_px"] - np.array([1, 1, 0, 0])  # VOC pixels -> edges
+    mine = [found["image_ids"] == i for i in range(len(records))]
+    parts = [(boxes_px[m], found["labels"][m].tolist(), found["scores"][m].tolist()) for m in mine]
+    title = f"{title}: detections (solid, score at least {DRAW_SCORE_THRESH}) and truth (dashed)"
+    save_figure(plot_predictions(records, parts, classes, title), path)
 
 
 # ---- 14. Inference ----
@@ -1710,10 +1651,9 @@ class Detections:
 
     def to_dict(self):
         """Return plain lists and numbers, ready for JSON."""
-        return {
-            "boxes_px": [[round(v, 2) for v in box] for box in self.boxes_px.tolist()],
-            "labels": self.labels, "names": self.names, "scores": [round(s, 4) for s in self.scores],
-        }  # fmt: skip
+        boxes_px = [[round(v, 2) for v in box] for box in self.boxes_px.tolist()]
+        scores = [round(s, 4) for s in self.scores]
+        return {"boxes_px": boxes_px, "labels": self.labels, "names": self.names, "scores": scores}
 
     def draw(self, image):
         """Return a copy of a PIL image with the boxes, class names and scores drawn on it."""
@@ -1723,152 +1663,114 @@ class Detections:
 
 def open_image(source):
     """Return an RGB PIL image, turned upright by its EXIF tag, of a path, a PIL image or a uint8 array (H, W[, 3])."""
-    if isinstance(source, (str, os.PathLike)):
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8:
+            raise ValueError(f"an image array must be uint8, not {source.dtype}")
+        source = Image.fromarray(source)
+    elif not isinstance(source, Image.Image):
         try:
             with Image.open(source) as file:
                 source = ImageOps.exif_transpose(file)
                 source.load()
-        except FileNotFoundError:
-            raise InputError(f"{source}: no such image") from None
         except (OSError, Image.DecompressionBombError) as error:
             raise InputError(f"{source}: not readable as an image ({error})") from None
-    elif isinstance(source, np.ndarray):
-        if source.dtype != np.uint8:
-            raise ValueError(f"an image array must be uint8, not {source.dtype}")
-        source = Image.fromarray(source)
-    if source.mode.startswith("I;16") or source.mode == "I":  # 16-bit grey: PIL's own conversion would clip at 255
-        source = Image.fromarray((np.asarray(source).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+    if source.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would cut at 255
+        source = Image.fromarray((np.asarray(source) / 257.0).clip(0, 255).astype(np.uint8))
     return source.convert("RGB")
 
 
 class Detector:
     """A trained model with its class names; see `load_detector`."""
 
-    def __init__(self, model, classes, device="cpu", amp_dtype=None):
-        self.device, self.amp_dtype, self.classes = torch.device(device), amp_dtype, tuple(classes)
-        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
+    def __init__(self, model, classes, amp_dtype=None):
+        self.model, self.classes, self.amp_dtype = model.eval(), tuple(classes), amp_dtype
         self._resize = resize_transform()
 
     @torch.inference_mode()
-    def predict(
-        self, images, *, score_thresh=DRAW_SCORE_THRESH, nms_iou_thresh=NMS_IOU_THRESH,
-        max_detections=MAX_DETECTIONS, batch_size=16,
-    ):  # fmt: skip
+    def predict(self, images, *, score_thresh=DRAW_SCORE_THRESH, batch_size=16, **settings):
         """Detect objects in an image or a list of them: paths, PIL images or uint8 RGB arrays (H, W, 3) of any size.
 
-        Returns a Detections, or a list of them for a list. Raises InputError that names an unreadable file.
+        settings: nms_iou_thresh, max_detections, see `detect`. Returns a Detections, or a list of them for a list.
+        Raises InputError that names an unreadable file.
         """
-        is_list = isinstance(images, (list, tuple))
-        sources, results = list(images) if is_list else [images], []
+        sources, results = list(images) if isinstance(images, (list, tuple)) else [images], []
+        device = self.model.anchors.device
         for start in range(0, len(sources), batch_size):
             opened = [open_image(s) for s in sources[start : start + batch_size]]
-            arrays = [self._resize(image=np.asarray(image))["image"] for image in opened]
-            batch = to_device({"images": torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)}, self.device)
-            with autocast(self.device, self.amp_dtype):
+            arrays = np.stack([self._resize(image=np.asarray(image))["image"] for image in opened])
+            batch = to_device({"images": torch.from_numpy(arrays).permute(0, 3, 1, 2)}, device)
+            with autocast(device, self.amp_dtype):
                 outputs = self.model(batch["images"])
-            found = detect(
-                *outputs, self.model.anchors,
-                score_thresh=score_thresh, nms_iou_thresh=nms_iou_thresh, max_detections=max_detections,
-            )  # fmt: skip
+            found = detect(*outputs, self.model.anchors, score_thresh=score_thresh, **settings)
             for image, (boxes, labels, scores) in zip(opened, found, strict=True):
                 boxes_px = boxes.cpu().numpy() * np.array(image.size * 2, dtype=np.float32)
                 names = [self.classes[k - 1] for k in labels.tolist()]
                 results.append(Detections(boxes_px, labels.tolist(), names, scores.tolist()))
-        return results if is_list else results[0]
+        return results if isinstance(images, (list, tuple)) else results[0]
 
 
 def load_detector(path, device="auto", amp="auto"):
     """Return the Detector of a checkpoint file (.pth); device and amp as the flags of these names."""
-    device = pick_device(device)
-    checkpoint = load_checkpoint(path)
-    return Detector(model_from_checkpoint(checkpoint, path), checkpoint["classes"], device, pick_amp_dtype(device, amp))
+    checkpoint, device = load_checkpoint(path), pick_device(device)
+    return Detector(model_from_checkpoint(checkpoint, path, device), checkpoint["classes"], pick_amp_dtype(device, amp))
 
 
 def predict_files(detector, paths, folder, **settings):
-    """Detect in image files; writes a PNG each and predictions.json into folder, returns their paths."""
-    folder = Path(folder)
+    """Detect in image files; writes a PNG for each and predictions.json into a folder."""
+    folder, report, taken = Path(folder), {}, set()
     folder.mkdir(parents=True, exist_ok=True)
-    written, report = [], {}
     for path in paths:
         image = open_image(path)
-        found = detector.predict(image, **settings)
-        target, copies = folder / f"{Path(path).stem}.png", 1
-        while target in written:
-            copies += 1
-            target = folder / f"{Path(path).stem}_{copies}.png"
-        write_atomically(target, lambda temporary, drawn=found.draw(image): drawn.save(temporary, format="PNG"))
-        written.append(target)
-        report[str(path)] = found.to_dict()
-        print(f"{path}: {', '.join(f'{n} {s:.2f}' for n, s in zip(found.names, found.scores, strict=True)) or 'nothing'} -> {target}")
-    target = folder / "predictions.json"
-    write_atomically(target, lambda temporary: Path(temporary).write_text(json.dumps(report, indent=1)))
-    return [*written, target]
+        found = report[str(path)] = detector.predict(image, **settings)
+        names = (f"{Path(path).stem}{f'_{n}' if n else ''}.png" for n in range(len(paths)))
+        taken.add(name := next(n for n in names if n not in taken))
+        write_atomically(folder / name, functools.partial(found.draw(image).save, format="PNG"))
+        listed = ", ".join(f"{n} {s:.2f}" for n, s in zip(found.names, found.scores, strict=True))
+        print(f"{path}: {listed or 'nothing found'} -> {folder / name}")
+    write_json(folder / "predictions.json", {path: found.to_dict() for path, found in report.items()})
 
 
 # ---- 15. Command line ----
 
-# What a data set, and then the kind of start, choose where no flag is given. Measured in the README.
+# What the data set, and then the kind of start, choose where no flag is given.
 DATA_DEFAULTS = {
     "voc2007": {"train_split": "trainval", "test_split": "test", "epochs": 100, "batch_size": 32, "width": 1.0},
     "voc0712": {"train_split": "trainval", "test_split": "test", "epochs": 100, "batch_size": 32, "width": 1.0},
-    "shapes": {
-        "train_split": "train", "val_split": "val", "test_split": "test", "epochs": 12, "batch_size": 8, "width": 0.125,
-        "pretrained": False, "lr": 2e-3,
-    },
+    "shapes": {"train_split": "train", "val_split": "val", "test_split": "test", "epochs": 12, "batch_size": 8,
+               "width": 0.125, "lr": 4e-3},
     "folder": {"train_split": "train", "test_split": "test", "epochs": 100, "batch_size": 16, "width": 1.0},
-}  # fmt: skip
-START_DEFAULTS = {
-    True: {"batch_norm": False, "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4},
-    False: {"batch_norm": True, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05},
 }
-RESUME_MAY_CHANGE = {"resume", "device", "workers", "output_dir", "data_root", "patience", "amp", "backbone_weights"}
+PRETRAINED_DEFAULTS = {"batch_norm": False, "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4}  # SSD section 3.1
+SCRATCH_DEFAULTS = {"batch_norm": True, "optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05}
+RESUME_MAY_CHANGE = {"resume", "device", "workers", "output_dir", "data_root", "patience"}
 
 
-def positive_int(text):
-    """argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
+def _number(name, kind, accepts):
+    """Return an argparse type that turns text into a number and accepts a range."""
+    def parse(text):
+        value = kind(text)
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {name}")
+        return value
+
+    parse.__name__ = name
+    return parse
 
 
-def natural_int(text):
-    """argparse type: an integer of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return value
-
-
-def positive_float(text):
-    """argparse type: a finite number above 0."""
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
-
-
-def natural_float(text):
-    """argparse type: a finite number of at least 0."""
-    value = float(text)
-    if not (value >= 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return value
-
-
-def unit_interval(text):
-    """argparse type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+positive_int = _number("an integer of 1 or more", int, lambda v: v >= 1)
+natural_int = _number("an integer of 0 or more", int, lambda v: v >= 0)
+positive_float = _number("a number above 0", float, lambda v: 0 < v < math.inf)
+natural_float = _number("a number of 0 or more", float, lambda v: 0 <= v < math.inf)
+unit_interval = _number("a number from 0 to 1", float, lambda v: 0 <= v <= 1)
+open_interval = _number("a number between 0 and 1", float, lambda v: 0 < v < 1)
+alpha_weight = _number("a number from 0 to 1, or -1 for none", float, lambda v: v == -1 or 0 <= v <= 1)
 
 
 def class_list(text):
     """argparse type: class names parted by commas."""
     names = tuple(name.strip() for name in text.split(","))
     if not all(names) or len(set(names)) != len(names):
-        raise argparse.ArgumentTypeError(f"{text!r} has an empty or repeated class name")
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty or a repeated class name")
     return names
 
 
@@ -1878,269 +1780,269 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def build_parser():
-    """Return the parser; a default of None is chosen by the data set or the kind of start (see parse_args)."""
+    """Return the parser; a default of None is chosen later by the data set or the kind of start (`fill_defaults`)."""
     parser = argparse.ArgumentParser(
-        description="Train, evaluate and use an SSD300 object detector. Training is what it does unless told otherwise.",
+        description="Train, measure and use an SSD300 object detector. It trains unless told otherwise.",
         formatter_class=_Formatter,
     )
     by_data, by_start = "default: chosen by the data set", "default: chosen by the kind of start"
-    flag = argparse.BooleanOptionalAction
+    switch = argparse.BooleanOptionalAction
 
-    group = parser.add_argument_group("what to do").add_argument
-    group("--evaluate", metavar="FILE", help="measure a checkpoint on the test split, print the per-class table")
-    group("--predict", metavar="PATH", nargs="+", help="detect objects in image files (needs --weights)")
-    group("--weights", metavar="FILE", help="checkpoint for --predict")
-    group("--resume", metavar="FILE", nargs="?", const="auto", help="go on with a run; without FILE: OUTPUT_DIR/checkpoints/last.pth")
-    group("--output-dir", metavar="DIR", default=".", help="where checkpoints/ and plots/ are written")
+    add = parser.add_argument_group("what to do").add_argument
+    add("--evaluate", metavar="FILE", help="measure a checkpoint on the test list, print the per-class table")
+    add("--predict", metavar="PATH", nargs="+", help="detect objects in image files (needs --weights)")
+    add("--weights", metavar="FILE", help="checkpoint for --predict")
+    add("--resume", metavar="FILE", nargs="?", const="auto",
+        help="go on with an interrupted run; without FILE: OUTPUT_DIR/checkpoints/last.pth")
+    add("--output-dir", metavar="DIR", default=".", help="where checkpoints/ and plots/ are written")
 
-    group = parser.add_argument_group("data").add_argument
-    group("--data", default="voc2007", help="voc2007, voc0712, shapes (generated) or a folder in VOC layout")
-    group("--data-root", metavar="DIR", default="data", help="where VOCdevkit and shapes are or will be")
-    group("--classes", type=class_list, help="names a,b,c; default: the VOC classes, or those of the training annotations")
-    group("--train-split", metavar="LIST", help=f"list below ImageSets/Main to train on ({by_data})")
-    group("--val-split", metavar="LIST", help="list for early stopping and the best checkpoint (default: see --val-fraction)")
-    group("--test-split", metavar="LIST", help=f"list to measure on at the end; never seen before that ({by_data})")
-    group("--val-fraction", type=unit_interval, default=0.1, help="seeded share of the training list to hold out, if no --val-split")
-    group("--workers", type=natural_int, help="loader processes (default: one a core on a GPU machine up to 16, else 1)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="voc2007", help="voc2007, voc0712, shapes (generated) or a folder in VOC layout")
+    add("--data-root", metavar="DIR", default="data", help="where VOCdevkit and shapes are or will be")
+    add("--classes", type=class_list, help="names a,b,c (default: VOC's, or those of the training annotations)")
+    add("--train-split", metavar="LIST", help=f"list below ImageSets/Main to train on ({by_data})")
+    add("--val-split", metavar="LIST", help="list that chooses the best checkpoint (default: see --val-fraction)")
+    add("--test-split", metavar="LIST", help=f"list to measure on once, at the end ({by_data})")
+    add("--val-fraction", type=unit_interval, default=0.1,
+        help="seeded share of the training list held out where no --val-split is given; 0: train on everything")
+    add("--workers", type=natural_int, help="loader processes (default: up to 16 beside a GPU, else 1)")
 
-    group = parser.add_argument_group("network").add_argument
-    group("--width", type=positive_float, help=f"factor on every channel count ({by_data})")
-    group("--batch-norm", action=flag, help="batch norm behind every convolution (default: when training from scratch)")
-    group("--pretrained", action=flag, help="start from ImageNet VGG16 weights (default: on at width 1)")
-    group("--backbone-weights", metavar="FILE", help="torchvision vgg16 or vgg16_bn state dict to use in place of the download")
-    group("--freeze-blocks", type=int, choices=range(6), default=0, help="keep the first N VGG blocks as they are (4: ten convolutions)")
-    group("--clip-anchors", action=flag, default=False, help="cut anchors at the picture's border")
+    add = parser.add_argument_group("network").add_argument
+    add("--width", type=positive_float, help=f"factor on every channel count ({by_data})")
+    add("--batch-norm", action=switch, help="batch norm behind every convolution (default: when training from scratch)")
+    add("--pretrained", action=switch, help="start from ImageNet VGG16 weights (default: at width 1)")
+    add("--backbone-weights", metavar="FILE", help="torchvision's vgg16 or vgg16_bn weights, to save the download")
+    add("--freeze-blocks", metavar="N", type=int, choices=range(6), default=0,
+        help="keep the first N of the five VGG blocks as they are (4: ten convolutions)")
+    add("--clip-anchors", action=switch, default=False, help="cut the anchors at the picture's border")
 
-    group = parser.add_argument_group("augmentation (probabilities)").add_argument
-    group("--zoom-out", type=unit_interval, default=0.5, help="SSD zoom-out, up to 4x")
-    group("--crop", type=unit_interval, default=1.0, help="SSD crop; one of its seven choices is the whole picture")
-    group("--color", type=unit_interval, default=0.5, help="each of brightness, contrast, saturation, hue")
-    group("--shadow", type=unit_interval, default=0.2, help="random shadow")
-    group("--noise", type=unit_interval, default=0.2, help="Gaussian noise as of a camera")
-    group("--blur", type=unit_interval, default=0.1, help="Gaussian blur")
+    add = parser.add_argument_group("augmentation, as probabilities").add_argument
+    add("--zoom-out", type=unit_interval, default=0.5, help="SSD zoom-out, up to 4 times")
+    add("--crop", type=unit_interval, default=1.0, help="SSD crop, whose first choice is the whole picture")
+    add("--color", type=unit_interval, default=0.5, help="each of brightness, contrast, saturation and hue")
+    add("--shadow", type=unit_interval, default=0.2, help="random shadow")
+    add("--noise", type=unit_interval, default=0.2, help="Gaussian noise such as a camera makes")
+    add("--blur", type=unit_interval, default=0.1, help="Gaussian blur")
 
-    group = parser.add_argument_group("loss").add_argument
-    group("--loss", choices=("focal", "multibox"), default="focal", help="softmax focal loss, or cross-entropy with 3:1 mining")
-    group("--focal-alpha", type=float, default=-1.0, help="weight of objects against background, 0 to 1; -1: none")
-    group("--focal-gamma", type=natural_float, default=2.0, help="focusing exponent")
-    group("--prior-prob", type=unit_interval, default=0.01, help="foreground probability that the focal head starts from")
-    group("--cls-weight", type=positive_float, default=1.0, help="factor on the class loss")
-    group("--box-weight", type=positive_float, default=1.0, help="factor on the box loss")
-    group("--match-iou", type=unit_interval, default=0.5, help="IoU from which an anchor answers for an object")
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", choices=("focal", "multibox"), default="focal", help="softmax focal, or softmax with 3:1 mining")
+    add("--focal-alpha", type=alpha_weight, default=-1.0, help="weight of objects against background; -1: none")
+    add("--focal-gamma", type=natural_float, default=2.0, help="focusing exponent")
+    add("--prior-prob", type=open_interval, default=0.01, help="foreground probability that the focal head starts from")
+    add("--cls-weight", type=positive_float, default=1.0, help="factor on the class loss")
+    add("--box-weight", type=positive_float, default=1.0, help="factor on the box loss")
+    add("--match-iou", type=unit_interval, default=0.5, help="IoU from which an anchor answers for an object")
 
-    group = parser.add_argument_group("training").add_argument
-    group("--epochs", type=positive_int, help=f"passes over the training images ({by_data})")
-    group("--batch-size", type=positive_int, help=f"images a step ({by_data})")
-    group("--optimizer", choices=("sgd", "adamw"), help=by_start)
-    group("--lr", type=positive_float, help=f"learning rate after the warm-up ({by_start})")
-    group("--momentum", type=unit_interval, default=0.9, help="SGD momentum, AdamW beta 1")
-    group("--weight-decay", type=natural_float, help=f"not on biases and norms ({by_start})")
-    group("--warmup-epochs", type=natural_float, default=1.0, help="linear warm-up; then a cosine to a hundredth")
-    group("--clip-grad", type=natural_float, default=10.0, help="largest gradient norm, 0: no limit")
-    group("--ema-decay", type=unit_interval, default=0.998, help="of the averaged weights, which are evaluated and saved")
-    group("--patience", type=natural_int, default=30, help="evaluations without a better validation mAP before stopping, 0: never")
-    group("--eval-interval", type=positive_int, default=1, help="epochs between validations")
-    group("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision; auto: the fastest that is safe here")
-    group("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group("--seed", type=natural_int, default=0, help="of weights, data order, augmentation and the held-out share")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=positive_int, help=f"passes over the training images ({by_data})")
+    add("--batch-size", type=positive_int, help=f"images a step ({by_data})")
+    add("--optimizer", choices=("sgd", "adamw"), help=by_start)
+    add("--lr", type=positive_float, help=f"learning rate after the warm-up ({by_start})")
+    add("--momentum", type=unit_interval, default=0.9, help="of SGD; AdamW's beta 1")
+    add("--weight-decay", type=natural_float, help=f"not on biases and norms ({by_start})")
+    add("--warmup-epochs", type=natural_float, default=1.0, help="linear warm-up; a cosine follows")
+    add("--clip-grad", type=natural_float, default=10.0, help="largest gradient norm; 0: no limit")
+    add("--ema-decay", type=unit_interval, default=0.998, help="of the averaged weights, which are measured and saved")
+    add("--patience", type=natural_int, default=30, help="evaluations without a better mAP before stopping; 0: never")
+    add("--eval-interval", type=positive_int, default=1, help="epochs between validations")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--seed", type=natural_int, default=0, help="of weights, order, augmentation and the held-out share")
 
-    group = parser.add_argument_group("detection").add_argument
-    group("--score-thresh", type=unit_interval, help=f"least score (default: {SCORE_THRESH} to evaluate, {DRAW_SCORE_THRESH} to predict)")
-    group("--nms-iou", type=unit_interval, default=NMS_IOU_THRESH, help="overlap from which the lower score of a class is dropped")
-    group("--max-detections", type=positive_int, default=MAX_DETECTIONS, help="most detections an image")
+    add = parser.add_argument_group("detection").add_argument
+    add("--score-thresh", type=unit_interval,
+        help=f"least score (default: {SCORE_THRESH} to measure, {DRAW_SCORE_THRESH} to predict)")
+    add("--nms-iou", type=unit_interval, default=NMS_IOU_THRESH, help="IoU from which the lower score of a class goes")
+    add("--max-detections", type=positive_int, default=MAX_DETECTIONS, help="most detections an image")
     return parser
 
 
-def parse_args(argv=None, saved=None):
-    """Return the complete namespace: flags given, then `saved` ones (of a run resumed or evaluated), then defaults.
+def flags_given(argv):
+    """Return the names of the flags that stand on a command line."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
 
-    Contradictions end the program by parser.error before any data is touched. `given` names the flags on the line.
+
+def parse_args(argv=None, saved=None):
+    """Return the complete namespace: flags given, then those `saved` with a run, then defaults.
+
+    `given` names the flags on the command line. Contradictions end the program by parser.error, before any data is
+    touched.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    probe = build_parser()
-    for action in probe._actions:
-        action.default = argparse.SUPPRESS
-    args.given = set(vars(probe.parse_args(argv))) | set(saved or {})
+    args.given = flags_given(argv)
     for name, value in (saved or {}).items():
-        if name not in vars(probe.parse_args(argv)):
-            setattr(args, name, value)
+        if name not in args.given:
+            setattr(args, name, tuple(value) if isinstance(value, list) else value)
     if sum(bool(action) for action in (args.evaluate, args.predict, args.resume)) > 1:
         parser.error("--evaluate, --predict and --resume exclude one another")
     if bool(args.predict) != bool(args.weights):
         parser.error("--predict and --weights go together")
-    if not (args.focal_alpha == -1 or 0 <= args.focal_alpha <= 1):
-        parser.error(f"--focal-alpha {args.focal_alpha}: must be from 0 to 1, or -1 for none")
-    if not 0 < args.prior_prob < 1:
-        parser.error(f"--prior-prob {args.prior_prob}: must be between 0 and 1")
     if args.val_fraction == 1:
         parser.error("--val-fraction 1 leaves nothing to train on")
     fill_defaults(args)
     if args.pretrained and args.width != 1:
-        parser.error(f"--pretrained needs --width 1, ImageNet weights have no width {args.width:g}")
+        parser.error(f"--pretrained needs --width 1: there are no ImageNet weights of width {args.width:g}")
     if args.backbone_weights and not args.pretrained:
-        parser.error("--backbone-weights contradicts --no-pretrained or --width below 1")
-    if args.freeze_blocks and not args.pretrained and not args.resume:
-        parser.error("--freeze-blocks needs pretrained weights: frozen random ones learn nothing")
+        parser.error("--backbone-weights contradicts --no-pretrained and any --width but 1")
+    if args.freeze_blocks and not args.pretrained:
+        parser.error("--freeze-blocks needs pretrained weights: frozen random ones never learn")
     return args
 
 
 def fill_defaults(args):
     """Fill what is None in a namespace, in place: by the data set, then by the kind of start."""
-    def fill(values):
-        for name, value in values.items():
-            if getattr(args, name) is None and name not in args.given:
-                setattr(args, name, value)
+    is_named = args.data in ("voc2007", "voc0712", "shapes")
+    chosen = dict(DATA_DEFAULTS[args.data if is_named else "folder"])
+    if not is_named:  # a folder's default lists are those it has
+        has = {p.stem for p in (Path(args.data) / "ImageSets" / "Main").glob("*.txt")}
+        chosen["train_split"] = "trainval" if "trainval" in has and "train" not in has else "train"
+        chosen["test_split"] = "test" if "test" in has else None
+    width = args.width or chosen["width"]
+    pretrained = width == 1 if args.pretrained is None else args.pretrained
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    workers = min(16, os.cpu_count() or 1) if on_gpu else 1
+    by_start = PRETRAINED_DEFAULTS if pretrained else SCRATCH_DEFAULTS
+    for name, value in {**by_start, **chosen, "pretrained": pretrained, "workers": workers}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
-    known = args.data in DATA_DEFAULTS and args.data != "folder"
-    fill(DATA_DEFAULTS[args.data if known else "folder"])
-    fill({"pretrained": args.width == 1})
-    fill(START_DEFAULTS[bool(args.pretrained)])
-    if args.workers is None:
-        cuda = args.device != "cpu" and torch.cuda.is_available()
-        args.workers = min(16, os.cpu_count() or 1) if cuda else 1
 
-
-def print_header(args, data, model, *, device, amp_dtype, steps):
-    """Print what runs on what: versions, device, data, network, recipe; the mended and the defaults included."""
-    env = environment(device)
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    precision = str(amp_dtype).removeprefix("torch.") if amp_dtype else "float32"
-    start = "ImageNet weights" if args.pretrained else "from scratch"
-    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-    print(f"SSD300  python {env['python']}  torch {env['torch']}  torchvision {env['torchvision']}  albumentations {A.__version__}")
-    print(f"device  {env['device']}{threads}  precision {precision}  {args.workers} loader process(es)")
-    print(f"data    {args.data}: {len(data.train)} train, {len(data.val)} val, {len(data.test)} test images, "
-          f"{sum(len(r.labels) for r in data.train)} training objects of {len(data.classes)} classes")  # fmt: skip
+def print_header(args, data, model, *, amp_dtype, steps):
+    """Print what runs on what: versions, device, precision, data, network, recipe; chosen defaults included."""
+    env = environment(model.anchors.device)
+    numbers = [p.numel() for p in model.parameters()], [p.numel() for p in model.parameters() if p.requires_grad]
+    is_cpu = model.anchors.device.type == "cpu"
+    print(f"SSD300   python {env['python']}, torch {env['torch']}, torchvision {env['torchvision']}, "
+          f"albumentations {env['albumentations']}")
+    print(f"device   {env['device']}{f' ({torch.get_num_threads()} threads)' if is_cpu else ''}, "
+          f"{str(amp_dtype or torch.float32).removeprefix('torch.')}, loader processes: {args.workers}")
+    print(f"data     {args.data}: {len(data.train)} train, {len(data.val)} val, {len(data.test)} test images; "
+          f"{sum(len(r.labels) for r in data.train)} training objects of {len(data.classes)} classes")
     for note in data.notes:
-        print(f"        note: {note}")
-    print(f"network width {args.width:g}{', batch norm' if args.batch_norm else ''}, {start}: {parameters:,} parameters "
-          f"({trained:,} trained), {len(model.anchors):,} anchors")  # fmt: skip
-    print(f"recipe  {args.epochs} epochs x {steps} steps of {min(args.batch_size, len(data.train))} images, {args.optimizer} lr {args.lr:g} "
-          f"weight decay {args.weight_decay:g}, {args.loss} loss, seed {args.seed}")  # fmt: skip
-    if device.type == "cpu" and args.width == 1:
-        print("        note: full width on a CPU is slow; --width .25 computes a sixteenth of it")
+        print(f"         {note}")
+    print(f"network  width {args.width:g}, batch norm {'on' if args.batch_norm else 'off'}, "
+          f"{'ImageNet weights' if args.pretrained else 'from scratch'}; {sum(numbers[0]):,} parameters, "
+          f"{sum(numbers[1]):,} of them trained; {len(model.anchors):,} anchors")
+    print(f"recipe   {args.epochs} epochs of {steps} steps of {min(args.batch_size, len(data.train))} images; "
+          f"{args.optimizer}, lr {args.lr:g}, weight decay {args.weight_decay:g}; {args.loss} loss; seed {args.seed}")
+    if is_cpu and args.width == 1:
+        print("         full width on a CPU is slow: --width .25 is about a sixteenth of the work")
     sys.stdout.flush()
 
 
 def load_splits(args):
-    """Return the DataSplits that the flags name; a folder's default lists are what it has."""
-    if args.data not in DATA_DEFAULTS or args.data == "folder":
-        lists = Path(args.data) / "ImageSets" / "Main"
-        if "test_split" not in args.given and not (lists / f"{args.test_split}.txt").is_file():
-            args.test_split = None
-        if "train_split" not in args.given and not (lists / "train.txt").is_file() and (lists / "trainval.txt").is_file():
-            args.train_split = "trainval"
-    return load_data(
-        args.data, data_root=args.data_root, classes=args.classes, train_split=args.train_split,
-        val_split=args.val_split, test_split=args.test_split, val_fraction=args.val_fraction, seed=args.seed,
-    )  # fmt: skip
+    """Return the DataSplits that the flags name."""
+    names = ("data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed")
+    return load_data(args.data, **{name: getattr(args, name) for name in names})
+
+
+def detect_settings(args, score_thresh):
+    """Return the settings of `detect`, with a threshold for where no flag gives one."""
+    thresh = score_thresh if args.score_thresh is None else args.score_thresh
+    return {"score_thresh": thresh, "nms_iou_thresh": args.nms_iou, "max_detections": args.max_detections}
+
+
+def build_state(args, num_classes, device, resumed=None):
+    """Return (TrainState, network config) by the flags: a new network, or the one of a resumed checkpoint."""
+    config = {"num_classes": num_classes, "width": args.width, "batch_norm": args.batch_norm,
+              "clip_anchors": args.clip_anchors}
+    model = SSD300(**config, prior_prob=args.prior_prob if args.loss == "focal" else None)
+    if args.pretrained and resumed is None:
+        load_backbone(model, fetch_backbone(args.backbone_weights, batch_norm=args.batch_norm))
+    model.freeze_blocks(args.freeze_blocks).to(device, memory_format=torch.channels_last)
+    recipe = Recipe(**{name: getattr(args, name) for name in Recipe._fields})
+    use_scaler = pick_amp_dtype(device, args.amp) == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=use_scaler)
+    state = TrainState(model, Ema(model, recipe.ema_decay), make_optimizer(model, recipe), scaler)
+    if resumed is not None:
+        state.load_state_dict(resumed["train_state"], resumed["model"])
+    return state, recipe, config
 
 
 def run_training(args, resumed=None):
-    """Train by the flags, evaluate on the test split once, save the final checkpoint; returns the exit code."""
-    began = time.perf_counter()
-    device = pick_device(args.device)
-    amp_dtype = pick_amp_dtype(device, args.amp)
-    if device.type == "cpu":
+    """Train by the flags, measure once on the test list, save the final checkpoint; returns the exit code."""
+    began, device = time.perf_counter(), pick_device(args.device)
+    amp_dtype, is_cuda = pick_amp_dtype(device, args.amp), device.type == "cuda"
+    if not is_cuda:
         keep_freed_memory()
     set_seed(args.seed)
     cv2.setNumThreads(0)
     checkpoints, plots = Path(args.output_dir) / "checkpoints", Path(args.output_dir) / "plots"
     data = load_splits(args)
-    config = {"num_classes": len(data.classes), "width": args.width, "batch_norm": args.batch_norm, "clip_anchors": args.clip_anchors}
-    model = SSD300(**config, prior_prob=args.prior_prob if args.loss == "focal" else None)
-    if args.pretrained and not resumed:
-        load_backbone(model, fetch_backbone(args.backbone_weights, batch_norm=args.batch_norm))
-    model.freeze_blocks(args.freeze_blocks).to(device, memory_format=torch.channels_last)
-    recipe = Recipe(**{name: getattr(args, name) for name in Recipe.__dataclass_fields__})
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    state = TrainState(model, Ema(model, recipe.ema_decay), make_optimizer(model, recipe, device), scaler)
-    if resumed:
-        state.load_state_dict(resumed["train_state"], resumed["model"])
-    else:
-        clear_run_folder(checkpoints)
+    state, recipe, config = build_state(args, len(data.classes), device, resumed)
+    prepare_folders(checkpoints, plots, keep=resumed is not None)
     flags = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k != "given"}
     base = {"config": config, "classes": list(data.classes), "args": flags}
-    transform = build_transform(train=True, **{n: getattr(args, n) for n in ("zoom_out", "crop", "color", "shadow", "noise", "blur")})
-    loader = functools.partial(make_loader, device=device)
-    train_set = VocDataset(data.train, transform, args.seed)
-    sampler = EpochBatchSampler(len(train_set), args.batch_size, args.seed)
-    train_loader = loader(train_set, batch_size=None, workers=args.workers, sampler=sampler)
-    plain = build_transform(train=False)
-    val_loader = loader(VocDataset(data.val, plain), batch_size=args.batch_size, workers=args.workers) if data.val else None
-    gallery = loader(VocDataset(spread(data.test or data.val or data.train, 12), plain), batch_size=12, workers=0)
-    print_header(args, data, model, device=device, amp_dtype=amp_dtype, steps=len(sampler))
+
+    steps = ("zoom_out", "crop", "color", "shadow", "noise", "blur")
+    train_set = VocDataset(data.train, build_transform(train=True, **{s: getattr(args, s) for s in steps}), args.seed)
+    sampler, plain = EpochBatchSampler(len(train_set), args.batch_size, args.seed), build_transform(train=False)
+    make = functools.partial(make_loader, workers=args.workers, pin_memory=is_cuda)
+    train_loader = make(train_set, sampler=sampler)
+    val_loader = make(VocDataset(data.val, plain), batch_size=args.batch_size) if data.val else None
+    gallery_loader = make_loader(VocDataset(spread(data.test or data.val or data.train, 12), plain), batch_size=12)
+    gallery = functools.partial(draw_gallery, loader=gallery_loader, classes=data.classes,
+                                path=plots / "predictions.png", amp_dtype=amp_dtype)
+    print_header(args, data, state.model, amp_dtype=amp_dtype, steps=len(sampler))
     record = {"flags": flags, "environment": environment(device), "classes": list(data.classes), "notes": data.notes}
-    save_json(checkpoints / "run.json", record)
+    write_json(checkpoints / "run.json", record)
     save_figure(plot_augmentations(train_set, data.classes), plots / "augmentations.png")
     save_figure(plot_data(data.train, data.classes), plots / "data.png")
-    settings = detect_settings(args)
-    chosen = fit(
-        state, data, (train_loader, val_loader, gallery), recipe, device=device, amp_dtype=amp_dtype,
-        folders=(checkpoints, plots), checkpoint_base=base, detect_settings=settings,
-    )  # fmt: skip
-    checkpoint = load_checkpoint(chosen)
-    model = model_from_checkpoint(checkpoint, chosen).to(device, memory_format=torch.channels_last)
-    final = {**base, "model": checkpoint["model"], "metrics": checkpoint["metrics"]}
-    draw_gallery(model, gallery, data.classes, plots, device=device, amp_dtype=amp_dtype, title=f"by {chosen.name}")
-    summary = "no test list, so no test mAP (--test-split)"
+
+    def redraw(state):
+        save_figure(plot_losses(state.history), plots / "loss.png")
+        save_figure(plot_training(state.history), plots / "training.png")
+        gallery(state.ema.model, title=f"After epoch {state.epoch}")
+
+    settings = detect_settings(args, SCORE_THRESH)
+    chosen = fit(state, (train_loader, val_loader), recipe, amp_dtype=amp_dtype, checkpoints=checkpoints, base=base,
+                 settings=settings, redraw=redraw)
+    final = load_checkpoint(chosen)
+    final.pop("train_state", None)
+    model, summary = model_from_checkpoint(final, chosen, device), "no test list, so no test mAP: see --test-split"
+    gallery(model, title=f"{chosen.name}, epoch {final['metrics']['epoch']}")
     if data.test:
-        test_loader = loader(VocDataset(data.test, plain), batch_size=args.batch_size, workers=args.workers)
-        final["test"], summary = measure(model, test_loader, data, plots, "Test", device=device, amp_dtype=amp_dtype, **settings)
-    path = checkpoints / f"ssd_{data.name}_final.pth"
+        test_loader = make(VocDataset(data.test, plain), batch_size=args.batch_size)
+        final["test"], summary = measure(model, test_loader, data.classes, plots, amp_dtype=amp_dtype, **settings)
+    path, seconds = checkpoints / f"ssd_{data.name}_final.pth", time.perf_counter() - began
     save_checkpoint(path, final)
-    seconds = time.perf_counter() - began
-    save_json(checkpoints / "run.json", {**record, "test": final.get("test"), "chosen": chosen.name, "wall_s": round(seconds, 1)})
+    write_json(checkpoints / "run.json", record | {"test": final.get("test"), "chosen": chosen.name, "wall_s": seconds})
     print(f"{summary}\n{path}\nwall time {datetime.timedelta(seconds=round(seconds))}")
     return 0
 
 
-def save_json(path, content):
-    """Write a JSON file, whole or not at all."""
-    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1, default=str)))
-
-
-def detect_settings(args):
-    """Return the settings of `detect` to measure by."""
-    thresh = SCORE_THRESH if args.score_thresh is None else args.score_thresh
-    return {"score_thresh": thresh, "nms_iou_thresh": args.nms_iou, "max_detections": args.max_detections}
-
-
-def measure(model, loader, data, plots, title, *, device, amp_dtype, **settings):
-    """Evaluate, print the per-class table, draw the curves; returns the numbers and the line that sums them up."""
-    result = evaluate(model, loader, device=device, amp_dtype=amp_dtype, **settings)
-    print(class_table(result, data.classes))
-    save_figure(plot_precision_recall(result, data.classes), plots / "evaluation" / "precision_recall.png")
-    per_class = {
-        name: {key: result["classes"][label][key] for key in ("ap_area", "ap11", "num_gt")}
-        for label, name in enumerate(data.classes, start=1)
-    }
+def measure(model, loader, classes, plots, *, amp_dtype, **settings):
+    """Evaluate on the test list, print the per-class table, draw the curves; returns the numbers and their summary."""
+    result = evaluate(model, loader, amp_dtype=amp_dtype, **settings)
+    print(class_table(result, classes))
+    save_figure(plot_precision_recall(result, classes), plots / "evaluation" / "precision_recall.png")
+    keys = ("ap_area", "ap11", "num_gt")
+    per_class = {n: {key: result["classes"][k][key] for key in keys} for k, n in enumerate(classes, start=1)}
     numbers = {"map_area": result["map_area"], "map11": result["map11"], "per_class": per_class}
-    return numbers, f"{title} mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point)"
+    return numbers, f"Test mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point)"
 
 
 def run_evaluation(args, checkpoint):
-    """Measure a checkpoint on the test split of its own data set or of the one that the flags name."""
-    device = pick_device(args.device)
-    data = load_splits(args)
+    """Measure a checkpoint on the test list of its own data set, or of the one that the flags name."""
+    device, plots, data = pick_device(args.device), Path(args.output_dir) / "plots", load_splits(args)
     if list(data.classes) != list(checkpoint["classes"]):
-        raise InputError(
-            f"{args.evaluate} was trained on the classes {', '.join(checkpoint['classes'])}; {args.data} has "
-            f"{', '.join(data.classes)}: choose the data it was made for with --data"
-        )
+        raise InputError(f"{args.evaluate} knows the classes {', '.join(checkpoint['classes'])}; {args.data} has "
+                         f"{', '.join(data.classes)}: name the data it was trained for with --data")
     if not data.test:
         raise InputError(f"{args.data} has no test list: name one with --test-split")
-    model = model_from_checkpoint(checkpoint, args.evaluate).to(device, memory_format=torch.channels_last)
-    amp_dtype, plots = pick_amp_dtype(device, args.amp), Path(args.output_dir) / "plots"
-    dataset = VocDataset(data.test, build_transform(train=False))
-    loader = make_loader(dataset, batch_size=args.batch_size, workers=args.workers, device=device)
-    gallery = make_loader(VocDataset(spread(data.test, 12), dataset.transform), batch_size=12, workers=0, device=device)
+    model, plain = model_from_checkpoint(checkpoint, args.evaluate, device), build_transform(train=False)
+    amp_dtype, settings = pick_amp_dtype(device, args.amp), detect_settings(args, SCORE_THRESH)
     print(f"{args.evaluate} on {args.data}, list {args.test_split}: {len(data.test)} images")
-    numbers, summary = measure(model, loader, data, plots, "Test", device=device, amp_dtype=amp_dtype, **detect_settings(args))
-    draw_gallery(model, gallery, data.classes, plots, device=device, amp_dtype=amp_dtype, title=f"by {Path(args.evaluate).name}")
-    save_json(plots / "evaluation" / "evaluation.json", {"checkpoint": args.evaluate, "data": args.data, **numbers})
+    loader = make_loader(VocDataset(data.test, plain), batch_size=args.batch_size, workers=args.workers)
+    numbers, summary = measure(model, loader, data.classes, plots, amp_dtype=amp_dtype, **settings)
+    gallery = make_loader(VocDataset(spread(data.test, 12), plain), batch_size=12)
+    draw_gallery(model, gallery, data.classes, plots / "predictions.png", amp_dtype=amp_dtype,
+                 title=Path(args.evaluate).name)
+    write_json(plots / "evaluation" / "evaluation.json", {"checkpoint": args.evaluate, "data": args.data, **numbers})
     print(summary)
     return 0
 
@@ -2149,35 +2051,29 @@ def run_prediction(args):
     """Detect in the files named on the command line."""
     missing = [p for p in args.predict if not Path(p).is_file()]
     if missing:
-        raise InputError(f"{', '.join(missing)}: no such image")
+        raise InputError(f"{', '.join(missing)}: no such file")
     detector = load_detector(args.weights, args.device, args.amp)
-    thresh = DRAW_SCORE_THRESH if args.score_thresh is None else args.score_thresh
     folder = Path(args.output_dir) / "plots" / "predictions"
-    predict_files(
-        detector, args.predict, folder, score_thresh=thresh, nms_iou_thresh=args.nms_iou, max_detections=args.max_detections
-    )
+    predict_files(detector, args.predict, folder, **detect_settings(args, DRAW_SCORE_THRESH))
     return 0
 
 
-def prepare_resume(argv, args):
-    """Return (args, checkpoint) of the run to go on with; raises InputError for flags that contradict it."""
+def resume_args(argv, args):
+    """Return (args, checkpoint) of the run to go on with; InputError for flags that contradict it."""
     path = Path(args.output_dir) / "checkpoints" / "last.pth" if args.resume == "auto" else Path(args.resume)
     checkpoint = load_checkpoint(path)
     if "train_state" not in checkpoint:
-        raise InputError(f"{path}: holds weights but no training state; resume from last.pth")
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["args"].items()}
-    differ = [
-        f"--{name.replace('_', '-')} {getattr(args, name)} (saved: {value})" for name, value in saved.items()
-        if name in args.given and name not in RESUME_MAY_CHANGE and getattr(args, name) != value
-    ]  # fmt: skip
+        raise InputError(f"{path}: holds weights but no training state; resume from a last.pth")
+    saved = {k: v for k, v in checkpoint["args"].items() if k not in ("resume", "output_dir")}
+    differ = [f"--{name.replace('_', '-')} {getattr(args, name)} (saved: {value})" for name, value in saved.items()
+              if name in args.given - RESUME_MAY_CHANGE and getattr(args, name) != value]
     if differ:
-        raise InputError(f"{path} contradicts {'; '.join(differ)}: leave these flags out, or start a new run")
-    kept = {k: v for k, v in saved.items() if k not in ("resume", "output_dir")}
-    return parse_args(argv, kept), checkpoint
+        raise InputError(f"{path} was made with other flags: {'; '.join(differ)}; leave these out or start a new run")
+    return parse_args(argv, saved), checkpoint
 
 
 def main(argv=None):
-    """Run the command line; returns the exit code: 0 done, 2 an error the user can mend, 130 interrupted."""
+    """Run the command line; returns the exit code: 0 done, 2 a mistake to mend, 130 interrupted."""
     args = parse_args(argv)
     try:
         if args.predict:
@@ -2185,17 +2081,14 @@ def main(argv=None):
         if args.evaluate:
             checkpoint = load_checkpoint(args.evaluate)
             names = ("data", "data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed")
-            saved = {k: v for k, v in checkpoint.get("args", {}).items() if k in names and "data" not in args.given}
+            saved = {} if "data" in args.given else {k: v for k, v in checkpoint["args"].items() if k in names}
             return run_evaluation(parse_args(argv, saved), checkpoint)
-        if args.resume:
-            return run_training(*prepare_resume(argv, args))
-        return run_training(args)
-    except InputError as error:
-        message = str(error).strip().splitlines()[-1].removeprefix("ssd_object_detection.").removeprefix("InputError: ")
-        print(f"error: {message}", file=sys.stderr)
+        return run_training(*resume_args(argv, args)) if args.resume else run_training(args)
+    except InputError as error:  # raised in a loader process it comes with that process's traceback before it
+        print(f"error: {str(error).strip().splitlines()[-1].split('InputError: ')[-1]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; if an epoch was finished, --resume goes on from it", file=sys.stderr)
+        print("\ninterrupted: --resume goes on from the last finished epoch, if there is one", file=sys.stderr)
         return 130
 
 
