@@ -321,6 +321,146 @@ def make_records(parsed, classes, notes, *, only_listed=False):
     return records
 
 
+# The generated data set: drawn shapes on textured, cluttered backgrounds.
+
+SHAPES_SPLITS = {"train": 400, "val": 40, "test": 150}
+SHAPES_VERSION = {"version": 1, "seed": 2007, "splits": SHAPES_SPLITS, "classes": list(SHAPES_CLASSES)}
+
+
+def _shape_outline(name, rng):
+    """Return a shape in the unit circle, turned by up to 20 degrees: polygons (N, 2), of which a second is a hole."""
+    turn = math.radians(rng.uniform(-20, 20))
+
+    def polygon(count, start=0.0, radius=1.0):
+        angles = turn + start + np.arange(count) * 2 * math.pi / count
+        return np.stack((np.cos(angles), np.sin(angles)), axis=1) * np.reshape(radius, (-1, 1))
+
+    if name == "cross":
+        near, far = rng.uniform(0.28, 0.36), 1.0
+        reach, angle = math.hypot(near, far), math.atan2(near, far)
+        corners = [(reach, -angle), (reach, angle), (near * math.sqrt(2), math.pi / 4)]
+        angles = [turn + a + quarter * math.pi / 2 for quarter in range(4) for _, a in corners]
+        return [np.stack((np.cos(angles), np.sin(angles)), axis=1) * np.tile([[r] for r, _ in corners], (4, 1))]
+    if name == "star":
+        return [polygon(10, -math.pi / 2, np.tile((1.0, rng.uniform(0.38, 0.45)), 5))]
+    if name in ("square", "triangle"):
+        return [polygon(4, math.pi / 4) if name == "square" else polygon(3, -math.pi / 2)]
+    return [polygon(48)] + ([polygon(48, radius=rng.uniform(0.5, 0.62))] if name == "ring" else [])
+
+
+def _texture(rng, height, width, contrast):
+    """Return a float32 (H, W, 3) texture around a random colour: smooth noise of three scales, maybe stripes."""
+    out = np.tile(rng.uniform(30, 225, 3).astype(np.float32), (height, width, 1))
+    for cells in (3, 9, 40):
+        noise = rng.normal(0, contrast / 2, (cells, cells, 3)).astype(np.float32)
+        out += cv2.resize(noise, (width, height), interpolation=cv2.INTER_LINEAR)
+    if rng.random() < 0.4:
+        angle, period = rng.uniform(0, math.pi), rng.uniform(6, 40)
+        x, y = (np.arange(n, dtype=np.float32) * 2 * math.pi / period for n in (width, height))
+        wave = np.sin(x * math.cos(angle) + y[:, None] * math.sin(angle))
+        out += (contrast * 0.6 * wave)[..., None] * rng.uniform(-1, 1, 3).astype(np.float32)
+    return out
+
+
+def _paint(image, polygons, rng):
+    """Fill polygons (N, 2), the outer one first, on a float32 image with a texture that can be told from what is there.
+
+    Changes the image in place; returns the bool (H, W) mask of the pixels covered.
+    """
+    mask = np.zeros(image.shape[:2], np.uint8)
+    cv2.fillPoly(mask, [np.round(p * 16).astype(np.int32) for p in polygons], 255, cv2.LINE_AA, 4)
+    x, y, width, height = cv2.boundingRect(mask)
+    part, cover = image[y : y + height, x : x + width], mask[y : y + height, x : x + width]
+    fill, behind = _texture(rng, height, width, contrast=10), part[cover > 127].mean(axis=0)
+    if np.abs(fill[cover > 127].mean(axis=0) - behind).max() < 60:  # what nobody could see would teach nothing
+        fill += np.where(behind > 127, -80, 80).astype(np.float32)
+    part += (fill - part) * (cover[..., None] / np.float32(255))
+    return mask > 127
+
+
+def draw_shapes_image(rng):
+    """Draw one picture; returns the image, uint8 (H, W, 3), and its objects as (name, [xmin, ymin, xmax, ymax]).
+
+    Zero to eight objects of 20 pixels to four fifths of the shorter side. A box bounds the visible part of its
+    object, 1-based and inclusive as VOC writes it; at least 60% of every object stays visible.
+    """
+    height, width = (int(v) for v in rng.integers(280, 401, 2))
+    image = _texture(rng, height, width, contrast=18)
+    for _ in range(rng.integers(4, 14)):  # clutter: strokes that belong to no class
+        points = np.cumsum(rng.normal(0, 28, (rng.integers(2, 6), 2)), axis=0) + rng.uniform(0, [width, height])
+        color, thickness = rng.uniform(0, 255, 3).tolist(), int(rng.integers(1, 4))
+        cv2.polylines(image, [points.astype(np.int32)], False, color, thickness, cv2.LINE_AA)
+    placed, count = [], 0 if rng.random() < 0.08 else int(rng.integers(1, 9))  # placed: (name, visible mask, area)
+    for _ in range(4 * count):
+        if len(placed) == count:
+            break
+        name = SHAPES_CLASSES[rng.integers(len(SHAPES_CLASSES))]
+        size = 20 * (0.8 * min(height, width) / 20) ** rng.uniform() ** 0.7
+        outline = _shape_outline(name, rng)
+        low, extent = outline[0].min(axis=0), np.ptp(outline[0], axis=0)
+        corner = rng.uniform(0, np.maximum([width, height] - extent * size / extent.max(), 1))
+        before = image.copy()
+        solid = _paint(image, [(p - low) * size / extent.max() + corner for p in outline], rng)
+        if any(np.count_nonzero(visible & ~solid) < 0.6 * area for _, visible, area in placed):
+            image = before  # it would hide too much of another
+            continue
+        placed = [(n, visible & ~solid, area) for n, visible, area in placed] + [(name, solid, solid.sum())]
+    objects = []
+    for name, visible, _ in placed:
+        ys, xs = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
+        objects.append((name, [int(v) + 1 for v in (xs[0], ys[0], xs[-1], ys[-1])]))
+    return np.clip(image + rng.normal(0, 4, (height, width, 1)), 0, 255).astype(np.uint8), objects
+
+
+def write_annotation(path, filename, shape, objects):
+    """Write a VOC XML file; shape is (H, W, 3), objects are (name, [xmin, ymin, xmax, ymax]), 1-based inclusive."""
+    def element(tag, content):
+        inner = "".join(content) if isinstance(content, list) else xml.sax.saxutils.escape(str(content))
+        return f"<{tag}>{inner}</{tag}>"
+
+    def elements(tags, values):
+        return [element(tag, value) for tag, value in zip(tags, values, strict=True)]
+
+    nodes = elements(("filename", "size"), (filename, elements(("height", "width", "depth"), shape)))
+    for name, box in objects:
+        content = name, 0, elements(("xmin", "ymin", "xmax", "ymax"), box)
+        nodes.append(element("object", elements(("name", "difficult", "bndbox"), content)))
+    Path(path).write_text(element("annotation", nodes) + "\n", encoding="utf-8")
+
+
+def generate_shapes(root):
+    """Write the `shapes` data set in VOC layout below root, unless this version of it is there.
+
+    Made in a temporary folder and renamed, so that an interrupted run leaves nothing half-made.
+    """
+    root = Path(root)
+    stamp = root / "shapes.json"
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(stamp.read_text()) == SHAPES_VERSION:
+            return
+    if root.exists() and not stamp.exists():
+        raise InputError(f"{root} is there but was not made by --data shapes: move it, or set --data-root")
+    making = root.with_name(f"{root.name}.{os.getpid()}.tmp")
+    print(f"drawing the shapes data set into {root} ...", flush=True)
+    try:
+        for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+            (making / folder).mkdir(parents=True)
+        for number, (split, count) in enumerate(SHAPES_SPLITS.items()):
+            ids = [f"{split}_{i:04d}" for i in range(count)]
+            for i, image_id in enumerate(ids):
+                image, objects = draw_shapes_image(np.random.default_rng((SHAPES_VERSION["seed"], number, i)))
+                Image.fromarray(image).save(making / "JPEGImages" / f"{image_id}.jpg", quality=90)
+                write_annotation(making / "Annotations" / f"{image_id}.xml", f"{image_id}.jpg", image.shape, objects)
+            (making / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
+        (making / stamp.name).write_text(json.dumps(SHAPES_VERSION))
+        shutil.rmtree(root, ignore_errors=True)
+        making.rename(root)
+    except OSError as error:
+        raise InputError(f"{root} could not be written: {error}") from None
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
 def voc_roots(data, data_root, train_split, val_split, test_split):
     """Return the folders of "voc2007" or "voc0712", 2007 first; lists that are missing are fetched by torchvision.
 
@@ -340,7 +480,7 @@ def voc_roots(data, data_root, train_split, val_split, test_split):
         except (urllib.error.URLError, OSError, RuntimeError, ValueError) as error:
             there = ", ".join(sorted(p.stem for p in lists.glob("*.txt") if "_" not in p.stem)) or "none"
             raise InputError(
-                f"Pascal VOC {year}: no list {split} in {lists} (there: {there}) and it could not be fetched ({error}); "
+                f"Pascal VOC {year}: no list {split} in {lists} (there: {there}) and none to fetch ({error}); "
                 "use --data PATH for a folder in VOC layout, --data-root DIR where VOCdevkit is, --train-split and "
                 "--test-split for the lists you have, or --data shapes, which needs no download"
             ) from None
@@ -476,146 +616,6 @@ def make_loader(dataset, *, batch_size=1, workers=0, pin_memory=False, sampler=N
     if workers:
         how.update(persistent_workers=True, prefetch_factor=4, worker_init_fn=_init_worker)
     return torch.utils.data.DataLoader(dataset, num_workers=workers, collate_fn=collate, pin_memory=pin_memory, **how)
-
-
-# The generated data set: drawn shapes on textured, cluttered backgrounds.
-
-SHAPES_SPLITS = {"train": 400, "val": 40, "test": 150}
-SHAPES_VERSION = {"version": 1, "seed": 2007, "splits": SHAPES_SPLITS, "classes": list(SHAPES_CLASSES)}
-
-
-def _shape_outline(name, rng):
-    """Return a shape in the unit circle, turned by up to 20 degrees: polygons (N, 2), of which a second is a hole."""
-    turn = math.radians(rng.uniform(-20, 20))
-
-    def polygon(count, start=0.0, radius=1.0):
-        angles = turn + start + np.arange(count) * 2 * math.pi / count
-        return np.stack((np.cos(angles), np.sin(angles)), axis=1) * np.reshape(radius, (-1, 1))
-
-    if name == "cross":
-        near, far = rng.uniform(0.28, 0.36), 1.0
-        reach, angle = math.hypot(near, far), math.atan2(near, far)
-        corners = [(reach, -angle), (reach, angle), (near * math.sqrt(2), math.pi / 4)]
-        angles = [turn + a + quarter * math.pi / 2 for quarter in range(4) for _, a in corners]
-        return [np.stack((np.cos(angles), np.sin(angles)), axis=1) * np.tile([[r] for r, _ in corners], (4, 1))]
-    if name == "star":
-        return [polygon(10, -math.pi / 2, np.tile((1.0, rng.uniform(0.38, 0.45)), 5))]
-    if name in ("square", "triangle"):
-        return [polygon(4, math.pi / 4) if name == "square" else polygon(3, -math.pi / 2)]
-    return [polygon(48)] + ([polygon(48, radius=rng.uniform(0.5, 0.62))] if name == "ring" else [])
-
-
-def _texture(rng, height, width, contrast):
-    """Return a float32 (H, W, 3) texture around a random colour: smooth noise of three scales, maybe stripes."""
-    out = np.tile(rng.uniform(30, 225, 3).astype(np.float32), (height, width, 1))
-    for cells in (3, 9, 40):
-        noise = rng.normal(0, contrast / 2, (cells, cells, 3)).astype(np.float32)
-        out += cv2.resize(noise, (width, height), interpolation=cv2.INTER_LINEAR)
-    if rng.random() < 0.4:
-        angle, period = rng.uniform(0, math.pi), rng.uniform(6, 40)
-        x, y = (np.arange(n, dtype=np.float32) * 2 * math.pi / period for n in (width, height))
-        wave = np.sin(x * math.cos(angle) + y[:, None] * math.sin(angle))
-        out += (contrast * 0.6 * wave)[..., None] * rng.uniform(-1, 1, 3).astype(np.float32)
-    return out
-
-
-def _paint(image, polygons, rng):
-    """Fill polygons (N, 2), the outer one first, on a float32 image with a texture that can be told from what is there.
-
-    Changes the image in place; returns the bool (H, W) mask of the pixels covered.
-    """
-    mask = np.zeros(image.shape[:2], np.uint8)
-    cv2.fillPoly(mask, [np.round(p * 16).astype(np.int32) for p in polygons], 255, cv2.LINE_AA, 4)
-    x, y, width, height = cv2.boundingRect(mask)
-    part, cover = image[y : y + height, x : x + width], mask[y : y + height, x : x + width]
-    fill, behind = _texture(rng, height, width, contrast=10), part[cover > 127].mean(axis=0)
-    if np.abs(fill[cover > 127].mean(axis=0) - behind).max() < 50:  # what nobody could see would teach nothing
-        fill += np.where(behind > 127, -80, 80).astype(np.float32)
-    part += (fill - part) * (cover[..., None] / np.float32(255))
-    return mask > 127
-
-
-def draw_shapes_image(rng):
-    """Draw one picture; returns the image, uint8 (H, W, 3), and its objects as (name, [xmin, ymin, xmax, ymax]).
-
-    Zero to eight objects of 20 pixels to four fifths of the shorter side. A box bounds the visible part of its
-    object, 1-based and inclusive as VOC writes it; at least 60% of every object stays visible.
-    """
-    height, width = (int(v) for v in rng.integers(280, 401, 2))
-    image = _texture(rng, height, width, contrast=22)
-    for _ in range(rng.integers(4, 14)):  # clutter: strokes that belong to no class
-        points = np.cumsum(rng.normal(0, 28, (rng.integers(2, 6), 2)), axis=0) + rng.uniform(0, [width, height])
-        color, thickness = rng.uniform(0, 255, 3).tolist(), int(rng.integers(1, 4))
-        cv2.polylines(image, [points.astype(np.int32)], False, color, thickness, cv2.LINE_AA)
-    placed, count = [], 0 if rng.random() < 0.08 else int(rng.integers(1, 9))  # placed: (name, visible mask, area)
-    for _ in range(4 * count):
-        if len(placed) == count:
-            break
-        name = SHAPES_CLASSES[rng.integers(len(SHAPES_CLASSES))]
-        size = math.exp(rng.uniform(math.log(20), math.log(0.8 * min(height, width))))
-        outline = _shape_outline(name, rng)
-        low, extent = outline[0].min(axis=0), np.ptp(outline[0], axis=0)
-        corner = rng.uniform(0, np.maximum([width, height] - extent * size / extent.max(), 1))
-        before = image.copy()
-        solid = _paint(image, [(p - low) * size / extent.max() + corner for p in outline], rng)
-        if any(np.count_nonzero(visible & ~solid) < 0.6 * area for _, visible, area in placed):
-            image = before  # it would hide too much of another
-            continue
-        placed = [(n, visible & ~solid, area) for n, visible, area in placed] + [(name, solid, solid.sum())]
-    objects = []
-    for name, visible, _ in placed:
-        ys, xs = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
-        objects.append((name, [int(v) + 1 for v in (xs[0], ys[0], xs[-1], ys[-1])]))
-    return np.clip(image + rng.normal(0, 4, (height, width, 1)), 0, 255).astype(np.uint8), objects
-
-
-def generate_shapes(root):
-    """Write the `shapes` data set in VOC layout below root, unless this version of it is there.
-
-    Made in a temporary folder and renamed, so that an interrupted run leaves nothing half-made.
-    """
-    root = Path(root)
-    stamp = root / "shapes.json"
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads(stamp.read_text()) == SHAPES_VERSION:
-            return
-    if root.exists() and not stamp.exists():
-        raise InputError(f"{root} is there but was not made by --data shapes: move it, or set --data-root")
-    making = root.with_name(f"{root.name}.{os.getpid()}.tmp")
-    print(f"drawing the shapes data set into {root} ...", flush=True)
-    try:
-        for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-            (making / folder).mkdir(parents=True)
-        for number, (split, count) in enumerate(SHAPES_SPLITS.items()):
-            ids = [f"{split}_{i:04d}" for i in range(count)]
-            for i, image_id in enumerate(ids):
-                image, objects = draw_shapes_image(np.random.default_rng((SHAPES_VERSION["seed"], number, i)))
-                Image.fromarray(image).save(making / "JPEGImages" / f"{image_id}.jpg", quality=90)
-                write_annotation(making / "Annotations" / f"{image_id}.xml", f"{image_id}.jpg", image.shape, objects)
-            (making / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
-        (making / stamp.name).write_text(json.dumps(SHAPES_VERSION))
-        shutil.rmtree(root, ignore_errors=True)
-        making.rename(root)
-    except OSError as error:
-        raise InputError(f"{root} could not be written: {error}") from None
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-
-
-def write_annotation(path, filename, shape, objects):
-    """Write a VOC XML file; shape is (H, W, 3), objects are (name, [xmin, ymin, xmax, ymax]), 1-based inclusive."""
-    def element(tag, content):
-        inner = "".join(content) if isinstance(content, list) else xml.sax.saxutils.escape(str(content))
-        return f"<{tag}>{inner}</{tag}>"
-
-    def elements(tags, values):
-        return [element(tag, value) for tag, value in zip(tags, values, strict=True)]
-
-    nodes = elements(("filename", "size"), (filename, elements(("height", "width", "depth"), shape)))
-    for name, box in objects:
-        content = name, 0, elements(("xmin", "ymin", "xmax", "ymax"), box)
-        nodes.append(element("object", elements(("name", "difficult", "bndbox"), content)))
-    Path(path).write_text(element("annotation", nodes) + "\n", encoding="utf-8")
 
 
 # ---- 6. Augmentation ----
@@ -865,6 +865,16 @@ class SSD300(nn.Module):
         return tuple(outputs)
 
 
+def load_tensors(path, what):
+    """Return what torch.save wrote into a file, as data only; raises InputError if it is missing or something else."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file ({what})")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the unpickler meets in a foreign file
+        raise InputError(f"{path}: not readable as {what} ({str(error).splitlines()[0][:120]})") from None
+
+
 def load_backbone(model, state):
     """Copy ImageNet weights, the state dict of torchvision's vgg16 or vgg16_bn, into a full-width SSD300.
 
@@ -906,6 +916,18 @@ def fetch_backbone(path=None, *, batch_norm=False):
             f"the ImageNet VGG16 weights could not be fetched from {weights.url} ({error}): give that file with "
             "--backbone-weights FILE, or train from scratch with --no-pretrained"
         ) from None
+
+
+def autocast(device, amp_dtype):
+    """Return the autocast context of a dtype; for None it does nothing."""
+    return torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
+
+
+def to_device(batch, device):
+    """Copy a collated batch to a device without waiting for it; images in channels_last order."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
+    return moved
 
 
 # ---- 8. Losses ----
@@ -1120,16 +1142,6 @@ def class_table(result, class_names):
 # ---- 11. Run records ----
 
 
-def load_tensors(path, what):
-    """Return what torch.save wrote into a file, as data only; raises InputError if it is missing or something else."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file ({what})")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the unpickler meets in a foreign file
-        raise InputError(f"{path}: not readable as {what} ({str(error).splitlines()[0][:120]})") from None
-
-
 def write_atomically(path, write):
     """Call write(temporary path), flush it to disk and rename it to path: readers see the old file or the new one."""
     path = Path(path)
@@ -1299,6 +1311,11 @@ def plot_data(records, classes):
     return figure
 
 
+def color_of(label):
+    """Return the colour of a class; classes ten apart share one."""
+    return PALETTE[(label - 1) % len(PALETTE)]
+
+
 def plot_precision_recall(result, class_names):
     """Return precision_recall.png: a curve a class with its area AP in the legend, best first."""
     columns = 1 + (len(class_names) - 1) // 25
@@ -1344,11 +1361,6 @@ def draw_boxes(image, boxes_px, captions, colors, *, dashed=False):
 def spread(records, count):
     """Return `count` records, or all if there are fewer, evenly spread over a list."""
     return [records[i] for i in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int)]
-
-
-def color_of(label):
-    """Return the colour of a class; classes ten apart share one."""
-    return PALETTE[(label - 1) % len(PALETTE)]
 
 
 def plot_sheet(images, title, columns=4):
@@ -1427,18 +1439,6 @@ def pick_amp_dtype(device, amp="auto"):
     return torch.bfloat16 if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else None
 
 
-def autocast(device, amp_dtype):
-    """Return the autocast context of a dtype; for None it does nothing."""
-    return torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
-
-
-def to_device(batch, device):
-    """Copy a collated batch to a device without waiting for it; images in channels_last order."""
-    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
-    return moved
-
-
 def keep_freed_memory():
     """Tell glibc to keep freed memory: the kernel's fresh pages cost about a quarter of a CPU training step."""
     with contextlib.suppress(OSError, AttributeError):
@@ -1490,11 +1490,9 @@ class Ema:
 def make_criterion(anchors, recipe):
     """Return criterion(outputs, batch) -> {"loss", "loss_cls", "loss_box"}, see `detection_loss`."""
     def criterion(outputs, batch):
-        return detection_loss(
-            outputs, build_targets(batch["gt_boxes"], batch["gt_labels"], anchors, recipe.match_iou),
-            loss=recipe.loss, alpha=recipe.focal_alpha, gamma=recipe.focal_gamma,
-            cls_weight=recipe.cls_weight, box_weight=recipe.box_weight,
-        )
+        return detection_loss(outputs, build_targets(batch["gt_boxes"], batch["gt_labels"], anchors, recipe.match_iou),
+                              loss=recipe.loss, alpha=recipe.focal_alpha, gamma=recipe.focal_gamma,
+                              cls_weight=recipe.cls_weight, box_weight=recipe.box_weight)
 
     return criterion
 
@@ -1733,15 +1731,14 @@ def predict_files(detector, paths, folder, **settings):
 # ---- 15. Command line ----
 
 # What the data set, and then the kind of start, choose where no flag is given.
-DATA_DEFAULTS = {
-    "voc2007": {"train_split": "trainval", "test_split": "test", "epochs": 100, "batch_size": 32, "width": 1.0},
-    "voc0712": {"train_split": "trainval", "test_split": "test", "epochs": 100, "batch_size": 32, "width": 1.0},
-    "shapes": {"train_split": "train", "val_split": "val", "test_split": "test", "epochs": 12, "batch_size": 8,
-               "width": 0.125, "lr": 4e-3},
-    "folder": {"train_split": "train", "test_split": "test", "epochs": 100, "batch_size": 16, "width": 1.0},
-}
+_FOLDER = {"train_split": "train", "epochs": 100, "batch_size": 16, "width": 1.0, "zoom_out": 0.5, "crop": 1.0}
+_VOC = _FOLDER | {"train_split": "trainval", "test_split": "test", "batch_size": 32}
+_SHAPES = {"test_split": "test", "val_split": "val", "epochs": 15, "batch_size": 4, "width": 0.0625, "lr": 6e-3,
+           "zoom_out": 0.0, "crop": 0.4}
+DATA_DEFAULTS = {"voc2007": _VOC, "voc0712": _VOC, "shapes": _FOLDER | _SHAPES, "folder": _FOLDER}
 PRETRAINED_DEFAULTS = {"batch_norm": False, "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4}  # SSD section 3.1
 SCRATCH_DEFAULTS = {"batch_norm": True, "optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05}
+DATA_FLAGS = ("data", "data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed")
 RESUME_MAY_CHANGE = {"resume", "device", "workers", "output_dir", "data_root", "patience"}
 
 
@@ -1817,8 +1814,8 @@ def build_parser():
     add("--clip-anchors", action=switch, default=False, help="cut the anchors at the picture's border")
 
     add = parser.add_argument_group("augmentation, as probabilities").add_argument
-    add("--zoom-out", type=unit_interval, default=0.5, help="SSD zoom-out, up to 4 times")
-    add("--crop", type=unit_interval, default=1.0, help="SSD crop, whose first choice is the whole picture")
+    add("--zoom-out", type=unit_interval, help=f"SSD zoom-out, up to 4 times ({by_data})")
+    add("--crop", type=unit_interval, help=f"SSD crop, whose first choice is the whole picture ({by_data})")
     add("--color", type=unit_interval, default=0.5, help="each of brightness, contrast, saturation and hue")
     add("--shadow", type=unit_interval, default=0.2, help="random shadow")
     add("--noise", type=unit_interval, default=0.2, help="Gaussian noise such as a camera makes")
@@ -1865,6 +1862,24 @@ def flags_given(argv):
     return set(vars(parser.parse_args(argv)))
 
 
+def fill_defaults(args):
+    """Fill what is None in a namespace, in place: by the data set, then by the kind of start."""
+    is_named = args.data in ("voc2007", "voc0712", "shapes")
+    chosen = dict(DATA_DEFAULTS[args.data if is_named else "folder"])
+    if not is_named:  # a folder's default lists are those it has
+        has = {p.stem for p in (Path(args.data) / "ImageSets" / "Main").glob("*.txt")}
+        chosen["train_split"] = "trainval" if "trainval" in has and "train" not in has else "train"
+        chosen |= {"test_split": "test"} if "test" in has else {}
+    width = args.width or chosen["width"]
+    pretrained = width == 1 if args.pretrained is None else args.pretrained
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    workers = min(16, os.cpu_count() or 1) if on_gpu else 1
+    by_start = PRETRAINED_DEFAULTS if pretrained else SCRATCH_DEFAULTS
+    for name, value in {**by_start, **chosen, "pretrained": pretrained, "workers": workers}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def parse_args(argv=None, saved=None):
     """Return the complete namespace: flags given, then those `saved` with a run, then defaults.
 
@@ -1893,24 +1908,6 @@ def parse_args(argv=None, saved=None):
     return args
 
 
-def fill_defaults(args):
-    """Fill what is None in a namespace, in place: by the data set, then by the kind of start."""
-    is_named = args.data in ("voc2007", "voc0712", "shapes")
-    chosen = dict(DATA_DEFAULTS[args.data if is_named else "folder"])
-    if not is_named:  # a folder's default lists are those it has
-        has = {p.stem for p in (Path(args.data) / "ImageSets" / "Main").glob("*.txt")}
-        chosen["train_split"] = "trainval" if "trainval" in has and "train" not in has else "train"
-        chosen["test_split"] = "test" if "test" in has else None
-    width = args.width or chosen["width"]
-    pretrained = width == 1 if args.pretrained is None else args.pretrained
-    on_gpu = args.device != "cpu" and torch.cuda.is_available()
-    workers = min(16, os.cpu_count() or 1) if on_gpu else 1
-    by_start = PRETRAINED_DEFAULTS if pretrained else SCRATCH_DEFAULTS
-    for name, value in {**by_start, **chosen, "pretrained": pretrained, "workers": workers}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-
-
 def print_header(args, data, model, *, amp_dtype, steps):
     """Print what runs on what: versions, device, precision, data, network, recipe; chosen defaults included."""
     env = environment(model.anchors.device)
@@ -1936,8 +1933,7 @@ def print_header(args, data, model, *, amp_dtype, steps):
 
 def load_splits(args):
     """Return the DataSplits that the flags name."""
-    names = ("data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed")
-    return load_data(args.data, **{name: getattr(args, name) for name in names})
+    return load_data(args.data, **{name: getattr(args, name) for name in DATA_FLAGS if name != "data"})
 
 
 def detect_settings(args, score_thresh):
@@ -1961,6 +1957,17 @@ def build_state(args, num_classes, device, resumed=None):
     if resumed is not None:
         state.load_state_dict(resumed["train_state"], resumed["model"])
     return state, recipe, config
+
+
+def measure(model, loader, classes, plots, *, amp_dtype, **settings):
+    """Evaluate on the test list, print the per-class table, draw the curves; returns the numbers and their summary."""
+    result = evaluate(model, loader, amp_dtype=amp_dtype, **settings)
+    print(class_table(result, classes))
+    save_figure(plot_precision_recall(result, classes), plots / "evaluation" / "precision_recall.png")
+    keys = ("ap_area", "ap11", "num_gt")
+    per_class = {n: {key: result["classes"][k][key] for key in keys} for k, n in enumerate(classes, start=1)}
+    numbers = {"map_area": result["map_area"], "map11": result["map11"], "per_class": per_class}
+    return numbers, f"Test mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point)"
 
 
 def run_training(args, resumed=None):
@@ -2013,17 +2020,6 @@ def run_training(args, resumed=None):
     write_json(checkpoints / "run.json", record | {"test": final.get("test"), "chosen": chosen.name, "wall_s": seconds})
     print(f"{summary}\n{path}\nwall time {datetime.timedelta(seconds=round(seconds))}")
     return 0
-
-
-def measure(model, loader, classes, plots, *, amp_dtype, **settings):
-    """Evaluate on the test list, print the per-class table, draw the curves; returns the numbers and their summary."""
-    result = evaluate(model, loader, amp_dtype=amp_dtype, **settings)
-    print(class_table(result, classes))
-    save_figure(plot_precision_recall(result, classes), plots / "evaluation" / "precision_recall.png")
-    keys = ("ap_area", "ap11", "num_gt")
-    per_class = {n: {key: result["classes"][k][key] for key in keys} for k, n in enumerate(classes, start=1)}
-    numbers = {"map_area": result["map_area"], "map11": result["map11"], "per_class": per_class}
-    return numbers, f"Test mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point)"
 
 
 def run_evaluation(args, checkpoint):
@@ -2080,8 +2076,7 @@ def main(argv=None):
             return run_prediction(args)
         if args.evaluate:
             checkpoint = load_checkpoint(args.evaluate)
-            names = ("data", "data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed")
-            saved = {} if "data" in args.given else {k: v for k, v in checkpoint["args"].items() if k in names}
+            saved = {} if "data" in args.given else {name: checkpoint["args"][name] for name in DATA_FLAGS}
             return run_evaluation(parse_args(argv, saved), checkpoint)
         return run_training(*resume_args(argv, args)) if args.resume else run_training(args)
     except InputError as error:  # raised in a loader process it comes with that process's traceback before it
