@@ -1239,8 +1239,8 @@ def save_figure(figure, path):
 
 
 def _series(history, key):
-    """Return epochs (from 1) and values of a metric, epochs that lack it left out."""
-    pairs = [(row["epoch"] + 1, row[key]) for row in history if row.get(key) is not None]
+    """Return epochs and values of a metric, epochs that lack it left out."""
+    pairs = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
     return [p[0] for p in pairs], [p[1] for p in pairs]
 
 
