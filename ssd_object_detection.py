@@ -67,7 +67,7 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )
-SHAPES_CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
+SHAPES_CLASSES = ("bar", "circle", "cross", "ring", "star", "triangle")
 
 IMAGE_SIZE = 300
 FEATURE_MAPS = (37, 18, 18, 9, 5, 2)  # cells along each side of the six maps
@@ -331,21 +331,23 @@ def _shape_outline(name, rng):
     """Return a shape in the unit circle, turned by up to 20 degrees: polygons (N, 2), of which a second is a hole."""
     turn = math.radians(rng.uniform(-20, 20))
 
-    def polygon(count, start=0.0, radius=1.0):
-        angles = turn + start + np.arange(count) * 2 * math.pi / count
-        return np.stack((np.cos(angles), np.sin(angles)), axis=1) * np.reshape(radius, (-1, 1))
+    def polygon(radii, angles):
+        return np.stack((np.cos(turn + angles), np.sin(turn + angles)), axis=1) * np.reshape(radii, (-1, 1))
 
+    circle, up = np.arange(48) * math.pi / 24, -math.pi / 2
+    if name == "bar":  # lying or standing
+        angle = math.atan(rng.uniform(0.28, 0.4))
+        return [polygon(1.0, np.array([angle, math.pi - angle, math.pi + angle, -angle]) + up * rng.integers(2))]
     if name == "cross":
-        near, far = rng.uniform(0.28, 0.36), 1.0
-        reach, angle = math.hypot(near, far), math.atan2(near, far)
-        corners = [(reach, -angle), (reach, angle), (near * math.sqrt(2), math.pi / 4)]
-        angles = [turn + a + quarter * math.pi / 2 for quarter in range(4) for _, a in corners]
-        return [np.stack((np.cos(angles), np.sin(angles)), axis=1) * np.tile([[r] for r, _ in corners], (4, 1))]
+        arm = rng.uniform(0.2, 0.26)
+        reach, angle, corner = math.hypot(arm, 1), math.atan(arm), arm * math.sqrt(2)
+        quarter = np.array([-angle, angle, math.pi / 4])
+        return [polygon([reach, reach, corner] * 4, np.concatenate([quarter - up * k for k in range(4)]))]
     if name == "star":
-        return [polygon(10, -math.pi / 2, np.tile((1.0, rng.uniform(0.38, 0.45)), 5))]
-    if name in ("square", "triangle"):
-        return [polygon(4, math.pi / 4) if name == "square" else polygon(3, -math.pi / 2)]
-    return [polygon(48)] + ([polygon(48, radius=rng.uniform(0.5, 0.62))] if name == "ring" else [])
+        return [polygon([1.0, rng.uniform(0.45, 0.5)] * 5, up + np.arange(10) * math.pi / 5)]
+    if name == "triangle":
+        return [polygon(1.0, up + np.arange(3) * math.pi / 1.5)]
+    return [polygon(1.0, circle)] + ([polygon(rng.uniform(0.55, 0.68), circle)] if name == "ring" else [])
 
 
 def _texture(rng, height, width, contrast):
@@ -1368,7 +1370,7 @@ def plot_sheet(images, title, columns=4):
     rows = max(1, math.ceil(len(images) / columns))
     figure = Figure(figsize=(3.4 * columns, 3.4 * rows + 0.5), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for cell in axes:
         cell.axis("off")
     for cell, image in zip(axes, images, strict=False):
