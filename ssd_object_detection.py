@@ -364,27 +364,21 @@ def _texture(rng, height, width, contrast):
     return out
 
 
-def _paint(image, polygons, rng):
-    """Fill polygons (N, 2), the outer one first, on a float32 image with a texture that can be told from what is there.
-
-    Changes the image in place; returns the bool (H, W) mask of the pixels covered.
-    """
-    mask = np.zeros(image.shape[:2], np.uint8)
-    cv2.fillPoly(mask, [np.round(p * 16).astype(np.int32) for p in polygons], 255, cv2.LINE_AA, 4)
+def _paint(image, mask, rng):
+    """Lay a texture that can be told from what is there over a float32 image, in place; mask is uint8 coverage."""
     x, y, width, height = cv2.boundingRect(mask)
     part, cover = image[y : y + height, x : x + width], mask[y : y + height, x : x + width]
     fill, behind = _texture(rng, height, width, contrast=10), part[cover > 127].mean(axis=0)
     if np.abs(fill[cover > 127].mean(axis=0) - behind).max() < 60:  # what nobody could see would teach nothing
         fill += np.where(behind > 127, -80, 80).astype(np.float32)
     part += (fill - part) * (cover[..., None] / np.float32(255))
-    return mask > 127
 
 
 def draw_shapes_image(rng):
     """Draw one picture; returns the image, uint8 (H, W, 3), and its objects as (name, [xmin, ymin, xmax, ymax]).
 
     Zero to eight objects of 20 pixels to four fifths of the shorter side. A box bounds the visible part of its
-    object, 1-based and inclusive as VOC writes it; at least 60% of every object stays visible.
+    object, 1-based and inclusive as VOC writes it; at least 70% of every object stays visible.
     """
     height, width = (int(v) for v in rng.integers(280, 401, 2))
     image = _texture(rng, height, width, contrast=18)
@@ -401,12 +395,14 @@ def draw_shapes_image(rng):
         outline = _shape_outline(name, rng)
         low, extent = outline[0].min(axis=0), np.ptp(outline[0], axis=0)
         corner = rng.uniform(0, np.maximum([width, height] - extent * size / extent.max(), 1))
-        before = image.copy()
-        solid = _paint(image, [(p - low) * size / extent.max() + corner for p in outline], rng)
-        if any(np.count_nonzero(visible & ~solid) < 0.6 * area for _, visible, area in placed):
-            image = before  # it would hide too much of another
-            continue
-        placed = [(n, visible & ~solid, area) for n, visible, area in placed] + [(name, solid, solid.sum())]
+        mask = np.zeros((height, width), np.uint8)
+        polygons = [np.round(((p - low) * size / extent.max() + corner) * 16).astype(np.int32) for p in outline]
+        cv2.fillPoly(mask, polygons, 255, cv2.LINE_AA, 4)
+        solid = mask > 127
+        if any(np.count_nonzero(visible & ~solid) < 0.7 * area for _, visible, area in placed):
+            continue  # it would hide too much of another
+        _paint(image, mask, rng)
+        placed = [(n, visible & ~solid, area) for n, visible, area in placed] + [(name, solid, np.count_nonzero(solid))]
     objects = []
     for name, visible, _ in placed:
         ys, xs = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
