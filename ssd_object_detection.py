@@ -158,8 +158,9 @@ def match_anchors(gt_boxes, gt_labels, anchors_xyxy, match_iou_thresh=0.5):
     gt_boxes (B, G, 4): xyxy; gt_labels (B, G): 1..K, 0 marks padding; G may be 0. anchors_xyxy (A, 4).
     An anchor takes the ground truth of highest IoU if that is at least match_iou_thresh; besides, every ground
     truth owns one anchor that no other can take: they choose in turns, best overlap first, their best anchor
-    still free (SSD section 2.2; the turns replace the Caffe code's search of the largest entry of what is left).
+    still free (SSD section 2.2).
     """
+    # Differs from paper: there two ground truths may prefer the same anchor, and one of them gets none.
     batch, num_gt = gt_labels.shape
     num_anchors = len(anchors_xyxy)
     if num_gt == 0:
@@ -377,16 +378,16 @@ def _paint(image, mask, rng):
 def draw_shapes_image(rng):
     """Draw one picture; returns the image, uint8 (H, W, 3), and its objects as (name, [xmin, ymin, xmax, ymax]).
 
-    Zero to eight objects of 20 pixels to four fifths of the shorter side. A box bounds the visible part of its
-    object, 1-based and inclusive as VOC writes it; at least 70% of every object stays visible.
+    Zero to five objects of 20 pixels to four fifths of the shorter side. A box bounds the visible part of its
+    object, 1-based and inclusive as VOC writes it; at least 85% of every object stays visible.
     """
     height, width = (int(v) for v in rng.integers(280, 401, 2))
     image = _texture(rng, height, width, contrast=18)
-    for _ in range(rng.integers(4, 14)):  # clutter: strokes that belong to no class
+    for _ in range(rng.integers(3, 11)):  # clutter: strokes that belong to no class
         points = np.cumsum(rng.normal(0, 28, (rng.integers(2, 6), 2)), axis=0) + rng.uniform(0, [width, height])
-        color, thickness = rng.uniform(0, 255, 3).tolist(), int(rng.integers(1, 4))
+        color, thickness = rng.uniform(0, 255, 3).tolist(), int(rng.integers(1, 3))
         cv2.polylines(image, [points.astype(np.int32)], False, color, thickness, cv2.LINE_AA)
-    placed, count = [], 0 if rng.random() < 0.08 else int(rng.integers(1, 9))  # placed: (name, visible mask, area)
+    placed, count = [], 0 if rng.random() < 0.08 else int(rng.integers(1, 6))  # placed: (name, visible mask, area)
     for _ in range(4 * count):
         if len(placed) == count:
             break
@@ -399,7 +400,7 @@ def draw_shapes_image(rng):
         polygons = [np.round(((p - low) * size / extent.max() + corner) * 16).astype(np.int32) for p in outline]
         cv2.fillPoly(mask, polygons, 255, cv2.LINE_AA, 4)
         solid = mask > 127
-        if any(np.count_nonzero(visible & ~solid) < 0.7 * area for _, visible, area in placed):
+        if any(np.count_nonzero(visible & ~solid) < 0.85 * area for _, visible, area in placed):
             continue  # it would hide too much of another
         _paint(image, mask, rng)
         placed = [(n, visible & ~solid, area) for n, visible, area in placed] + [(name, solid, np.count_nonzero(solid))]
@@ -631,6 +632,8 @@ class SSDZoomOut(_BoxGeometry):
     Picture and canvas are shrunk together where the canvas would have more than twice the network's resolution,
     which saves half the pipeline's time.
     """
+
+    # Differs from paper: its canvas keeps the picture's resolution; and there the photometric steps come first.
 
     def __init__(self, max_ratio=4.0, p=0.5):
         super().__init__(p=p)
@@ -967,6 +970,7 @@ def detection_loss(outputs, targets, *, loss="focal", alpha=-1.0, gamma=2.0, cls
     """
     (cls_logits, box_deltas), (labels, box_targets) = outputs, targets
     is_positive = labels > 0
+    # Differs from paper: its loss of a batch without objects is 0, and of one with few it is large.
     divisor = is_positive.sum().clamp(min=len(labels))
     if loss == "focal":
         per_anchor = focal_loss(cls_logits, labels, alpha=alpha, gamma=gamma)

@@ -1,0 +1,90 @@
+"""Shared fixtures: a tiny data set in VOC layout, the flags that train on it, and one finished run of two epochs."""
+
+import contextlib
+import io
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ssd_object_detection as ssd
+
+TINY_SPLITS = {"train": 8, "val": 4, "test": 4}
+
+
+def write_voc(root, splits=None, seed=0, empty_every=4):
+    """Write drawn pictures of the classes `angular` and `round` in VOC layout; every empty_every-th has no object.
+
+    empty_every 1 leaves all of them empty, 0 none. Returns root.
+    """
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for split, count in (splits or TINY_SPLITS).items():
+        ids = [f"{split}_{i}" for i in range(count)]
+        for i, image_id in enumerate(ids):
+            image, objects = ssd.draw_shapes_image(rng)
+            if empty_every and i % empty_every == empty_every - 1:
+                image, objects = rng.integers(90, 130, image.shape).astype(np.uint8), []
+            else:
+                while len({name in ("circle", "ring") for name, _ in objects}) < 2:  # both classes in each picture
+                    image, objects = ssd.draw_shapes_image(rng)
+            objects = [("round" if name in ("circle", "ring") else "angular", box) for name, box in objects]
+            Image.fromarray(image).save(root / "JPEGImages" / f"{image_id}.jpg")
+            ssd.write_annotation(root / "Annotations" / f"{image_id}.xml", f"{image_id}.jpg", image.shape, objects)
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
+    return root
+
+
+def tiny_flags(data, output, *more):
+    """Return the command line of a training run of two epochs that takes a few seconds on a CPU."""
+    return ["--data", str(data), "--output-dir", str(output), "--val-split", "val", "--width", ".0625", "--epochs", "2",
+            "--batch-size", "4", "--workers", "0", "--device", "cpu", "--amp", "off", "--score-thresh", ".001",
+            "--lr", ".005", "--ema-decay", ".5", *more]
+
+
+@pytest.fixture(scope="session")
+def make_voc():
+    """The function that writes a data set."""
+    return write_voc
+
+
+@pytest.fixture(scope="session")
+def flags_of():
+    """The function that returns the flags of a tiny run."""
+    return tiny_flags
+
+
+@pytest.fixture(scope="session")
+def tiny_voc(tmp_path_factory):
+    """A folder `Tiny Set` of 8 training, 4 validation and 4 test pictures; not to be changed."""
+    return write_voc(tmp_path_factory.mktemp("voc") / "Tiny Set")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_voc, tmp_path_factory):
+    """A finished run: data, output, flags, code, out and err (what it printed), final (the checkpoint's path)."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    flags, out, err = tiny_flags(tiny_voc, output), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = ssd.main(flags)
+    final = output / "checkpoints" / "ssd_tiny_set_final.pth"
+    return types.SimpleNamespace(
+        data=tiny_voc, output=output, flags=flags, code=code, out=out.getvalue(), err=err.getvalue(), final=final
+    )
+
+
+@pytest.fixture
+def fails(capfd):
+    """A function that runs main, demands exit code 2 and one line on standard error, and returns that line."""
+    def run(argv):
+        capfd.readouterr()
+        code = ssd.main([str(a) for a in argv])
+        lines = capfd.readouterr().err.splitlines()
+        assert code == 2
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return run

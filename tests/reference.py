@@ -1,0 +1,83 @@
+"""Slow reference versions of what the module does in a few array operations: plain loops, one box at a time."""
+
+import math
+
+
+def iou(a, b, extra=0.0):
+    """IoU of two xyxy boxes; extra 1 counts corners as pixels of the box, as VOC does."""
+    width = min(a[2], b[2]) - max(a[0], b[0]) + extra
+    height = min(a[3], b[3]) - max(a[1], b[1]) + extra
+    if width <= 0 or height <= 0:
+        return 0.0
+    shared = width * height
+    area_a = (a[2] - a[0] + extra) * (a[3] - a[1] + extra)
+    area_b = (b[2] - b[0] + extra) * (b[3] - b[1] + extra)
+    return shared / (area_a + area_b - shared)
+
+
+def match(gt_boxes, gt_labels, anchors, thresh):
+    """Matched ground truth of each anchor for one image, -1 for background; rows of label 0 do not exist."""
+    real = [g for g in range(len(gt_labels)) if gt_labels[g] > 0]
+    overlap = {(g, a): iou(gt_boxes[g], anchors[a]) for g in real for a in range(len(anchors))}
+    matched = [-1] * len(anchors)
+    for a in range(len(anchors)):
+        for g in real:
+            if overlap[g, a] >= thresh and (matched[a] < 0 or overlap[g, a] > overlap[matched[a], a]):
+                matched[a] = g
+    free = set(range(len(anchors)))
+    best = {g: max(overlap[g, a] for a in range(len(anchors))) for g in real}
+    for g in sorted(real, key=lambda g: (-best[g], g)):
+        owned = min(free, key=lambda a: (-overlap[g, a], a))
+        matched[owned] = g
+        free.remove(owned)
+    return matched
+
+
+def mined(losses, labels, negatives_per_positive=3):
+    """For one image, whether each anchor counts: every positive, and the hardest negatives."""
+    positives = [a for a in range(len(labels)) if labels[a] > 0]
+    negatives = sorted((a for a in range(len(labels)) if labels[a] == 0), key=lambda a: -losses[a])
+    kept = set(positives) | set(negatives[: negatives_per_positive * max(1, len(positives))])
+    return [a in kept for a in range(len(labels))]
+
+
+def voc_class(detections, truth, label, iou_thresh=0.5):
+    """Return (hits and misses in score order, number of ground truths that count) of one class.
+
+    detections: (image_id, label, score, box) in the order given; truth: (image_id, label, box, difficult).
+    """
+    objects = [t for t in truth if t[1] == label]
+    is_found = [False] * len(objects)
+    outcomes = []
+    ranked = sorted((d for d in detections if d[1] == label), key=lambda d: -d[2])  # stable: ties stay as given
+    for image_id, _, _, box in ranked:
+        best, best_iou = None, -math.inf
+        for row, (gt_image, _, gt_box, _) in enumerate(objects):
+            overlap = iou(box, gt_box, extra=1.0)
+            if gt_image == image_id and overlap > 0 and overlap > best_iou:
+                best, best_iou = row, overlap
+        if best is None or best_iou < iou_thresh:
+            outcomes.append(False)
+        elif not objects[best][3]:
+            outcomes.append(not is_found[best])
+            is_found[best] = True
+    return outcomes, sum(not t[3] for t in objects)
+
+
+def voc_ap(outcomes, num_gt):
+    """Return (area, 11-point) average precision of hits and misses in score order."""
+    if num_gt == 0:
+        return math.nan, math.nan
+    recall, precision, hits = [], [], 0
+    for rank, is_hit in enumerate(outcomes, start=1):
+        hits += is_hit
+        recall.append(hits / num_gt)
+        precision.append(hits / rank)
+    eleven = 0.0
+    for tenth in range(11):  # tenth / 10 is the very number that 3 hits of 10 have as their recall
+        eleven += max((p for r, p in zip(recall, precision, strict=True) if r >= tenth / 10), default=0.0) / 11
+    mrec, mpre = [0.0, *recall, 1.0], [0.0, *precision, 0.0]
+    for i in range(len(mpre) - 2, -1, -1):
+        mpre[i] = max(mpre[i], mpre[i + 1])
+    area = sum((mrec[i] - mrec[i - 1]) * mpre[i] for i in range(1, len(mrec)) if mrec[i] != mrec[i - 1])
+    return area, eleven

@@ -1,0 +1,97 @@
+import math
+
+import pytest
+import torch
+
+import ssd_object_detection as ssd
+
+COUNTS = (5476, 1944, 1944, 486, 100, 16)  # 37*37*4, 18*18*6, 18*18*6, 9*9*6, 5*5*4, 2*2*4
+FIRST = (0, 5476, 7420, 9364, 9850, 9950)  # row of each map's first anchor
+
+
+@pytest.fixture(scope="module")
+def anchors():
+    return ssd.make_anchors()
+
+
+def test_there_are_9966_anchors_of_float32(anchors):
+    assert anchors.shape == (9966, 4)
+    assert anchors.dtype == torch.float32
+    assert sum(COUNTS) == 9966
+
+
+def test_each_map_has_its_count_and_its_scale(anchors):
+    # The first anchor of every cell is the square of the map's scale.
+    for start, count, scale, per_cell in zip(
+        FIRST, COUNTS, (0.1, 0.2, 0.37, 0.54, 0.71, 0.88), (4, 6, 6, 6, 4, 4), strict=True
+    ):
+        squares = anchors[start : start + count : per_cell, 2:]
+        torch.testing.assert_close(squares, torch.full_like(squares, scale))
+
+
+def test_first_cell_has_hand_computed_anchors(anchors):
+    centre = 0.5 / 37
+    sizes = [(0.1, 0.1), (0.1414214, 0.1414214), (0.1414214, 0.0707107), (0.0707107, 0.1414214)]
+    expected = torch.tensor([[centre, centre, w, h] for w, h in sizes])
+    torch.testing.assert_close(anchors[:4], expected, rtol=0, atol=1e-6)
+
+
+def test_first_cell_of_the_second_map_has_ratios_two_and_three(anchors):
+    centre = 0.5 / 18
+    sizes = [
+        (0.2, 0.2), (0.2720294, 0.2720294),  # sqrt(.2 * .37)
+        (0.2828427, 0.1414214), (0.1414214, 0.2828427), (0.3464102, 0.1154701), (0.1154701, 0.3464102),
+    ]
+    expected = torch.tensor([[centre, centre, w, h] for w, h in sizes])
+    torch.testing.assert_close(anchors[5476:5482], expected, rtol=0, atol=1e-6)
+
+
+def test_last_anchor_is_the_tall_one_of_the_last_cell(anchors):
+    expected = torch.tensor([0.75, 0.75, 0.6222540, 1.2445079])  # .88 / sqrt(2), .88 * sqrt(2)
+    torch.testing.assert_close(anchors[-1], expected, rtol=0, atol=1e-6)
+
+
+def test_last_map_takes_its_geometric_mean_with_1_05(anchors):
+    assert anchors[-3, 2].item() == pytest.approx(math.sqrt(0.88 * 1.05), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("start", "cells", "per_cell"), [(0, 37, 4), (5476, 18, 6), (7420, 18, 6), (9364, 9, 6), (9850, 5, 4), (9950, 2, 4)]
+)
+def test_cells_go_row_by_row_from_the_top_left(anchors, start, cells, per_cell):
+    centres = anchors[start : start + cells * cells * per_cell, :2].view(cells, cells, per_cell, 2)
+    for row, column in ((0, 0), (0, cells - 1), (cells - 1, 0), (cells // 2, 1)):
+        expected = torch.tensor([(column + 0.5) / cells, (row + 0.5) / cells]).expand(per_cell, 2)
+        torch.testing.assert_close(centres[row, column], expected)
+
+
+def test_ratios_are_width_by_height_and_keep_the_area(anchors):
+    width, height = anchors[:, 2], anchors[:, 3]
+    ratios = (width / height).view(-1)[5476:5482]
+    torch.testing.assert_close(ratios, torch.tensor([1, 1, 2, 1 / 2, 3, 1 / 3]))
+    area = width * height
+    torch.testing.assert_close(area[5478:5482], area[5476].expand(4))
+
+
+def test_no_anchor_occurs_twice(anchors):
+    assert len(torch.unique(anchors, dim=0)) == 9966
+
+
+def test_anchors_reach_beyond_the_picture_by_default(anchors):
+    low, high = anchors[:, :2] - anchors[:, 2:] / 2, anchors[:, :2] + anchors[:, 2:] / 2
+    assert low.min() < -0.3
+    assert high.max() > 1.3
+
+
+def test_clip_cuts_at_the_border_and_leaves_inner_anchors_alone(anchors):
+    clipped = ssd.make_anchors(clip=True)
+    low, high = clipped[:, :2] - clipped[:, 2:] / 2, clipped[:, :2] + clipped[:, 2:] / 2
+    assert low.min() > -1e-6
+    assert high.max() < 1 + 1e-6
+    assert (clipped[:, 2:] > 0).all()
+    # First anchor: from .5 / 37 - .05 < 0 to .5 / 37 + .05 = .0635135.
+    torch.testing.assert_close(clipped[0], torch.tensor([0.0317568, 0.0317568, 0.0635135, 0.0635135]))
+    inside = ((anchors[:, :2] - anchors[:, 2:] / 2 >= 0) & (anchors[:, :2] + anchors[:, 2:] / 2 <= 1)).all(dim=1)
+    assert inside.sum() > 5000
+    torch.testing.assert_close(clipped[inside], anchors[inside])
+    assert not torch.equal(clipped, anchors)

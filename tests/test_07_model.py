@@ -1,0 +1,275 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import ssd_object_detection as ssd
+
+FEATURES = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)  # convolutions of VGG16
+
+
+def narrow(num_classes=3, **kwargs):
+    torch.manual_seed(0)
+    return ssd.SSD300(num_classes, **{"width": 0.125, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randint(0, 256, (2, 3, 300, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def full():
+    return ssd.SSD300(20)
+
+
+def test_feature_maps_have_the_documented_sizes(images):
+    with torch.no_grad():
+        maps = narrow().feature_maps(images[:1].float())
+    assert [tuple(m.shape[2:]) for m in maps] == [(n, n) for n in (37, 18, 18, 9, 5, 2)]
+    assert [m.shape[1] for m in maps] == [64, 64, 128, 64, 32, 32]  # an eighth of 512, 512, 1024, 512, 256, 256
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("width", [0.125, 0.25])
+def test_outputs_have_one_row_an_anchor_and_one_column_a_class(images, width, batch_norm):
+    model = narrow(num_classes=4, width=width, batch_norm=batch_norm).eval()
+    with torch.no_grad():
+        cls_logits, box_deltas = model(images)
+    assert cls_logits.shape == (2, 9966, 5)
+    assert box_deltas.shape == (2, 9966, 4)
+    assert cls_logits.dtype == box_deltas.dtype == torch.float32
+    assert torch.isfinite(cls_logits).all()
+    assert cls_logits.std() > 0
+    has_norm = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert has_norm == batch_norm
+
+
+def test_width_scales_channels_to_multiples_of_eight():
+    assert ssd.SSD300.channels(512, 1.0) == 512
+    assert ssd.SSD300.channels(64, 0.25) == 16
+    assert ssd.SSD300.channels(64, 0.01) == 8
+    assert ssd.SSD300.channels(256, 0.3) == 80  # 76.8
+
+
+def test_uint8_and_float_images_give_the_same(images):
+    model = narrow().eval()
+    with torch.no_grad():
+        for a, b in zip(model(images), model(images.float()), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_model_normalises_by_the_imagenet_statistics(images):
+    model, seen = narrow(), []
+    model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    picture = torch.tensor([255.0, 0.0, 127.5]).view(1, 3, 1, 1).expand(1, 3, 300, 300)
+    with torch.no_grad():
+        model(picture)
+    expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.5 - 0.406) / 0.225]
+    assert seen[0][0, :, 7, 7].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_order_of_outputs_is_the_order_of_anchors(images):
+    # A head that writes its own place into its output shows where each row comes from.
+    model = narrow(num_classes=1)
+    with torch.no_grad():
+        for number, head in enumerate(model.box_heads):
+            head.weight.zero_()
+            head.bias.copy_(torch.arange(len(head.bias)) + 1000 * number)
+        _, deltas = model(images[:1])
+    first, second = deltas[0, :5476].view(37, 37, 4, 4), deltas[0, 5476:7420].view(18, 18, 6, 4)
+    assert torch.equal(first[20, 3], torch.arange(16.0).view(4, 4))
+    assert torch.equal(second[0, 17], 1000 + torch.arange(24.0).view(6, 4))
+    assert deltas[0, -1].tolist() == [5012, 5013, 5014, 5015]
+
+
+def test_a_spot_in_the_picture_changes_only_the_cells_that_see_it():
+    model = narrow().eval()
+    plain = torch.full((1, 3, 300, 300), 120.0)
+    spot = plain.clone()
+    spot[:, :, 20:30, 250:260] = 255  # top right: row 3, column 31 of 37
+    with torch.no_grad():
+        change = (model(spot)[0] - model(plain)[0])[0, :5476].abs().sum(dim=1)
+    rows, columns = change.view(37, 37, 4).sum(dim=2).nonzero(as_tuple=True)
+    assert (3, 31) in zip(rows.tolist(), columns.tolist(), strict=True)
+    # conv4_3 sees 92 pixels and the head's kernel two cells of 8 more: 54 to each side, and 5 of the spot.
+    assert rows.max() <= 3 + 8
+    assert columns.min() >= 31 - 8
+
+
+def parameters_by_formula(num_classes):
+    def conv(c_in, c_out, kernel):
+        return c_in * c_out * kernel * kernel + c_out
+
+    count, c_in = 512, 3  # 512: the scales of the L2 norm
+    for c_out in FEATURES:
+        count, c_in = count + conv(c_in, c_out, 3), c_out
+    count += conv(512, 1024, 3) + conv(1024, 1024, 1)
+    count += conv(1024, 256, 1) + conv(256, 512, 3)
+    count += conv(512, 128, 1) + conv(128, 256, 3)
+    count += conv(256, 128, 1) + conv(128, 256, 3)
+    for c_in, anchors in zip((512, 512, 1024, 512, 256, 256), (4, 6, 6, 6, 4, 4), strict=True):
+        count += conv(c_in, anchors * (num_classes + 1), 3) + conv(c_in, anchors * 4, 3)
+    return count
+
+
+def test_full_width_has_the_parameters_of_the_formula(full):
+    assert sum(p.numel() for p in full.parameters()) == parameters_by_formula(20)
+
+
+def test_batch_norm_follows_every_convolution_but_the_heads():
+    model = narrow(batch_norm=True)
+    heads = {*model.cls_heads, *model.box_heads}
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m not in heads]
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(convs) == 13 + 2 + 6
+    assert [n.num_features for n in norms] == [c.out_channels for c in convs]
+
+
+@pytest.mark.parametrize("num_classes", [1, 3, 20])
+@pytest.mark.parametrize("prior_prob", [0.01, 0.2])
+def test_prior_sets_the_first_foreground_probability(images, num_classes, prior_prob):
+    model = narrow(num_classes=num_classes, prior_prob=prior_prob).eval()
+    with torch.no_grad():
+        for head in model.cls_heads:  # the weights only add noise around what the biases say
+            head.weight.mul_(0.05)
+        probability = model(images)[0].softmax(dim=-1)[..., 1:]
+    assert probability.sum(dim=-1).mean().item() == pytest.approx(prior_prob, rel=0.15)
+    # and spreads it evenly over the classes
+    assert probability.mean(dim=(0, 1)).tolist() == pytest.approx([prior_prob / num_classes] * num_classes, rel=0.3)
+
+
+def test_without_prior_biases_are_zero():
+    assert all((h.bias == 0).all() for h in narrow(prior_prob=None).cls_heads)
+
+
+def test_clipped_anchors_are_those_of_make_anchors():
+    assert torch.equal(narrow().anchors, ssd.make_anchors())
+    assert torch.equal(narrow(clip_anchors=True).anchors, ssd.make_anchors(clip=True))
+
+
+def test_frozen_blocks_stay_and_the_rest_learns(images):
+    model = narrow(batch_norm=True).freeze_blocks(2).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    cls_logits, box_deltas = model(images)
+    (cls_logits.square().mean() + box_deltas.square().mean()).backward()
+    assert all(p.grad is None for p in model.blocks[:2].parameters())
+    optimizer.step()
+    after = model.state_dict()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert not any(k.startswith(("blocks.0.", "blocks.1.")) for k in changed)
+    for part in ("blocks.2.0.weight", "blocks.2.1.running_mean", "blocks.4.1.running_var", "fc.0.weight",
+                 "extras.2.0.weight", "cls_heads.5.bias", "box_heads.0.weight", "l2_norm.weight"):
+        assert part in changed
+
+
+def test_frozen_blocks_stay_in_evaluation_mode_when_training_goes_on():
+    model = narrow(batch_norm=True).freeze_blocks(3)
+    model.eval()
+    model.train()
+    modes = [m.training for b in model.blocks for m in b.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert modes == [False] * 7 + [True] * 6
+    assert model.fc.training
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 299, 300), (1, 3, 512, 512), (1, 1, 300, 300), (3, 300, 300), (1, 300, 300, 3)]
+)
+def test_images_of_another_shape_are_a_value_error(shape):
+    with pytest.raises(ValueError, match="300"):
+        narrow()(torch.zeros(shape))
+
+
+def test_l2_norm_divides_by_the_length_and_scales_by_channel():
+    norm = ssd.L2Norm(2)
+    x = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1).expand(1, 2, 2, 3)  # length 5
+    torch.testing.assert_close(norm(x), torch.tensor([12.0, 16.0]).view(1, 2, 1, 1).expand(1, 2, 2, 3))
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 10.0]))
+    torch.testing.assert_close(norm(x)[0, :, 1, 2], torch.tensor([0.6, 8.0]))
+    assert torch.isfinite(norm(torch.zeros(1, 2, 1, 1))).all()
+
+
+def test_l2_norm_survives_half_precision():
+    # The sum of squares, 200 ** 2 * 512, is far beyond the largest float16.
+    out = ssd.L2Norm(512)(torch.full((1, 512, 1, 1), 200.0, dtype=torch.float16))
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.float(), torch.full((1, 512, 1, 1), 20 / math.sqrt(512)), rtol=2e-3, atol=0)
+
+
+# -- ImageNet weights
+
+
+def vgg16_state(batch_norm=False):
+    """A state dict with the names and shapes of torchvision's vgg16; each weight's elements tell where they were."""
+    state, index, c_in = {}, 0, 3
+    for number, c_out in enumerate(FEATURES):
+        if number in (2, 4, 7, 10):
+            index += 1  # a pooling layer
+        state[f"features.{index}.weight"] = torch.rand(c_out, 1, 1, 1).expand(c_out, c_in, 3, 3)
+        state[f"features.{index}.bias"] = torch.rand(1).expand(c_out)
+        if batch_norm:
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                state[f"features.{index + 1}.{name}"] = torch.rand(c_out)
+            state[f"features.{index + 1}.num_batches_tracked"] = torch.tensor(9)
+        index, c_in = index + (3 if batch_norm else 2), c_out
+    # Overlapping strides: element (o, i) is 7 o + i, and 400 MB need no memory.
+    state["classifier.0.weight"] = torch.arange(4096.0 * 7 + 25088).as_strided((4096, 25088), (7, 1))
+    state["classifier.0.bias"] = torch.arange(4096.0)
+    state["classifier.3.weight"] = torch.arange(4096.0 * 3 + 4096).as_strided((4096, 4096), (3, 1))
+    state["classifier.3.bias"] = -torch.arange(4096.0)
+    state["classifier.6.weight"], state["classifier.6.bias"] = torch.zeros(1, 1).expand(1000, 4096), torch.zeros(1000)
+    return state
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_load_backbone_copies_convolutions_and_decimates_the_rest(full, batch_norm):
+    model = ssd.SSD300(20, batch_norm=True) if batch_norm else full
+    state = vgg16_state(batch_norm)
+    heads = [h.weight.clone() for h in model.cls_heads]
+    ssd.load_backbone(model, state)
+    given = [v for k, v in state.items() if k.startswith("features.") and v.ndim]
+    own = [v for v in model.blocks.state_dict().values() if v.ndim]
+    assert len(given) == len(own) == (26 + 52 if batch_norm else 26)
+    assert all(torch.equal(a, b) for a, b in zip(own, given, strict=True))
+
+    fc6, fc7 = (m for m in model.fc if isinstance(m, nn.Conv2d))
+    assert fc6.weight.shape == (1024, 512, 3, 3)
+    for out, channel, row, column in ((0, 0, 0, 0), (1, 0, 0, 0), (1023, 511, 2, 2), (5, 17, 1, 2), (6, 100, 2, 0)):
+        place = channel * 49 + 3 * row * 7 + 3 * column  # rows and columns 0, 3, 6 of 7
+        assert fc6.weight[out, channel, row, column].item() == 7 * 4 * out + place
+    assert fc6.bias.tolist() == list(range(0, 4096, 4))
+    assert fc7.weight.shape == (1024, 1024, 1, 1)
+    for out, channel in ((0, 0), (1, 0), (0, 1), (1023, 1023), (9, 500)):
+        assert fc7.weight[out, channel, 0, 0].item() == 3 * 4 * out + 4 * channel
+    assert fc7.bias.tolist() == [-v for v in range(0, 4096, 4)]
+    assert all(torch.equal(h.weight, before) for h, before in zip(model.cls_heads, heads, strict=True))
+
+
+def test_weights_of_another_network_are_an_input_error(full):
+    state = vgg16_state()
+    no_conv = {k: v for k, v in state.items() if k != "features.28.weight"}
+    other_shape = {**state, "features.0.weight": torch.zeros(64, 3, 5, 5)}
+    no_classifier = {k: v for k, v in state.items() if not k.startswith("classifier")}
+    for wrong in ({}, no_conv, other_shape, no_classifier, vgg16_state(batch_norm=True), {"model": torch.zeros(1)}):
+        with pytest.raises(ssd.InputError) as error:
+            ssd.load_backbone(full, wrong)
+        assert "\n" not in str(error.value)
+
+
+def test_full_width_weights_do_not_go_into_a_narrow_network():
+    with pytest.raises(ssd.InputError):
+        ssd.load_backbone(narrow(), vgg16_state())
+
+
+def test_backbone_file_is_read_and_a_wrong_one_is_an_input_error(tmp_path):
+    torch.save({"features.0.bias": torch.arange(3.0)}, tmp_path / "vgg.pth")
+    assert ssd.fetch_backbone(tmp_path / "vgg.pth")["features.0.bias"].tolist() == [0, 1, 2]
+    (tmp_path / "text.pth").write_text("no tensors here")
+    for name in ("text.pth", "absent.pth"):
+        with pytest.raises(ssd.InputError) as error:
+            ssd.fetch_backbone(tmp_path / name)
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,216 @@
+"""Run records: checkpoints, atomic writes, what a run leaves behind."""
+
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import ssd_object_detection as ssd
+
+
+def refuse_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def strict_json(text):
+    """Parse JSON; NaN and Infinity, which Python alone accepts, are refused."""
+    return json.loads(text, parse_constant=refuse_constant)
+
+
+@pytest.fixture
+def checkpoint():
+    config = {"num_classes": 2, "width": 0.0625}
+    return {"model": ssd.SSD300(**config).state_dict(), "config": config, "classes": ["a", "b"]}
+
+
+def one_line_error(call, *args):
+    with pytest.raises(ssd.InputError) as caught:
+        call(*args)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path, checkpoint):
+    ssd.save_checkpoint(tmp_path / "a.pth", checkpoint)
+    loaded = ssd.load_checkpoint(tmp_path / "a.pth")
+    assert loaded["format_version"] == ssd.FORMAT_VERSION
+    assert loaded["classes"] == ["a", "b"]
+    model = ssd.model_from_checkpoint(loaded)
+    assert not model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, checkpoint["model"][name]), name
+
+
+@pytest.mark.parametrize("name", ["last.pth", "best.pth", "ssd_tiny_set_final.pth"])
+def test_every_checkpoint_of_a_run_loads_as_data_only(tiny_run, name):
+    loaded = torch.load(tiny_run.output / "checkpoints" / name, weights_only=True)
+    assert {"format_version", "model", "config", "classes", "args"} <= loaded.keys()
+    assert ("train_state" in loaded) == (name == "last.pth")
+
+
+def test_a_failing_writer_leaves_the_old_file_and_no_temporary_one(tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("half")
+        raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="disk is full"):
+        ssd.write_atomically(path, write)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+    ssd.write_text(path, "new: ä")
+    assert path.read_text(encoding="utf-8") == "new: ä"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_old_file_stays_readable_until_the_new_one_is_complete(tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert temporary.parent == path.parent  # a rename within one file system
+
+    ssd.write_atomically(path, write)
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 5000])
+def test_a_truncated_checkpoint_is_one_line_that_names_the_file(tmp_path, checkpoint, keep):
+    path = tmp_path / "cut.pth"
+    ssd.save_checkpoint(path, checkpoint)
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "cut.pth" in one_line_error(ssd.load_checkpoint, path)
+
+
+class Foreign:
+    """Something that a checkpoint never holds."""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"hello\n", b"\x89PNG\r\n\x1a\n" + bytes(100), pickle.dumps({"a": 1}, protocol=2), pickle.dumps(Foreign(), protocol=2), bytes(1000)],
+    ids=["text", "png", "pickle", "object", "zeros"],
+)
+def test_a_foreign_file_is_one_line_that_names_the_file(tmp_path, content):
+    path = tmp_path / "foreign.pth"
+    path.write_bytes(content)
+    assert "foreign.pth" in one_line_error(ssd.load_checkpoint, path)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], torch.zeros(3), {"format_version": 1, "model": {}}])
+def test_a_torch_file_that_is_no_checkpoint_is_one_line_that_names_the_file(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    assert "other.pth" in one_line_error(ssd.load_checkpoint, tmp_path / "other.pth")
+
+
+def test_a_checkpoint_with_code_inside_is_refused(tmp_path, checkpoint):
+    torch.save({"format_version": 1, **checkpoint, "extra": Foreign()}, tmp_path / "code.pth")
+    assert "code.pth" in one_line_error(ssd.load_checkpoint, tmp_path / "code.pth")
+
+
+def test_a_missing_checkpoint_is_one_line_that_names_the_file(tmp_path):
+    assert "none.pth" in one_line_error(ssd.load_checkpoint, tmp_path / "none.pth")
+    assert tmp_path.name in one_line_error(ssd.load_checkpoint, tmp_path)
+
+
+def test_a_checkpoint_of_a_newer_format_is_one_line_that_names_the_file(tmp_path, checkpoint):
+    path = tmp_path / "newer.pth"
+    torch.save({"format_version": ssd.FORMAT_VERSION + 1, **checkpoint}, path)
+    message = one_line_error(ssd.load_checkpoint, path)
+    assert "newer.pth" in message
+    assert str(ssd.FORMAT_VERSION + 1) in message
+
+
+def test_weights_of_another_network_are_one_line_that_names_the_file(checkpoint):
+    checkpoint["model"].popitem()
+    assert "x.pth" in one_line_error(ssd.model_from_checkpoint, checkpoint, "x.pth")
+    checkpoint["config"]["num_classes"] = 7
+    assert "x.pth" in one_line_error(ssd.model_from_checkpoint, checkpoint, "x.pth")
+
+
+def test_files_of_an_earlier_run_are_moved_aside_whole(tmp_path, capsys):
+    checkpoints, plots = tmp_path / "checkpoints", tmp_path / "plots"
+    checkpoints.mkdir()
+    contents = {"last.pth": "a", "best.pth": "b", "metrics.jsonl": "c", "run.json": "d"}
+    for name, text in contents.items():
+        (checkpoints / name).write_text(text)
+    (checkpoints / "README.md").write_text("stays")
+    ssd.prepare_folders(checkpoints, plots, keep=False)
+    assert plots.is_dir()
+    assert (checkpoints / "README.md").read_text() == "stays"
+    (aside,) = [p for p in checkpoints.iterdir() if p.is_dir()]
+    assert {p.name: p.read_text() for p in aside.iterdir()} == contents
+    assert aside.name in capsys.readouterr().out
+    assert not list(checkpoints.glob("*.pth"))
+
+
+def test_two_runs_that_end_in_the_same_second_are_both_kept(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    for text in ("first", "second"):
+        checkpoints.mkdir(exist_ok=True)
+        path = checkpoints / "last.pth"
+        path.write_text(text)
+        ssd.os.utime(path, (1.6e9, 1.6e9))
+        ssd.prepare_folders(checkpoints, tmp_path / "plots", keep=False)
+    assert sorted(p.read_text() for p in checkpoints.rglob("last.pth")) == ["first", "second"]
+
+
+def test_a_resumed_run_keeps_its_files_in_place(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "last.pth").write_text("a")
+    ssd.prepare_folders(checkpoints, tmp_path / "plots", keep=True)
+    assert (checkpoints / "last.pth").read_text() == "a"
+
+
+def test_metrics_are_one_json_object_an_epoch(tiny_run):
+    rows = [strict_json(line) for line in (tiny_run.output / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == [2, 4]
+    keys = {"train_loss", "train_loss_cls", "train_loss_box", "val_loss", "val_loss_cls", "val_loss_box",
+            "val_map_area", "val_map11", "lr", "phase", "images_per_s", "data_wait", "seconds"}
+    for row in rows:
+        assert keys <= row.keys()
+        assert row["train_loss"] == pytest.approx(row["train_loss_cls"] + row["train_loss_box"], rel=1e-4)
+
+
+def test_run_json_holds_flags_versions_and_the_test_result(tiny_run):
+    record = strict_json((tiny_run.output / "checkpoints" / "run.json").read_text())
+    assert record["flags"]["epochs"] == 2
+    assert record["flags"]["data"] == str(tiny_run.data)
+    assert record["environment"]["torch"] == torch.__version__
+    assert record["environment"]["device"] == "cpu"
+    assert record["classes"] == ["angular", "round"]
+    final = ssd.load_checkpoint(tiny_run.final)
+    assert record["test"]["map_area"] == final["test"]["map_area"]
+    assert set(record["test"]["per_class"]) == {"angular", "round"}
+    assert re.search(rf"^Test mAP@\.5: {record['test']['map_area']:.4f} ", tiny_run.out, re.M)
+
+
+def test_a_mean_without_a_value_is_written_as_json_that_others_can_read(tmp_path):
+    ssd.write_json(tmp_path / "a.json", {"map": float("nan"), "rows": [1.5, float("inf")]})
+    content = strict_json((tmp_path / "a.json").read_text())
+    assert content["rows"][0] == 1.5
+
+
+def test_a_seed_fixes_all_three_generators():
+    drawn = []
+    for _ in range(2):
+        ssd.set_seed(3)
+        drawn.append((ssd.random.random(), np.random.rand(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
+    ssd.set_seed(4)
+    assert all(a != b for a, b in zip(drawn[0], (ssd.random.random(), np.random.rand(), torch.rand(1).item()),
+                                      strict=True))

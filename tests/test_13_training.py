@@ -1,0 +1,496 @@
+"""Training: schedule, optimizer, average, precision, one epoch, stopping, resuming."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+import ssd_object_detection as ssd
+
+TINY = ["--data", "shapes", "--width", ".0625", "--epochs", "10", "--device", "cpu", "--amp", "off", "--lr", ".01",
+        "--warmup-epochs", "2"]
+CPU = torch.device("cpu")
+
+
+def tiny_args(*more):
+    return ssd.parse_args([*TINY, *more])
+
+
+def tiny_recipe(*more):
+    args = tiny_args(*more)
+    return ssd.Recipe(**{name: getattr(args, name) for name in ssd.Recipe._fields})
+
+
+def tiny_state(*more, freeze=0, seed=0):
+    """Return (TrainState, Recipe) of a narrow network of two classes."""
+    ssd.set_seed(seed)
+    args = tiny_args(*more)
+    args.freeze_blocks = freeze
+    return ssd.build_state(args, 2, CPU)[:2]
+
+
+@pytest.fixture(scope="module")
+def records(tiny_voc):
+    return ssd.load_data(str(tiny_voc), val_split="val").train
+
+
+def loader_of(records, batch_size=4, *, train=False):
+    dataset = ssd.VocDataset(records, ssd.build_transform(train=train))
+    return ssd.make_loader(dataset, sampler=ssd.EpochBatchSampler(len(records), batch_size))
+
+
+@pytest.fixture(scope="module")
+def batch(records):
+    return ssd.to_device(next(iter(ssd.make_loader(ssd.VocDataset(records, ssd.build_transform(train=False)),
+                                                   batch_size=4))), CPU)
+
+
+def take_step(state, recipe, batch, amp_dtype=None):
+    """Take one training step; returns the loss before it."""
+    state.model.train()
+    with ssd.autocast(CPU, amp_dtype):
+        outputs = state.model(batch["images"])
+    loss = ssd.make_criterion(state.model.anchors, recipe)(outputs, batch)["loss"]
+    ssd.optimize(state, loss, recipe.clip_grad)
+    return loss.item()
+
+
+def weights(state):
+    return [p.detach().clone() for p in state.model.parameters()]
+
+
+# ---- learning rate ----
+
+
+def test_the_rate_rises_by_equal_steps_to_its_peak_and_then_falls():
+    recipe, steps = tiny_recipe(), 5  # 10 epochs of 5 steps, 10 of them warm-up
+    rates, phases = zip(*(ssd.learning_rate(step, recipe, steps) for step in range(50)), strict=True)
+    assert list(rates[:10]) == pytest.approx([0.01 * (i + 1) / 10 for i in range(10)])
+    assert max(rates) == rates[10] == pytest.approx(0.01)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert phases == ("warm-up",) * 10 + ("cosine",) * 40
+
+
+def test_the_cosine_is_half_way_in_the_middle_and_a_hundredth_at_the_end():
+    recipe = tiny_recipe()
+    assert ssd.learning_rate(30, recipe, 5)[0] == pytest.approx(0.01 * (0.01 + 0.99 / 2))
+    assert ssd.learning_rate(50, recipe, 5)[0] == pytest.approx(0.0001)
+    assert ssd.learning_rate(20, recipe, 5)[0] == pytest.approx(0.01 * (0.01 + 0.99 * (1 + math.cos(math.pi / 4)) / 2))
+    assert ssd.learning_rate(10_000, recipe, 5)[0] == pytest.approx(0.0001)
+
+
+def test_without_a_warm_up_the_first_step_has_the_peak_rate():
+    recipe = tiny_recipe("--warmup-epochs", "0", "--epochs", "1")
+    assert ssd.learning_rate(0, recipe, 1) == (pytest.approx(0.01), "cosine")
+
+
+def test_a_warm_up_longer_than_the_run_stays_finite_and_below_the_peak():
+    recipe = tiny_recipe("--warmup-epochs", "5", "--epochs", "2")
+    assert ssd.learning_rate(9, recipe, 5)[0] == pytest.approx(0.01 * 10 / 25)
+
+
+# ---- optimizer ----
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_weight_decay_falls_on_convolutions_and_not_on_biases_and_norms(name):
+    state, recipe = tiny_state("--optimizer", name, "--weight-decay", ".03")
+    assert isinstance(state.optimizer, {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name])
+    decay_of = {id(p): group["weight_decay"] for group in state.optimizer.param_groups for p in group["params"]}
+    named = dict(state.model.named_parameters())
+    assert len(decay_of) == len(named)
+    for name_, parameter in named.items():
+        is_kernel = name_.endswith("weight") and parameter.ndim == 4
+        assert decay_of[id(parameter)] == (0.03 if is_kernel else 0.0), name_
+    assert decay_of[id(state.model.l2_norm.weight)] == 0
+    assert recipe.weight_decay == 0.03
+
+
+@pytest.mark.parametrize("flags", [["--optimizer", "sgd"], ["--optimizer", "adamw"], ["--loss", "multibox"],
+                                   ["--no-batch-norm", "--optimizer", "sgd"]])
+def test_steps_lower_the_loss_of_a_fixed_batch(batch, flags):
+    state, recipe = tiny_state("--lr", ".002", *flags)
+    losses = [take_step(state, recipe, batch) for _ in range(4)]
+    assert losses[1] < losses[0]
+    assert losses[3] < losses[0]
+    assert state.step == 4
+
+
+def test_frozen_blocks_keep_their_weights_and_statistics_while_the_rest_learns(batch):
+    state, recipe = tiny_state(freeze=2)
+    before = copy.deepcopy(state.model.state_dict())
+    for _ in range(2):
+        take_step(state, recipe, batch)
+    for name, value in state.model.state_dict().items():
+        if name.startswith(("blocks.0.", "blocks.1.")):
+            assert torch.equal(value, before[name]), name
+        elif name.startswith(("blocks.", "fc.", "extras.", "cls_heads.")):
+            assert not torch.equal(value, before[name]), name
+    optimized = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+    assert not optimized & {id(p) for p in state.model.blocks[:2].parameters()}
+
+
+def test_clipping_bounds_the_norm_of_a_step(batch):
+    flags = ["--optimizer", "sgd", "--momentum", "0", "--weight-decay", "0", "--lr", "1"]
+    for clip, bounded in (("0.01", True), ("0", False)):
+        state, recipe = tiny_state(*flags, "--clip-grad", clip)
+        state.optimizer.param_groups[0]["lr"] = state.optimizer.param_groups[1]["lr"] = 1.0
+        before = weights(state)
+        take_step(state, recipe, batch)
+        moved = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(weights(state), before, strict=True)))
+        assert (moved <= 0.0101) == bounded
+        assert moved > 0.005
+
+
+# ---- average ----
+
+
+def test_the_average_follows_its_formula_for_weights_and_statistics():
+    model = torch.nn.BatchNorm2d(1)
+    ema = ssd.Ema(model, decay=0.4)
+    expected = {"weight": 1.0, "running_mean": 0.0}
+    for step, value in enumerate((3.0, -2.0, 8.0, 1.0), start=1):
+        with torch.no_grad():
+            model.weight.fill_(value)
+            model.running_mean.fill_(10 * value)
+            model.num_batches_tracked.fill_(step)
+        ema.update(step)
+        decay = min(0.4, (1 + step) / (10 + step))  # 2/11, 3/12, 4/13, 5/14: still rising
+        expected = {"weight": decay * expected["weight"] + (1 - decay) * value,
+                    "running_mean": decay * expected["running_mean"] + (1 - decay) * 10 * value}
+        for name, number in expected.items():
+            assert getattr(ema.model, name).item() == pytest.approx(number, rel=1e-6), (step, name)
+    assert ema.model.num_batches_tracked.item() == 4
+    assert expected["weight"] == pytest.approx(2.528472, abs=1e-6)  # 2.63636, -0.84091, 5.27972 on the way
+
+
+def test_the_decay_stops_at_its_full_value():
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = ssd.Ema(model, decay=0.5)
+    with torch.no_grad():
+        ema.model.weight.fill_(0.0)
+        model.weight.fill_(1.0)
+    ema.update(1000)
+    assert ema.model.weight.item() == pytest.approx(0.5)
+
+
+def test_the_average_is_a_copy_that_needs_no_gradient_and_stays_in_evaluation_mode(batch):
+    state, recipe = tiny_state("--ema-decay", "1")
+    take_step(state, recipe, batch)
+    assert not state.ema.model.training
+    assert not any(p.requires_grad for p in state.ema.model.parameters())
+    assert state.model.training
+    pairs = zip(state.model.parameters(), state.ema.model.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_decay_of_zero_copies_the_network(batch):
+    state, recipe = tiny_state("--ema-decay", "0")
+    take_step(state, recipe, batch)
+    for (name, a), b in zip(state.model.state_dict().items(), state.ema.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+# ---- precision ----
+
+
+def test_the_precision_named_by_the_flag_is_taken():
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", None)):
+        assert ssd.pick_amp_dtype(CPU, name) is dtype
+        assert ssd.pick_amp_dtype(torch.device("cuda"), name) is dtype
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_takes_bfloat16_only_where_it_is_not_emulated(monkeypatch, native, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert ssd.pick_amp_dtype(torch.device("cuda"), "auto") is dtype
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [({"avx2": True, "avx512_bf16": False}, None), ({"avx512_bf16": True}, torch.bfloat16), ({}, None),
+     ({"amx_bf16": True}, torch.bfloat16)],
+)
+def test_a_cpu_takes_bfloat16_only_with_instructions_for_it(monkeypatch, capabilities, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert ssd.pick_amp_dtype(CPU, "auto") is dtype
+
+
+def test_a_step_in_bfloat16_has_a_finite_loss_near_that_of_float32(batch):
+    state, recipe = tiny_state()
+    other, _ = tiny_state()
+    full, half = take_step(state, recipe, batch), take_step(other, recipe, batch, torch.bfloat16)
+    assert half == pytest.approx(full, rel=0.05)
+    assert half != full
+    assert all(torch.isfinite(p).all() for p in other.model.parameters())
+    assert all(p.dtype == torch.float32 for p in other.model.parameters())
+
+
+def test_a_step_in_float16_scales_the_loss_and_has_finite_weights(batch):
+    state, recipe = tiny_state("--amp", "fp16")
+    assert state.scaler.is_enabled()
+    try:
+        loss = take_step(state, recipe, batch, torch.float16)
+    except RuntimeError as error:
+        pytest.skip(f"no float16 on this processor: {error}")
+    assert math.isfinite(loss)
+    assert all(torch.isfinite(p).all() for p in state.model.parameters())
+
+
+def test_only_float16_needs_the_scaler():
+    assert not tiny_state("--amp", "bf16")[0].scaler.is_enabled()
+    assert not tiny_state("--amp", "off")[0].scaler.is_enabled()
+
+
+def test_gradients_are_unscaled_before_they_are_clipped(batch):
+    flags = ["--optimizer", "sgd", "--momentum", "0", "--weight-decay", "0", "--clip-grad", ".5"]
+    (plain, recipe), (scaled, _) = tiny_state(*flags), tiny_state(*flags, "--amp", "fp16")
+    start = weights(plain)
+    for state in (plain, scaled):
+        take_step(state, recipe, batch)
+    for a, b, old in zip(weights(plain), weights(scaled), start, strict=True):
+        torch.testing.assert_close(b - old, a - old, rtol=1e-3, atol=1e-6)
+
+
+def test_a_gradient_that_overflows_float16_costs_a_step_and_not_the_weights(batch):
+    state, _ = tiny_state("--amp", "fp16")
+    before, scale = weights(state), state.scaler.get_scale()
+    state.model.train()
+    loss = sum(out.sum() for out in state.model(batch["images"])) * math.inf
+    ssd.optimize(state, loss, 10.0)
+    assert all(torch.equal(a, b) for a, b in zip(weights(state), before, strict=True))
+    assert state.scaler.get_scale() < scale
+
+
+def test_a_device_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ssd.pick_device("auto").type == "cpu"
+    for name in ("nonsense", "cuda:77"):
+        with pytest.raises(ssd.InputError, match=name) as caught:
+            ssd.pick_device(name)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+# ---- one epoch ----
+
+
+def test_an_epoch_returns_finite_means_and_counts_its_steps(records):
+    state, recipe = tiny_state()
+    loader = loader_of(records, 3, train=True)  # 8 images: two steps, the rest is dropped
+    means = ssd.train_one_epoch(state, loader, ssd.make_criterion(state.model.anchors, recipe), recipe)
+    assert state.step == 2
+    assert state.epoch == 0  # `fit` counts epochs
+    for name in ("train_loss", "train_loss_cls", "train_loss_box", "images_per_s", "data_wait"):
+        assert math.isfinite(means[name]), name
+    assert means["train_loss"] == pytest.approx(means["train_loss_cls"] + means["train_loss_box"], rel=1e-5)
+    assert (means["lr"], means["phase"]) == ssd.learning_rate(1, recipe, 2)
+    assert {group["lr"] for group in state.optimizer.param_groups} == {means["lr"]}
+
+
+def test_an_epoch_s_means_are_those_of_its_steps(records):
+    state, recipe = tiny_state()
+    seen = []
+
+    def criterion(outputs, batch):
+        losses = ssd.make_criterion(state.model.anchors, recipe)(outputs, batch)
+        seen.append(losses["loss"].item())
+        return losses
+
+    means = ssd.train_one_epoch(state, loader_of(records, 2), criterion, recipe)
+    assert len(seen) == 4
+    assert means["train_loss"] == pytest.approx(sum(seen) / 4, rel=1e-5)
+
+
+def test_each_epoch_asks_for_its_own_order_and_augmentation(records):
+    state, recipe = tiny_state()
+    loader, seen = loader_of(records, 8, train=True), []
+
+    def criterion(outputs, batch):
+        order = batch["indices"].argsort()
+        seen.append((batch["indices"].tolist(), batch["images"][order].clone()))
+        return ssd.make_criterion(state.model.anchors, recipe)(outputs, batch)
+
+    for epoch in (0, 1, 0):
+        state.epoch = epoch
+        ssd.train_one_epoch(state, loader, criterion, recipe)
+    assert seen[0][0] != seen[1][0]
+    assert not torch.equal(seen[0][1], seen[1][1])
+    assert seen[0][0] == seen[2][0]
+    assert torch.equal(seen[0][1], seen[2][1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_epoch_with_one_line_of_advice(records, value):
+    state, recipe = tiny_state()
+
+    def criterion(outputs, batch):
+        loss = outputs[0].sum() * value
+        return {"loss": loss, "loss_cls": loss, "loss_box": loss}
+
+    with pytest.raises(ssd.InputError, match="--lr") as caught:
+        ssd.train_one_epoch(state, loader_of(records), criterion, recipe)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("empty_every", [1, 2])
+def test_batches_in_which_some_or_all_pictures_have_no_object_train(make_voc, tmp_path, empty_every):
+    root = make_voc(tmp_path / "voc", {"train": 4}, empty_every=empty_every)
+    parsed = ssd.parse_split([root], "train")
+    records = ssd.make_records(parsed, ("angular", "round"), [])
+    assert sum(len(r.labels) == 0 for r in records) == 4 // empty_every
+    state, recipe = tiny_state()
+    before = weights(state)
+    means = ssd.train_one_epoch(state, loader_of(records, 2, train=True),
+                                ssd.make_criterion(state.model.anchors, recipe), recipe)
+    assert math.isfinite(means["train_loss"])
+    assert means["train_loss_cls"] > 0
+    assert (means["train_loss_box"] == 0) == (empty_every == 1)
+    assert all(torch.isfinite(p).all() for p in state.model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(weights(state), before, strict=True))
+
+
+# ---- fit ----
+
+
+def run_fit(monkeypatch, tmp_path, maps, *flags, val=True):
+    """Run `fit` on a script: maps are the validation mAPs in turn. Returns (state, path chosen, validated epochs)."""
+    state, recipe = tiny_state(*flags)
+    values, validated = iter(maps), []
+    row = {"train_loss": 1.0, "train_loss_cls": 0.5, "train_loss_box": 0.5, "lr": 1e-3, "phase": "cosine",
+           "images_per_s": 1.0, "data_wait": 0.0}
+
+    def evaluate(*args, **settings):
+        validated.append(state.epoch)
+        return {"loss": 1.0, "loss_cls": 0.5, "loss_box": 0.5, "map_area": (value := next(values)), "map11": value}
+
+    monkeypatch.setattr(ssd, "train_one_epoch", lambda *args, **more: dict(row))
+    monkeypatch.setattr(ssd, "evaluate", evaluate)
+    chosen = ssd.fit(state, (None, "loader" if val else None), recipe, amp_dtype=None, checkpoints=tmp_path, settings={},
+                     base={"config": {}, "classes": []}, redraw=lambda state: None)
+    return state, chosen, validated
+
+
+def test_training_stops_after_the_patience_without_a_better_map(monkeypatch, tmp_path, capsys):
+    state, chosen, _ = run_fit(monkeypatch, tmp_path, [0.1, 0.3, 0.2, 0.3, 0.29, 0.9], "--patience", "3")
+    assert state.epoch == 5
+    assert (state.best_map, state.best_epoch) == (0.3, 2)
+    assert chosen.name == "best.pth"
+    assert ssd.load_checkpoint(chosen)["metrics"]["epoch"] == 2
+    assert "--patience" in capsys.readouterr().out
+
+
+def test_patience_zero_never_stops(monkeypatch, tmp_path):
+    state, _, _ = run_fit(monkeypatch, tmp_path, [0.5] + [0.1] * 9, "--patience", "0")
+    assert state.epoch == 10
+    assert state.best_epoch == 1
+
+
+def test_patience_counts_validations_and_not_epochs(monkeypatch, tmp_path):
+    state, _, validated = run_fit(monkeypatch, tmp_path, [0.5, 0.1, 0.1, 0.1], "--patience", "2", "--eval-interval", "2")
+    assert validated == [2, 4, 6]
+    assert state.epoch == 6
+
+
+def test_validation_keeps_its_interval_and_always_follows_the_last_epoch(monkeypatch, tmp_path):
+    state, _, validated = run_fit(monkeypatch, tmp_path, [0.1, 0.2, 0.3], "--epochs", "5", "--eval-interval", "2")
+    assert validated == [2, 4, 5]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ["val_map_area" in row for row in rows] == [False, True, False, True, True]
+    assert state.history == rows
+
+
+def test_without_held_out_pictures_the_last_checkpoint_is_the_one_to_test(monkeypatch, tmp_path):
+    state, chosen, validated = run_fit(monkeypatch, tmp_path, [], "--epochs", "2", val=False)
+    assert validated == []
+    assert chosen == tmp_path / "last.pth"
+    assert chosen.is_file()
+    assert not (tmp_path / "best.pth").exists()
+
+
+def test_a_validation_list_without_an_object_still_leaves_a_checkpoint_to_test(monkeypatch, tmp_path):
+    _, chosen, _ = run_fit(monkeypatch, tmp_path, [math.nan, math.nan], "--epochs", "2")
+    assert ssd.load_checkpoint(chosen)["metrics"]["epoch"] in (1, 2)
+
+
+def test_metrics_with_a_map_that_is_not_a_number_stay_json(monkeypatch, tmp_path):
+    run_fit(monkeypatch, tmp_path, [0.5, math.nan], "--epochs", "2")
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_a_saved_state_comes_back_with_both_sets_of_weights_moments_and_counters(tmp_path, batch):
+    state, recipe = tiny_state()
+    take_step(state, recipe, batch)
+    state.epoch, state.best_map, state.best_epoch, state.history = 3, 0.25, 2, [{"epoch": 1}]
+    averaged = state.ema.model.state_dict()
+    ssd.save_checkpoint(tmp_path / "last.pth", {"model": averaged, "config": {}, "classes": [],
+                                                "train_state": state.state_dict()})
+    random_numbers = torch.rand(5)
+    loaded = ssd.load_checkpoint(tmp_path / "last.pth")
+    other, _ = tiny_state(seed=1)
+    other.load_state_dict(loaded["train_state"], loaded["model"])
+    assert torch.equal(torch.rand(5), random_numbers)
+    assert (other.epoch, other.step, other.best_map, other.best_epoch, other.history) == (3, 1, 0.25, 2, [{"epoch": 1}])
+    for ours, theirs in ((other.model, state.model), (other.ema.model, state.ema.model)):
+        assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
+    assert not torch.equal(other.model.l2_norm.weight, other.ema.model.l2_norm.weight)
+    assert take_step(other, recipe, batch) == take_step(state, recipe, batch)
+    assert all(torch.equal(a, b) for a, b in zip(weights(other), weights(state), strict=True))
+
+
+# ---- whole runs ----
+
+
+def test_training_on_every_picture_tests_the_last_checkpoint(tiny_voc, flags_of, tmp_path):
+    flags = flags_of(tiny_voc, tmp_path, "--epochs", "1", "--val-fraction", "0")
+    at = flags.index("--val-split")
+    del flags[at : at + 2]
+    assert ssd.main(flags) == 0
+    run = json.loads((tmp_path / "checkpoints" / "run.json").read_text())
+    assert run["chosen"] == "last.pth"
+    assert not (tmp_path / "checkpoints" / "best.pth").exists()
+    final = ssd.load_checkpoint(tmp_path / "checkpoints" / "ssd_tiny_set_final.pth")
+    last = ssd.load_checkpoint(tmp_path / "checkpoints" / "last.pth")
+    assert all(torch.equal(v, last["model"][k]) for k, v in final["model"].items())
+    assert "train_state" not in final
+
+
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    tiny_run, flags_of, tmp_path, monkeypatch, capsys
+):
+    def interrupt(history):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ssd, "plot_losses", interrupt)  # after the first epoch is saved
+        assert ssd.main(flags_of(tiny_run.data, tmp_path)) == 130
+    assert "--resume" in capsys.readouterr().err
+    checkpoints = tmp_path / "checkpoints"
+    assert len((checkpoints / "metrics.jsonl").read_text().splitlines()) == 1
+    assert not (checkpoints / tiny_run.final.name).exists()
+    torch.manual_seed(12345)
+    assert ssd.main(["--resume", "--output-dir", str(tmp_path)]) == 0
+
+    for name in (tiny_run.final.name, "last.pth", "best.pth"):
+        ours, theirs = (torch.load(folder / name, weights_only=True)
+                        for folder in (checkpoints, tiny_run.output / "checkpoints"))
+        assert ours["model"].keys() == theirs["model"].keys()
+        assert all(torch.equal(value, theirs["model"][key]) for key, value in ours["model"].items()), name
+        if name == "last.pth":
+            ours, theirs = ours["train_state"], theirs["train_state"]
+            assert all(torch.equal(value, theirs["model"][key]) for key, value in ours["model"].items())
+            for key, moments in ours["optimizer"]["state"].items():
+                other = theirs["optimizer"]["state"][key]
+                assert all(torch.equal(value, other[k]) for k, value in moments.items())
+    rows, expected = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                      for folder in (checkpoints, tiny_run.output / "checkpoints"))
+    timed = {"seconds", "images_per_s", "data_wait"}
+    assert [{k: v for k, v in row.items() if k not in timed} for row in rows] == [
+        {k: v for k, v in row.items() if k not in timed} for row in expected
+    ]

@@ -1,0 +1,245 @@
+"""Inference: any image in, boxes in its own pixels out."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ssd_object_detection as ssd
+
+EVERYTHING = {"score_thresh": 0.0, "max_detections": 50}  # a network trained for two epochs is sure of nothing
+
+
+@pytest.fixture(scope="module")
+def detector(tiny_run):
+    return ssd.load_detector(tiny_run.final, device="cpu", amp="off")
+
+
+@pytest.fixture(scope="module")
+def picture(tiny_voc):
+    with Image.open(tiny_voc / "JPEGImages" / "test_0.jpg") as image:
+        return image.convert("RGB")
+
+
+class Pointer(torch.nn.Module):
+    """A network that finds one box of class 2, where the red channel is bright; in place of a trained one."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("anchors", ssd.make_anchors())
+
+    def forward(self, images):
+        cls_logits = torch.zeros(len(images), len(self.anchors), 3)
+        cls_logits[..., 0] = 20
+        box_deltas = torch.zeros(len(images), len(self.anchors), 4)
+        for i, image in enumerate(images):
+            ys, xs = (image[0].float() - image[2].float() > 120).nonzero(as_tuple=True)
+            if len(xs):
+                box = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) / ssd.IMAGE_SIZE
+                cls_logits[i, 5000] = torch.tensor([0.0, 0.0, 12.0])
+                box_deltas[i, 5000] = ssd.encode(box, self.anchors[5000])
+        return cls_logits, box_deltas
+
+
+@pytest.fixture
+def pointer():
+    return ssd.Detector(Pointer(), ("blue", "red"))
+
+
+def red_box(size, box):
+    """Return a black picture (width, height) with a red rectangle of edges x1, y1, x2, y2."""
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    pixels[box[1] : box[3], box[0] : box[2], 0] = 255
+    return Image.fromarray(pixels)
+
+
+def assert_same(ours, theirs, atol=0.01):
+    assert ours.labels == theirs.labels
+    assert ours.names == theirs.names
+    np.testing.assert_allclose(ours.boxes_px, theirs.boxes_px, atol=atol)
+    np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "box"), [((300, 300), (60, 90, 150, 240)), ((640, 200), (320, 20, 600, 120)),
+                                           ((150, 900), (30, 90, 90, 450)), ((2000, 1500), (400, 300, 1200, 900))])
+def test_boxes_are_in_the_pixels_of_the_original_picture(pointer, size, box):
+    found = pointer.predict(red_box(size, box))
+    assert (found.labels, found.names) == ([2], ["red"])
+    assert found.scores[0] > 0.9
+    np.testing.assert_allclose(found.boxes_px[0], box, atol=1.5 * max(1, max(size) / 300))
+
+
+def test_a_photo_turned_by_its_exif_tag_has_boxes_in_the_upright_picture(pointer, tmp_path):
+    upright = red_box((200, 400), (20, 40, 120, 140))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned right by a quarter: stored turned left
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif, quality=95, subsampling=0)
+    with Image.open(tmp_path / "turned.jpg") as stored:
+        assert stored.size == (400, 200)
+    np.testing.assert_allclose(pointer.predict(tmp_path / "turned.jpg").boxes_px[0], (20, 40, 120, 140), atol=3)
+
+
+def test_a_box_at_the_border_ends_there(pointer):
+    (box,) = pointer.predict(red_box((500, 400), (0, 0, 500, 400))).boxes_px
+    np.testing.assert_allclose(box, (0, 0, 500, 400), atol=1e-3)
+    assert box[2] <= 500
+    assert box[3] <= 400
+
+
+def test_nothing_found_is_an_empty_result(pointer):
+    found = pointer.predict(Image.new("RGB", (40, 30)))
+    assert len(found) == 0
+    assert found.boxes_px.shape == (0, 4)
+    assert found.to_dict() == {"boxes_px": [], "labels": [], "names": [], "scores": []}
+    assert not np.asarray(found.draw(Image.new("RGB", (40, 30)))).any()
+
+
+def test_path_picture_and_array_give_the_same_result(detector, picture, tmp_path):
+    picture.save(tmp_path / "a.png")
+    expected = detector.predict(picture, **EVERYTHING)
+    assert len(expected) == 50
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), np.asarray(picture), picture.convert("RGBA")):
+        assert_same(detector.predict(source, **EVERYTHING), expected)
+
+
+def test_grey_pictures_of_every_kind_give_the_same_result(detector, picture, tmp_path):
+    grey = picture.convert("L")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "16 bit.png")
+    with Image.open(tmp_path / "16 bit.png") as image:
+        assert image.mode.startswith("I")
+    expected = detector.predict(grey.convert("RGB"), **EVERYTHING)
+    for source in (grey, np.asarray(grey), grey.convert("LA"), tmp_path / "16 bit.png"):
+        assert_same(detector.predict(source, **EVERYTHING), expected)
+
+
+def test_a_palette_picture_is_read_in_its_colours(pointer, tmp_path):
+    red_box((200, 100), (20, 10, 120, 60)).quantize(4).save(tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as image:
+        assert image.mode == "P"
+    found = pointer.predict([tmp_path / "a.gif", red_box((200, 100), (20, 10, 120, 60)).quantize(4)])
+    for one in found:
+        np.testing.assert_allclose(one.boxes_px[0], (20, 10, 120, 60), atol=2)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (700, 2), (301, 299)])
+def test_boxes_stay_inside_pictures_of_any_size(detector, size):
+    found = detector.predict(Image.effect_noise(size, 80), **EVERYTHING)
+    assert len(found) > 0
+    assert (found.boxes_px >= 0).all()
+    assert (found.boxes_px <= np.array(size * 2)).all()
+    assert (found.boxes_px[:, 2:] > found.boxes_px[:, :2]).all()
+    assert found.scores == sorted(found.scores, reverse=True)
+    assert found.draw(Image.effect_noise(size, 80)).size == size
+
+
+def test_an_empty_list_gives_an_empty_list(detector):
+    assert detector.predict([]) == []
+
+
+def test_a_list_gives_a_list_in_its_order_whatever_the_batch_size(detector, tiny_voc):
+    paths = sorted((tiny_voc / "JPEGImages").glob("t*_*.jpg"))[:5]
+    single = [detector.predict(path, **EVERYTHING) for path in paths]
+    assert isinstance(single[0], ssd.Detections)
+    for batch_size in (1, 2, 16):
+        batched = detector.predict(paths, batch_size=batch_size, **EVERYTHING)
+        assert len(batched) == len(paths)
+        for ours, theirs in zip(batched, single, strict=True):
+            assert_same(ours, theirs)
+    assert not np.allclose(single[0].boxes_px, single[1].boxes_px)
+
+
+def test_the_settings_reach_detection(detector, picture):
+    assert len(detector.predict(picture, score_thresh=0.0, max_detections=7)) == 7
+    assert len(detector.predict(picture, score_thresh=1.0)) == 0
+    few = detector.predict(picture, score_thresh=0.0, nms_iou_thresh=0.05)
+    many = detector.predict(picture, score_thresh=0.0, nms_iou_thresh=0.95)
+    assert len(many) > len(few)
+    best = detector.predict(picture, **EVERYTHING).scores
+    assert detector.predict(picture, score_thresh=best[3], max_detections=50).scores == best[:4]
+
+
+def test_a_loaded_detector_is_the_averaged_network_in_evaluation_mode(tiny_run, detector):
+    saved = torch.load(tiny_run.output / "checkpoints" / "best.pth", weights_only=True)
+    assert detector.classes == ("angular", "round")
+    assert not detector.model.training
+    assert all(torch.equal(v, saved["model"][k]) for k, v in detector.model.state_dict().items())
+
+
+def test_a_result_is_ready_for_json(pointer):
+    found = pointer.predict(red_box((200, 100), (20, 10, 120, 60)))
+    content = json.loads(json.dumps(found.to_dict()))
+    assert content["labels"] == [2]
+    assert content["names"] == ["red"]
+    np.testing.assert_allclose(content["boxes_px"][0], found.boxes_px[0], atol=0.01)
+    np.testing.assert_allclose(content["scores"], found.scores, atol=1e-4)
+
+
+def test_drawing_marks_the_box_on_a_copy(pointer):
+    picture = red_box((400, 400), (100, 100, 300, 300))
+    before = picture.tobytes()
+    drawn = np.asarray(pointer.predict(picture).draw(picture))
+    assert picture.tobytes() == before
+    x1, y1, _, _ = np.round(pointer.predict(picture).boxes_px[0]).astype(int)
+    color = ssd.ImageDraw.ImageColor.getrgb(ssd.color_of(2))
+    assert (drawn[y1 : y1 + 1, 150:250] == color).all()
+    assert (drawn[200, x1] == color).all()
+
+
+def test_an_array_of_floats_is_refused(detector):
+    with pytest.raises(ValueError, match="uint8"):
+        detector.predict(np.zeros((30, 30, 3), np.float32))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture", b"\xff\xd8\xff\xe0" + bytes(50)])
+def test_a_missing_or_broken_picture_is_one_line_that_names_the_file(detector, tmp_path, content):
+    path = tmp_path / "broken.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ssd.InputError, match=r"broken\.jpg") as caught:
+        detector.predict([path])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_a_picture_cut_short_is_one_line_that_names_the_file(detector, picture, tmp_path, ending):
+    path = tmp_path / f"cut.{ending}"
+    picture.save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ssd.InputError, match="cut"):
+        detector.predict(path)
+
+
+def test_a_folder_in_place_of_a_picture_is_one_line_that_names_it(detector, tmp_path):
+    with pytest.raises(ssd.InputError, match=tmp_path.name):
+        detector.predict(tmp_path)
+
+
+def test_files_of_the_same_name_keep_pictures_of_their_own(pointer, tmp_path, capsys):
+    boxes, paths = [(20, 10, 120, 60), (50, 50, 150, 90), (5, 5, 100, 50)], []
+    for name, box in zip(("a/x.png", "b/x.png", "c/x_1.png"), boxes, strict=True):
+        paths.append(tmp_path / name)
+        paths[-1].parent.mkdir()
+        red_box((200, 100), box).save(paths[-1])
+    ssd.predict_files(pointer, paths, tmp_path / "out" / "deep", score_thresh=0.5)
+    out = tmp_path / "out" / "deep"
+    report = json.loads((out / "predictions.json").read_text())
+    assert list(report) == [str(p) for p in paths]
+    drawn = {p.read_bytes() for p in out.glob("*.png")}
+    assert len(drawn) == 3
+    printed = capsys.readouterr().out.splitlines()
+    for path, box, line in zip(paths, boxes, printed, strict=True):
+        np.testing.assert_allclose(report[str(path)]["boxes_px"][0], box, atol=2)
+        assert line.startswith(f"{path}: red ")
+        picture = line.split(" -> ")[1]
+        with Image.open(picture) as image:
+            x, y = round(report[str(path)]["boxes_px"][0][0]), (box[1] + box[3]) // 2 + 15
+            assert image.convert("RGB").getpixel((x, y)) == ssd.ImageDraw.ImageColor.getrgb(ssd.color_of(2))
+
+
+def test_a_file_without_a_detection_is_reported_as_such(pointer, tmp_path, capsys):
+    Image.new("RGB", (30, 30)).save(tmp_path / "dark.png")
+    ssd.predict_files(pointer, [tmp_path / "dark.png"], tmp_path / "out")
+    assert "nothing found" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text())[str(tmp_path / "dark.png")]["labels"] == []
