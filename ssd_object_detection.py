@@ -67,7 +67,7 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )
-SHAPES_CLASSES = ("bar", "circle", "cross", "ring", "star", "triangle")
+SHAPES_CLASSES = ("bar", "circle", "cross", "ring", "triangle")
 
 IMAGE_SIZE = 300
 FEATURE_MAPS = (37, 18, 18, 9, 5, 2)  # cells along each side of the six maps
@@ -337,18 +337,16 @@ def _shape_outline(name, rng):
 
     circle, up = np.arange(48) * math.pi / 24, -math.pi / 2
     if name == "bar":  # lying or standing
-        angle = math.atan(rng.uniform(0.28, 0.4))
+        angle = math.atan(rng.uniform(0.3, 0.4))
         return [polygon(1.0, np.array([angle, math.pi - angle, math.pi + angle, -angle]) + up * rng.integers(2))]
     if name == "cross":
         arm = rng.uniform(0.2, 0.26)
         reach, angle, corner = math.hypot(arm, 1), math.atan(arm), arm * math.sqrt(2)
         quarter = np.array([-angle, angle, math.pi / 4])
         return [polygon([reach, reach, corner] * 4, np.concatenate([quarter - up * k for k in range(4)]))]
-    if name == "star":
-        return [polygon([1.0, rng.uniform(0.45, 0.5)] * 5, up + np.arange(10) * math.pi / 5)]
     if name == "triangle":
         return [polygon(1.0, up + np.arange(3) * math.pi / 1.5)]
-    return [polygon(1.0, circle)] + ([polygon(rng.uniform(0.55, 0.68), circle)] if name == "ring" else [])
+    return [polygon(1.0, circle)] + ([polygon(rng.uniform(0.6, 0.72), circle)] if name == "ring" else [])
 
 
 def _texture(rng, height, width, contrast):
@@ -1733,10 +1731,11 @@ def predict_files(detector, paths, folder, **settings):
 # ---- 15. Command line ----
 
 # What the data set, and then the kind of start, choose where no flag is given.
-_FOLDER = {"train_split": "train", "epochs": 100, "batch_size": 16, "width": 1.0, "zoom_out": 0.5, "crop": 1.0}
+_FOLDER = {"train_split": "train", "epochs": 100, "batch_size": 16, "width": 1.0, "zoom_out": 0.5, "crop": 1.0,
+           "color": 0.5, "shadow": 0.2, "noise": 0.2, "blur": 0.1}
 _VOC = _FOLDER | {"train_split": "trainval", "test_split": "test", "batch_size": 32}
-_SHAPES = {"test_split": "test", "val_split": "val", "epochs": 15, "batch_size": 4, "width": 0.0625, "lr": 6e-3,
-           "zoom_out": 0.0, "crop": 0.4}
+_SHAPES = {"test_split": "test", "val_split": "val", "epochs": 15, "batch_size": 4, "width": 0.0625, "lr": 5e-3,
+           "zoom_out": 0.0, "crop": 0.4, "color": 0.2, "shadow": 0.1, "noise": 0.1}
 DATA_DEFAULTS = {"voc2007": _VOC, "voc0712": _VOC, "shapes": _FOLDER | _SHAPES, "folder": _FOLDER}
 PRETRAINED_DEFAULTS = {"batch_norm": False, "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4}  # SSD section 3.1
 SCRATCH_DEFAULTS = {"batch_norm": True, "optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05}
@@ -1818,10 +1817,10 @@ def build_parser():
     add = parser.add_argument_group("augmentation, as probabilities").add_argument
     add("--zoom-out", type=unit_interval, help=f"SSD zoom-out, up to 4 times ({by_data})")
     add("--crop", type=unit_interval, help=f"SSD crop, whose first choice is the whole picture ({by_data})")
-    add("--color", type=unit_interval, default=0.5, help="each of brightness, contrast, saturation and hue")
-    add("--shadow", type=unit_interval, default=0.2, help="random shadow")
-    add("--noise", type=unit_interval, default=0.2, help="Gaussian noise such as a camera makes")
-    add("--blur", type=unit_interval, default=0.1, help="Gaussian blur")
+    add("--color", type=unit_interval, help=f"each of brightness, contrast, saturation and hue ({by_data})")
+    add("--shadow", type=unit_interval, help=f"random shadow ({by_data})")
+    add("--noise", type=unit_interval, help=f"Gaussian noise such as a camera makes ({by_data})")
+    add("--blur", type=unit_interval, help=f"Gaussian blur ({by_data})")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("focal", "multibox"), default="focal", help="softmax focal, or softmax with 3:1 mining")

@@ -227,7 +227,7 @@ def test_a_narrow_network_learns_a_few_pictures_by_heart(tmp_path, loss):
     assert ssd.evaluate(model, loader)["map_area"] < 0.5  # else learning would prove nothing
     batch = next(iter(loader))
     targets = ssd.build_targets(batch["gt_boxes"], batch["gt_labels"], model.anchors)
-    steps, optimizer = 60, torch.optim.AdamW(model.parameters(), lr=2e-3)
+    steps, optimizer = 40, torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     model.train()
     for _ in range(steps):

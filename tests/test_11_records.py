@@ -100,7 +100,8 @@ class Foreign:
 
 @pytest.mark.parametrize(
     "content",
-    [b"hello\n", b"\x89PNG\r\n\x1a\n" + bytes(100), pickle.dumps({"a": 1}, protocol=2), pickle.dumps(Foreign(), protocol=2), bytes(1000)],
+    [b"hello\n", b"\x89PNG\r\n\x1a\n" + bytes(100), pickle.dumps({"a": 1}, protocol=2),
+     pickle.dumps(Foreign(), protocol=2), bytes(1000)],
     ids=["text", "png", "pickle", "object", "zeros"],
 )
 def test_a_foreign_file_is_one_line_that_names_the_file(tmp_path, content):
