@@ -47,7 +47,10 @@ import xml.sax.saxutils
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # read when albumentations is imported: no network then
+# Read when the libraries are imported: albumentations asks the network for its newest version unless told not to, and
+# torch's threads spin while they wait, which on a CPU that anything else uses makes a training step several times slower.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import albumentations as A
 import cv2
@@ -67,7 +70,7 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )
-SHAPES_CLASSES = ("bar", "circle", "cross", "ring", "triangle")
+SHAPES_CLASSES = ("circle", "cross", "ring", "star", "triangle")
 
 IMAGE_SIZE = 300
 FEATURE_MAPS = (37, 18, 18, 9, 5, 2)  # cells along each side of the six maps
@@ -336,14 +339,13 @@ def _shape_outline(name, rng):
         return np.stack((np.cos(turn + angles), np.sin(turn + angles)), axis=1) * np.reshape(radii, (-1, 1))
 
     circle, up = np.arange(48) * math.pi / 24, -math.pi / 2
-    if name == "bar":  # lying or standing
-        angle = math.atan(rng.uniform(0.3, 0.4))
-        return [polygon(1.0, np.array([angle, math.pi - angle, math.pi + angle, -angle]) + up * rng.integers(2))]
     if name == "cross":
         arm = rng.uniform(0.2, 0.26)
         reach, angle, corner = math.hypot(arm, 1), math.atan(arm), arm * math.sqrt(2)
         quarter = np.array([-angle, angle, math.pi / 4])
         return [polygon([reach, reach, corner] * 4, np.concatenate([quarter - up * k for k in range(4)]))]
+    if name == "star":
+        return [polygon([1.0, rng.uniform(0.45, 0.5)] * 5, up + np.arange(10) * math.pi / 5)]
     if name == "triangle":
         return [polygon(1.0, up + np.arange(3) * math.pi / 1.5)]
     return [polygon(1.0, circle)] + ([polygon(rng.uniform(0.6, 0.72), circle)] if name == "ring" else [])
@@ -390,7 +392,7 @@ def draw_shapes_image(rng):
         if len(placed) == count:
             break
         name = SHAPES_CLASSES[rng.integers(len(SHAPES_CLASSES))]
-        size = 20 * (0.8 * min(height, width) / 20) ** rng.uniform() ** 0.7
+        size = 20 * (0.8 * min(height, width) / 20) ** math.sqrt(rng.uniform())
         outline = _shape_outline(name, rng)
         low, extent = outline[0].min(axis=0), np.ptp(outline[0], axis=0)
         corner = rng.uniform(0, np.maximum([width, height] - extent * size / extent.max(), 1))
