@@ -47,8 +47,8 @@ import xml.sax.saxutils
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Read when the libraries are imported: albumentations asks the network for its newest version unless told not to, and
-# torch's threads spin while they wait, which on a CPU that anything else uses makes a training step several times slower.
+# Read when the libraries are imported: albumentations asks the network for its newest version unless told not to;
+# torch's threads spin while they wait, which on a CPU that anything else uses makes a step several times slower.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
