@@ -47,10 +47,7 @@ import xml.sax.saxutils
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Read when the libraries are imported: albumentations asks the network for its newest version unless told not to;
-# torch's threads spin while they wait, which on a CPU that anything else uses makes a step several times slower.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # read when albumentations is imported: no network then
 
 import albumentations as A
 import cv2
@@ -392,7 +389,7 @@ def draw_shapes_image(rng):
         if len(placed) == count:
             break
         name = SHAPES_CLASSES[rng.integers(len(SHAPES_CLASSES))]
-        size = 20 * (0.8 * min(height, width) / 20) ** math.sqrt(rng.uniform())
+        size = 20 * (0.8 * min(height, width) / 20) ** rng.uniform() ** 0.4
         outline = _shape_outline(name, rng)
         low, extent = outline[0].min(axis=0), np.ptp(outline[0], axis=0)
         corner = rng.uniform(0, np.maximum([width, height] - extent * size / extent.max(), 1))
@@ -873,7 +870,8 @@ def load_tensors(path, what):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler meets in a foreign file
-        raise InputError(f"{path}: not readable as {what} ({str(error).splitlines()[0][:120]})") from None
+        problem = (str(error) or "it is empty").splitlines()[0][:120]
+        raise InputError(f"{path}: not readable as {what} ({problem})") from None
 
 
 def load_backbone(model, state):
@@ -1162,9 +1160,14 @@ def write_text(path, text):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def to_json(content, indent=None):
+    """Return JSON text; NaN, for which JSON has no word, becomes null."""
+    return json.dumps(json.loads(json.dumps(content), parse_constant=lambda name: None), indent=indent)
+
+
 def write_json(path, content):
     """Write a JSON file, whole or not at all."""
-    write_text(path, json.dumps(content, indent=1))
+    write_text(path, to_json(content, indent=1))
 
 
 def save_checkpoint(path, checkpoint):
@@ -1219,8 +1222,9 @@ def prepare_folders(checkpoints, plots, *, keep):
         if keep or not any(p.suffix == ".pth" for p in earlier):
             return
         newest = datetime.datetime.fromtimestamp(max(p.stat().st_mtime for p in earlier))
-        aside = checkpoints / f"earlier-{newest:%Y%m%d-%H%M%S}"
-        aside.mkdir(exist_ok=True)
+        names = (f"earlier-{newest:%Y%m%d-%H%M%S}{f'-{n}' if n else ''}" for n in itertools.count())
+        aside = next(checkpoints / name for name in names if not (checkpoints / name).exists())
+        aside.mkdir()
         for path in earlier:
             path.rename(aside / path.name)
     except OSError as error:
@@ -1606,15 +1610,16 @@ def fit(state, loaders, recipe, *, amp_dtype, checkpoints, base, settings, redra
         if val_loader is not None and (state.epoch == recipe.epochs or state.epoch % recipe.eval_interval == 0):
             result = evaluate(state.ema.model, val_loader, amp_dtype=amp_dtype, criterion=criterion, **settings)
             row |= {f"val_{name}": result[name] for name in ("loss", "loss_cls", "loss_box", "map_area", "map11")}
-            if row["val_map_area"] > state.best_map:
-                state.best_map, state.best_epoch, saved = row["val_map_area"], state.epoch, "last, best"
+            if state.best_epoch == 0 or row["val_map_area"] > state.best_map:
+                best_map = -1.0 if math.isnan(row["val_map_area"]) else row["val_map_area"]  # NaN: no object to find
+                state.best_map, state.best_epoch, saved = best_map, state.epoch, "last, best"
         row = {"epoch": state.epoch, "step": state.step, **row, "seconds": round(time.perf_counter() - start, 3)}
         state.history.append(row)
         checkpoint = {**base, "model": state.ema.model.state_dict(), "metrics": row}
         if saved != "last":
             save_checkpoint(checkpoints / "best.pth", checkpoint)
         save_checkpoint(checkpoints / "last.pth", {**checkpoint, "train_state": state.state_dict()})
-        write_text(checkpoints / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in state.history))
+        write_text(checkpoints / "metrics.jsonl", "".join(to_json(r) + "\n" for r in state.history))
         print(epoch_line(row, recipe.epochs, saved), flush=True)
         redraw(state)
         if val_loader is not None and 0 < recipe.patience * recipe.eval_interval <= state.epoch - state.best_epoch:
@@ -1736,13 +1741,13 @@ def predict_files(detector, paths, folder, **settings):
 _FOLDER = {"train_split": "train", "epochs": 100, "batch_size": 16, "width": 1.0, "zoom_out": 0.5, "crop": 1.0,
            "color": 0.5, "shadow": 0.2, "noise": 0.2, "blur": 0.1}
 _VOC = _FOLDER | {"train_split": "trainval", "test_split": "test", "batch_size": 32}
-_SHAPES = {"test_split": "test", "val_split": "val", "epochs": 15, "batch_size": 4, "width": 0.0625, "lr": 5e-3,
-           "zoom_out": 0.0, "crop": 0.4, "color": 0.2, "shadow": 0.1, "noise": 0.1}
+_SHAPES = {"test_split": "test", "val_split": "val", "epochs": 12, "batch_size": 4, "width": 0.0625, "lr": 5e-3,
+           "zoom_out": 0.0, "crop": 0.4, "color": 0.2, "shadow": 0.1, "noise": 0.1, "threads": 1}
 DATA_DEFAULTS = {"voc2007": _VOC, "voc0712": _VOC, "shapes": _FOLDER | _SHAPES, "folder": _FOLDER}
 PRETRAINED_DEFAULTS = {"batch_norm": False, "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4}  # SSD section 3.1
 SCRATCH_DEFAULTS = {"batch_norm": True, "optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05}
 DATA_FLAGS = ("data", "data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed")
-RESUME_MAY_CHANGE = {"resume", "device", "workers", "output_dir", "data_root", "patience"}
+RESUME_MAY_CHANGE = {"resume", "device", "workers", "threads", "output_dir", "data_root", "patience"}
 
 
 def _number(name, kind, accepts):
@@ -1762,6 +1767,7 @@ natural_int = _number("an integer of 0 or more", int, lambda v: v >= 0)
 positive_float = _number("a number above 0", float, lambda v: 0 < v < math.inf)
 natural_float = _number("a number of 0 or more", float, lambda v: 0 <= v < math.inf)
 unit_interval = _number("a number from 0 to 1", float, lambda v: 0 <= v <= 1)
+below_one = _number("a number from 0 to below 1", float, lambda v: 0 <= v < 1)
 open_interval = _number("a number between 0 and 1", float, lambda v: 0 < v < 1)
 alpha_weight = _number("a number from 0 to 1, or -1 for none", float, lambda v: v == -1 or 0 <= v <= 1)
 
@@ -1803,7 +1809,7 @@ def build_parser():
     add("--train-split", metavar="LIST", help=f"list below ImageSets/Main to train on ({by_data})")
     add("--val-split", metavar="LIST", help="list that chooses the best checkpoint (default: see --val-fraction)")
     add("--test-split", metavar="LIST", help=f"list to measure on once, at the end ({by_data})")
-    add("--val-fraction", type=unit_interval, default=0.1,
+    add("--val-fraction", type=below_one, default=0.1,
         help="seeded share of the training list held out where no --val-split is given; 0: train on everything")
     add("--workers", type=natural_int, help="loader processes (default: up to 16 beside a GPU, else 1)")
 
@@ -1838,15 +1844,17 @@ def build_parser():
     add("--batch-size", type=positive_int, help=f"images a step ({by_data})")
     add("--optimizer", choices=("sgd", "adamw"), help=by_start)
     add("--lr", type=positive_float, help=f"learning rate after the warm-up ({by_start})")
-    add("--momentum", type=unit_interval, default=0.9, help="of SGD; AdamW's beta 1")
+    add("--momentum", type=below_one, default=0.9, help="of SGD; AdamW's beta 1")
     add("--weight-decay", type=natural_float, help=f"not on biases and norms ({by_start})")
     add("--warmup-epochs", type=natural_float, default=1.0, help="linear warm-up; a cosine follows")
     add("--clip-grad", type=natural_float, default=10.0, help="largest gradient norm; 0: no limit")
-    add("--ema-decay", type=unit_interval, default=0.998, help="of the averaged weights, which are measured and saved")
+    add("--ema-decay", type=below_one, default=0.998, help="of the averaged weights, which are measured and saved")
     add("--patience", type=natural_int, default=30, help="evaluations without a better mAP before stopping; 0: never")
     add("--eval-interval", type=positive_int, default=1, help="epochs between validations")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--threads", type=positive_int,
+        help="torch's CPU threads (default: one a core; 1 for shapes, whose narrow network gains nothing by a second)")
     add("--seed", type=natural_int, default=0, help="of weights, order, augmentation and the held-out share")
 
     add = parser.add_argument_group("detection").add_argument
@@ -1878,7 +1886,8 @@ def fill_defaults(args):
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     workers = min(16, os.cpu_count() or 1) if on_gpu else 1
     by_start = PRETRAINED_DEFAULTS if pretrained else SCRATCH_DEFAULTS
-    for name, value in {**by_start, **chosen, "pretrained": pretrained, "workers": workers}.items():
+    values = {"threads": torch.get_num_threads(), **by_start, **chosen, "pretrained": pretrained, "workers": workers}
+    for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
@@ -1899,8 +1908,6 @@ def parse_args(argv=None, saved=None):
         parser.error("--evaluate, --predict and --resume exclude one another")
     if bool(args.predict) != bool(args.weights):
         parser.error("--predict and --weights go together")
-    if args.val_fraction == 1:
-        parser.error("--val-fraction 1 leaves nothing to train on")
     fill_defaults(args)
     if args.pretrained and args.width != 1:
         parser.error(f"--pretrained needs --width 1: there are no ImageNet weights of width {args.width:g}")
@@ -1976,6 +1983,7 @@ def measure(model, loader, classes, plots, *, amp_dtype, **settings):
 def run_training(args, resumed=None):
     """Train by the flags, measure once on the test list, save the final checkpoint; returns the exit code."""
     began, device = time.perf_counter(), pick_device(args.device)
+    torch.set_num_threads(args.threads)
     amp_dtype, is_cuda = pick_amp_dtype(device, args.amp), device.type == "cuda"
     if not is_cuda:
         keep_freed_memory()
@@ -2065,7 +2073,8 @@ def resume_args(argv, args):
         raise InputError(f"{path}: holds weights but no training state; resume from a last.pth")
     saved = {k: v for k, v in checkpoint["args"].items() if k not in ("resume", "output_dir")}
     differ = [f"--{name.replace('_', '-')} {getattr(args, name)} (saved: {value})" for name, value in saved.items()
-              if name in args.given - RESUME_MAY_CHANGE and getattr(args, name) != value]
+              if name in args.given - RESUME_MAY_CHANGE
+              and getattr(args, name) != (tuple(value) if isinstance(value, list) else value)]
     if differ:
         raise InputError(f"{path} was made with other flags: {'; '.join(differ)}; leave these out or start a new run")
     return parse_args(argv, saved), checkpoint
@@ -2084,6 +2093,9 @@ def main(argv=None):
         return run_training(*resume_args(argv, args)) if args.resume else run_training(args)
     except InputError as error:  # raised in a loader process it comes with that process's traceback before it
         print(f"error: {str(error).strip().splitlines()[-1].split('InputError: ')[-1]}", file=sys.stderr)
+        return 2
+    except OSError as error:  # an unwritable folder, a full disk
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted: --resume goes on from the last finished epoch, if there is one", file=sys.stderr)
