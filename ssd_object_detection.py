@@ -1812,7 +1812,8 @@ def build_parser():
     add("--test-split", metavar="LIST", help=f"list to measure on once, at the end ({by_data})")
     add("--val-fraction", type=below_one, default=0.1,
         help="seeded share of the training list held out where no --val-split is given; 0: train on everything")
-    add("--workers", type=natural_int, help="loader processes (default: one a core up to 16 beside a GPU, else 1, on two cores 0)")
+    add("--workers", type=natural_int,
+        help="loader processes (default: one a core up to 16 beside a GPU, else 1, on two cores 0)")
 
     add = parser.add_argument_group("network").add_argument
     add("--width", type=positive_float, help=f"factor on every channel count ({by_data})")
