@@ -1287,7 +1287,7 @@ def plot_training(history):
     _line_axes(middle, history, [("lr", "learning rate", "C3-")], "Learning rate at the epoch's end", "learning rate")
     _line_axes(right, history, [("images_per_s", "images/s", "C0-")], "Training speed", "images/s")
     for axes in (middle, right):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1])
     return figure
 
 
@@ -1313,7 +1313,7 @@ def plot_data(records, classes):
     right.barh(classes, share, color="C2")
     right.bar_label(right.containers[0], fmt="%.2f", padding=3)
     total = float((best >= 0.5).mean()) if len(best) else 0.0
-    right.set(title=f"Share of objects matched at IoU .5: {total:.3f} in all", xlabel="share", xlim=(0, 1.15))
+    right.set(title=f"Matched by an anchor at IoU .5: {total:.3f}", xlabel="share of objects", xlim=(0, 1.15))
     right.invert_yaxis()
     return figure
 
