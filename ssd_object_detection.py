@@ -1850,7 +1850,7 @@ def build_parser():
     add("--weight-decay", type=natural_float, help=f"not on biases and norms ({by_start})")
     add("--warmup-epochs", type=natural_float, default=1.0, help="linear warm-up; a cosine follows")
     add("--clip-grad", type=natural_float, default=10.0, help="largest gradient norm; 0: no limit")
-    add("--ema-decay", type=below_one, default=0.998, help="of the averaged weights, which are measured and saved")
+    add("--ema-decay", type=unit_interval, default=0.998, help="of the averaged weights, which are measured and saved")
     add("--patience", type=natural_int, default=30, help="evaluations without a better mAP before stopping; 0: never")
     add("--eval-interval", type=positive_int, default=1, help="epochs between validations")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
