@@ -1386,7 +1386,7 @@ def plot_sheet(images, title, columns=4):
 def plot_augmentations(dataset, classes, count=16):
     """Return augmentations.png: training images as the network sees them in the first epoch, with their boxes."""
     images, side = [], 450
-    for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist():
+    for index in spread(range(len(dataset)), count):
         sample = dataset[index, 0]
         image, labels = Image.fromarray(sample["image"].numpy().transpose(1, 2, 0)), sample["labels"].tolist()
         names, colors = [classes[k - 1] for k in labels], [color_of(k) for k in labels]
