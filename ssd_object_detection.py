@@ -1010,6 +1010,14 @@ def detect(
 # ---- 10. Evaluation ----
 
 
+# The devkit's 0:0.1:1, which MATLAB counts up from 0 and down from 1: its fourth value is 3 * .1, just above .3.
+ELEVEN_RECALLS = np.concatenate((np.arange(6) * 0.1, 1 - np.arange(5)[::-1] * 0.1))
+COCO_IOU_THRESHES = np.linspace(0.5, 0.95, 10)
+COCO_RECALLS = np.linspace(0, 1, 101)
+COCO_AREAS = {"": (0, 1e10), "_small": (0, 32**2), "_medium": (32**2, 96**2), "_large": (96**2, 1e10)}  # pixels
+COCO_MAX_DETECTIONS = 100  # an image and class
+
+
 def average_precision(recall, precision):
     """Return (area, 11-point) average precision of a curve: recall (N,) rising, precision (N,); N may be 0.
 
@@ -1018,15 +1026,42 @@ def average_precision(recall, precision):
     """
     envelope = np.maximum.accumulate(np.concatenate((precision, [0.0]))[::-1])[::-1]
     area = float(np.sum(np.diff(np.concatenate(([0.0], recall))) * envelope[:-1]))
-    eleven = float(envelope[np.searchsorted(recall, np.arange(11) / 10)].mean())
-    return area, eleven
+    return area, float(envelope[np.searchsorted(recall, ELEVEN_RECALLS)].mean())
 
 
-def best_overlaps(det_keys, det_boxes, gt_keys, gt_boxes):
-    """Return for each detection the highest IoU (N,) with a ground truth of its key and that one's row, -1 if none.
+def check_detections(detections, truth, num_classes):
+    """Return (det, gt), the dicts that `evaluate_voc` takes as arrays of fixed types, each with "keys".
 
-    Boxes (N, 4) and (M, 4) in VOC pixels: corners included, a side is x2 - x1 + 1. Keys are integers: image and
-    class. Of equal overlaps the first row wins, as in the devkit.
+    A key is one integer an image and class. Raises ValueError for columns of different length, a label outside 1..K,
+    a score that is NaN, or a box that is not finite.
+    """
+    columns = {"image_ids": None, "labels": np.int64, "scores": np.float64, "boxes_px": np.float64, "difficult": bool}
+    sides = []
+    for name, given in (("detections", detections), ("truth", truth)):
+        side = {k: np.asarray(given[k], dtype=t) for k, t in columns.items() if k in given}
+        side["boxes_px"] = side["boxes_px"].reshape(-1, 4)
+        if len({len(column) for column in side.values()}) > 1:
+            raise ValueError(f"{name}: columns of different length: { {k: len(v) for k, v in side.items()} }")
+        wrong = {"labels": (side["labels"] < 1) | (side["labels"] > num_classes),
+                 "scores": np.isnan(side.get("scores", 0.0)), "boxes_px": ~np.isfinite(side["boxes_px"]).all(axis=1)}
+        for column, what in (("labels", f"outside 1..{num_classes}"), ("scores", "NaN"), ("boxes_px", "not finite")):
+            if wrong[column].any():
+                row = int(wrong[column].argmax())
+                count, value = int(wrong[column].sum()), side[column][row]
+                raise ValueError(f"{name}: {count} {column} {what}, the first in row {row}: {value}")
+        sides.append(side)
+    det, gt = sides
+    image = np.unique(np.concatenate((gt["image_ids"], det["image_ids"])), return_inverse=True)[1]
+    for side, rows in ((gt, image[: len(gt["labels"])]), (det, image[len(gt["labels"]) :])):
+        side["keys"] = rows * (num_classes + 1) + side["labels"]
+    return det, gt
+
+
+def overlap_pairs(det_keys, det_boxes, gt_keys, gt_boxes, *, extra=0.0, is_crowd=None):
+    """Return (det, gt, iou), each (P,): rows and IoU of every detection and ground truth of one key that overlap.
+
+    Boxes (N, 4) and (M, 4): xyxy; `extra` is added to every side, 1 where boxes are pixels with corners included. In
+    the order of detections, then ground truths. What lies on a crowd, bool (M,), is shared by the detection's own area.
     """
     order = np.argsort(gt_keys, kind="stable")
     first = np.searchsorted(gt_keys[order], det_keys, side="left")
@@ -1035,50 +1070,146 @@ def best_overlaps(det_keys, det_boxes, gt_keys, gt_boxes):
     offset = np.arange(len(det)) - np.repeat(np.cumsum(count) - count, count)
     gt = order[np.repeat(first, count) + offset]
     a, b = det_boxes[det], gt_boxes[gt]
-    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]) + 1
-    shared = sides.clip(min=0).prod(axis=1)
-    iou = shared / ((a[:, 2:] - a[:, :2] + 1).prod(axis=1) + (b[:, 2:] - b[:, :2] + 1).prod(axis=1) - shared)
-    best_iou, best_gt = np.zeros(len(det_keys)), np.full(len(det_keys), -1)
-    np.maximum.at(best_iou, det, iou)
-    rows = np.flatnonzero((iou == best_iou[det]) & (iou > 0))[::-1]
-    best_gt[det[rows]] = gt[rows]  # reversed: the first of equals is written last
-    return best_iou, best_gt
+    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]) + extra
+    rows = np.flatnonzero((sides > 0).all(axis=1))
+    det, gt, a, b, shared = det[rows], gt[rows], a[rows], b[rows], sides[rows].prod(axis=1)
+    det_area, gt_area = ((box[:, 2:] - box[:, :2] + extra).prod(axis=1) for box in (a, b))
+    rest = gt_area - shared if is_crowd is None else np.where(is_crowd[gt], 0.0, gt_area - shared)
+    return det, gt, shared / (det_area + rest)
 
 
 def evaluate_voc(detections, truth, num_classes, iou_thresh=0.5):
-    """Score detections by the VOC2007 devkit's rules: {label: {"ap_area", "ap11", "recall", "precision", "num_gt"}}.
+    """Score detections by the VOC2007 devkit's rules: {label: {"ap_area", "ap11", "recall", "precision", ...}}.
 
     detections: {"image_ids" (N,), "labels" (N,) 1..K, "scores" (N,), "boxes_px" (N, 4)}; truth: {"image_ids" (M,),
-    "labels" (M,), "boxes_px" (M, 4), "difficult" (M,) bool}. Boxes are VOC pixels: 1-based, corners included. In
-    score order (ties: as given) a detection takes the ground truth of its image and class that it overlaps most; at
-    IoU >= iou_thresh it is a hit the first time and false after that, a difficult one counts neither way. recall
-    and precision are arrays along the score order. A class without ground truth has NaN for both APs.
-    Raises ValueError for a score that is NaN.
+    "labels" (M,), "boxes_px" (M, 4), "difficult" (M,) bool}. Boxes are VOC pixels: 1-based, corners included; they may
+    reach beyond the picture, and one without area overlaps nothing. Rows of one image id are one image. In score
+    order (ties: as given) a detection takes the ground truth of its image and class that it overlaps most (ties: the
+    first); at IoU >= iou_thresh it is a hit the first time and false after that, a difficult one counts neither way.
+    recall, precision and scores are arrays along that order, num_gt counts what is not difficult. A class without
+    such ground truth has NaN for both APs. Raises ValueError for what `check_detections` names.
     """
-    det_labels, scores = np.asarray(detections["labels"]), np.asarray(detections["scores"], dtype=np.float64)
-    gt_labels, difficult = np.asarray(truth["labels"]), np.asarray(truth["difficult"], dtype=bool)
-    if np.isnan(scores).any():
-        raise ValueError(f"{int(np.isnan(scores).sum())} score(s) are NaN")
-    ids = np.concatenate((np.asarray(truth["image_ids"]), np.asarray(detections["image_ids"])))
-    keys = np.unique(ids, return_inverse=True)[1] * (num_classes + 1)
-    gt_keys, det_keys = keys[: len(gt_labels)] + gt_labels, keys[len(gt_labels) :] + det_labels
-    order = np.argsort(-scores, kind="stable")
-    det_labels = det_labels[order]
-    det_boxes, gt_boxes = (np.asarray(d["boxes_px"], dtype=np.float64).reshape(-1, 4) for d in (detections, truth))
-    best_iou, best_gt = best_overlaps(det_keys[order], det_boxes[order], gt_keys, gt_boxes)
-    claims = np.flatnonzero((best_iou >= iou_thresh) & (best_gt >= 0))
+    det, gt = check_detections(detections, truth, num_classes)
+    order = np.argsort(-det["scores"], kind="stable")
+    labels, scores = det["labels"][order], det["scores"][order]
+    rows, targets, iou = overlap_pairs(det["keys"][order], det["boxes_px"][order], gt["keys"], gt["boxes_px"], extra=1)
+    best = np.lexsort((targets, -iou, rows))
+    best = best[np.unique(rows[best], return_index=True)[1]]
+    best = best[iou[best] >= iou_thresh]
     is_ignored, is_hit = np.zeros(len(order), dtype=bool), np.zeros(len(order), dtype=bool)
-    is_ignored[claims] = difficult[best_gt[claims]]
-    claims = claims[~is_ignored[claims]]
-    is_hit[claims[np.unique(best_gt[claims], return_index=True)[1]]] = True
+    is_ignored[rows[best]] = gt["difficult"][targets[best]]
+    best = best[~gt["difficult"][targets[best]]]
+    is_hit[rows[best[np.unique(targets[best], return_index=True)[1]]]] = True
     results = {}
     for label in range(1, num_classes + 1):
-        hits = is_hit[(det_labels == label) & ~is_ignored]
-        num_gt = int(((gt_labels == label) & ~difficult).sum())
-        recall, precision = hits.cumsum() / max(num_gt, 1), hits.cumsum() / np.arange(1, len(hits) + 1)
+        counted = np.flatnonzero((labels == label) & ~is_ignored)
+        hits = is_hit[counted].cumsum()
+        num_gt = int(((gt["labels"] == label) & ~gt["difficult"]).sum())
+        recall, precision = hits / max(num_gt, 1), hits / np.arange(1, len(hits) + 1)
         ap_area, ap11 = average_precision(recall, precision) if num_gt else (math.nan, math.nan)
-        results[label] = {"ap_area": ap_area, "ap11": ap11, "recall": recall, "precision": precision, "num_gt": num_gt}
+        results[label] = {"ap_area": ap_area, "ap11": ap11, "recall": recall, "precision": precision,
+                          "scores": scores[counted], "num_gt": num_gt}
     return results
+
+
+def match_coco(pairs, rank, gt_ignored, is_crowd):
+    """Return is_matched and is_ignored, bool (N, areas, thresholds): COCO's greedy assignment at every setting at once.
+
+    pairs: what `overlap_pairs` returns; rank (N,): a detection's place in the score order of its image and class.
+    gt_ignored (M, areas). In that order a detection takes the free ground truth it overlaps most (ties: the last),
+    an ignored one only if no other is left; a crowd stays free. The loop goes over ranks, all images side by side.
+    """
+    det, gt, iou = (column[pairs[2] >= COCO_IOU_THRESHES[0]] for column in pairs)
+    order = np.lexsort((gt, iou, det, rank[det]))
+    det, gt, iou = det[order], gt[order], iou[order]
+    shape = (gt_ignored.shape[1], len(COCO_IOU_THRESHES))
+    is_matched, is_ignored = np.zeros((2, len(rank), *shape), dtype=bool)
+    is_taken, area = np.zeros((len(is_crowd), *shape), dtype=bool), np.arange(shape[0])[None, :, None]
+    ends = np.searchsorted(rank[det], np.arange(COCO_MAX_DETECTIONS + 1))
+    for start, end in itertools.pairwise(ends.tolist()):
+        if start == end:
+            continue
+        d, g = det[start:end], gt[start:end]
+        is_open = (iou[start:end, None, None] >= COCO_IOU_THRESHES) & ~is_taken[g]
+        key = np.arange(end - start)[:, None, None] + (end - start) * ~gt_ignored[g][..., None]
+        firsts = np.flatnonzero(np.diff(d, prepend=-1))
+        best = np.maximum.reduceat(np.where(is_open, key, -1), firsts, axis=0)
+        chosen, found = g[best % (end - start)], best >= 0
+        is_matched[d[firsts]], is_ignored[d[firsts]] = found, found & gt_ignored[chosen, area]
+        row, *setting = np.nonzero(found & ~is_crowd[chosen])
+        is_taken[chosen[(row, *setting)], *setting] = True
+    return is_matched, is_ignored
+
+
+def evaluate_coco(detections, truth, num_classes):
+    """Score detections as pycocotools does; the arguments are those of `evaluate_voc`, difficult objects are crowds.
+
+    Returns {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100", "ar_small",
+    "ar_medium", "ar_large", "per_class": {label: {"ap", "ap50", "ap75"}}}; NaN where there is no ground truth. AP is
+    the mean over IoU .5, .55, ..., .95 of the mean precision at 101 recalls, AR the mean recall; at most 100
+    detections an image and class (1 and 10 for ar1 and ar10), ties in the order of image ids, then as given.
+    """
+    det, gt = check_detections(detections, truth, num_classes)
+    det_boxes, gt_boxes = (side["boxes_px"] - np.array([1, 1, 0, 0]) for side in (det, gt))  # edges
+    order = np.lexsort((-det["scores"], det["keys"]))
+    keys = det["keys"][order]
+    rank = np.arange(len(order)) - np.searchsorted(keys, keys)
+    order, rank = order[rank < COCO_MAX_DETECTIONS], rank[rank < COCO_MAX_DETECTIONS]
+    keys, det_boxes, labels, scores = det["keys"][order], det_boxes[order], det["labels"][order], det["scores"][order]
+    det_area, gt_area = ((b[:, 2:] - b[:, :2]).prod(axis=1)[:, None] for b in (det_boxes, gt_boxes))
+    low, high = np.array(list(COCO_AREAS.values())).T
+    gt_ignored = gt["difficult"][:, None] | (gt_area < low) | (gt_area > high)
+    pairs = overlap_pairs(keys, det_boxes, gt["keys"], gt_boxes, is_crowd=gt["difficult"])
+    is_matched, is_ignored = match_coco(pairs, rank, gt_ignored, gt["difficult"])
+    is_ignored |= ~is_matched & ((det_area < low) | (det_area > high))[..., None]
+
+    precision = np.full((num_classes, *is_matched.shape[1:], len(COCO_RECALLS)), math.nan)
+    recall = np.full((num_classes, 3, *is_matched.shape[1:]), math.nan)  # of the best 1, 10, 100 detections
+    for k in range(num_classes):
+        rows = np.flatnonzero(labels == k + 1)
+        rows = rows[np.argsort(-scores[rows], kind="stable")]
+        counted, hits = ~is_ignored[rows], is_matched[rows] & ~is_ignored[rows]
+        num_gt = (~gt_ignored[gt["labels"] == k + 1]).sum(axis=0)
+        for a, t in itertools.product(np.flatnonzero(num_gt), range(len(COCO_IOU_THRESHES))):
+            places = np.flatnonzero(hits[:, a, t])
+            found = np.arange(1, len(places) + 1)
+            curve = np.append(found / (counted[:, a, t].cumsum()[places] + np.spacing(1)), 0.0)
+            envelope = np.maximum.accumulate(curve[::-1])[::-1]
+            precision[k, a, t] = envelope[np.searchsorted(found / num_gt[a], COCO_RECALLS)]
+            recall[k, :, a, t] = [np.count_nonzero(rank[rows[places]] < best) / num_gt[a] for best in (1, 10, 100)]
+
+    def mean(values):
+        values = values[~np.isnan(values)]
+        return float(values.mean()) if len(values) else math.nan
+
+    result = {"ap": mean(precision[:, 0]), "ap50": mean(precision[:, 0, 0]), "ap75": mean(precision[:, 0, 5])}
+    result |= {f"ap{name}": mean(precision[:, a]) for a, name in enumerate(COCO_AREAS) if name}
+    result |= {f"ar{best}": mean(recall[:, i, 0]) for i, best in enumerate((1, 10, 100))}
+    result |= {f"ar{name}": mean(recall[:, 2, a]) for a, name in enumerate(COCO_AREAS) if name}
+    classes = enumerate(precision[:, 0], start=1)
+    return {**result, "per_class": {k: {"ap": mean(p), "ap50": mean(p[0]), "ap75": mean(p[5])} for k, p in classes}}
+
+
+def confusion_matrix(detections, truth, num_classes, *, score_thresh=DRAW_SCORE_THRESH, iou_thresh=0.5):
+    """Return int64 (K + 1, K + 1): rows are true classes, columns detected ones, 0 is background (missed, or false).
+
+    The arguments are those of `evaluate_voc`. Of the pairs at IoU >= iou_thresh, whatever their classes, those of
+    equal class go first, then the largest overlap; each box is used once. Difficult objects, and what is found on
+    them, count nowhere.
+    """
+    det, gt = check_detections(detections, truth, num_classes)
+    det = {name: column[det["scores"] >= score_thresh] for name, column in det.items()}
+    images = [side["keys"] // (num_classes + 1) for side in (det, gt)]
+    rows, targets, iou = overlap_pairs(images[0], det["boxes_px"], images[1], gt["boxes_px"], extra=1)
+    found, taken = np.full(len(images[0]), -1), np.full(len(images[1]), -1)
+    for i in np.lexsort((-iou, det["labels"][rows] != gt["labels"][targets])):
+        if iou[i] >= iou_thresh and found[rows[i]] < 0 and taken[targets[i]] < 0:
+            found[rows[i]], taken[targets[i]] = targets[i], rows[i]
+    matrix, counts = np.zeros((num_classes + 1,) * 2, dtype=np.int64), ~gt["difficult"]
+    detected = np.where(taken >= 0, np.append(det["labels"], 0)[taken], 0)
+    np.add.at(matrix, (gt["labels"][counts], detected[counts]), 1)
+    np.add.at(matrix[0], det["labels"][found < 0], 1)
+    return matrix
 
 
 def to_voc_pixels(boxes_px):
@@ -1094,6 +1225,51 @@ def truth_of(records):
         "boxes_px": to_voc_pixels(np.concatenate([r.boxes_px for r in records])),
         "difficult": np.concatenate([r.difficult for r in records]),
     }
+
+
+def score_detections(detections, records, num_classes):
+    """Score detections, image ids are positions in records, by the VOC rules at IoU .5; see `evaluate`."""
+    classes = evaluate_voc(detections, truth_of(records), num_classes)
+    aps = np.array([(c["ap_area"], c["ap11"]) for c in classes.values() if c["num_gt"]]).reshape(-1, 2)
+    map_area, map11 = aps.mean(axis=0).tolist() if len(aps) else (math.nan, math.nan)
+    return {"map_area": map_area, "map11": map11, "classes": classes, "detections": detections}
+
+
+def write_devkit_files(folder, split, detections, records, classes):
+    """Write the devkit's comp4_det_SPLIT_CLASS.txt, one a class: image id, score and VOC pixels of every detection."""
+    for label, name in enumerate(classes, start=1):
+        rows = np.flatnonzero(detections["labels"] == label)
+        values = np.column_stack((detections["scores"][rows], detections["boxes_px"][rows])).tolist()
+        ids = [records[i].image_id for i in detections["image_ids"][rows]]
+        lines = [" ".join((i, *(f"{v:.9g}" for v in row))) + "\n" for i, row in zip(ids, values, strict=True)]
+        write_text(Path(folder) / f"comp4_det_{split}_{name}.txt", "".join(lines))
+
+
+def read_devkit_files(folder, split, records, classes):
+    """Return the detections, image ids as positions in records, of a folder of comp4_det_SPLIT_CLASS.txt files.
+
+    Raises InputError for a class without a file (an empty one is legal) and a line that is not an image of the list
+    and five finite numbers.
+    """
+    position, rows = {r.image_id: i for i, r in enumerate(records)}, []
+    for label, name in enumerate(classes, start=1):
+        path = Path(folder) / f"comp4_det_{split}_{name}.txt"
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; each class needs one, an empty one where nothing was detected")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            image_id, *values = line.split() or [""]
+            try:
+                score, *box = map(float, values)
+                usable = len(box) == 4 and all(map(math.isfinite, (score, *box)))
+            except ValueError:
+                usable = False
+            if not usable or image_id not in position:
+                what = "not 'image score xmin ymin xmax ymax'" if not usable else f"list {split} has no such image"
+                raise InputError(f"{path}, line {number}: {line.strip()[:80]!r}: {what}")
+            rows.append((position[image_id], label, score, box))
+    image_ids, labels, scores, boxes_px = zip(*rows, strict=True) if rows else ((), (), (), ())
+    return {"image_ids": np.array(image_ids, dtype=np.int64), "labels": np.array(labels, dtype=np.int64),
+            "scores": np.array(scores, dtype=np.float64), "boxes_px": np.array(boxes_px).reshape(-1, 4)}
 
 
 @torch.no_grad()
@@ -1121,22 +1297,40 @@ def evaluate(model, loader, *, amp_dtype=None, criterion=None, **settings):
             parts["scores"].append(scores.cpu().numpy())
             parts["boxes_px"].append(to_voc_pixels(boxes.cpu().numpy() * size))
     detections = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    classes = evaluate_voc(detections, truth_of(records), model.num_classes)
-    aps = np.array([(c["ap_area"], c["ap11"]) for c in classes.values() if c["num_gt"]]).reshape(-1, 2)
-    map_area, map11 = aps.mean(axis=0).tolist() if len(aps) else (math.nan, math.nan)
-    return {"map_area": map_area, "map11": map11, **losses, "classes": classes, "detections": detections}
+    return {**score_detections(detections, records, model.num_classes), **losses}
 
 
-def class_table(result, class_names):
-    """Return the per-class table of an evaluation as text: objects that count, recall, AP by area and by 11 points."""
+def summarize(result, coco, matrix, class_names):
+    """Return every number of an evaluation as plain values, classes by name: what evaluation.json holds."""
+    names = list(enumerate(class_names, start=1))
+    voc = {n: {key: result["classes"][k][key] for key in ("ap11", "ap_area", "num_gt")} for k, n in names}
+    return {
+        "voc": {"iou_thresh": 0.5, "map11": result["map11"], "map_area": result["map_area"], "per_class": voc},
+        "coco": {**coco, "per_class": {name: coco["per_class"][k] for k, name in names}},
+        "confusion": {"score_thresh": DRAW_SCORE_THRESH, "iou_thresh": 0.5, "classes": ["background", *class_names],
+                      "matrix": matrix.tolist()},
+        "num_detections": len(result["detections"]["labels"]),
+    }
+
+
+def class_table(result, coco, class_names):
+    """Return an evaluation as text: objects that count, recall and AP of each class, then COCO's other figures."""
+    def number(value, width):
+        return f"{'-' if math.isnan(value) else format(value, '.4f'):>{width}}"
+
     width = max(10, *map(len, class_names))
-    lines = [f"{'class':<{width}}  objects  recall  AP area  AP 11-point"]
+    lines = [f"{'class':<{width}}  objects  recall  AP area  AP 11-point  AP .5:.95"]
     for label, name in enumerate(class_names, start=1):
-        row = result["classes"][label]
+        row, ap = result["classes"][label], coco["per_class"][label]["ap"]
         recall = row["recall"][-1] if len(row["recall"]) else 0.0
-        values = f"{recall:7.3f} {row['ap_area']:8.4f} {row['ap11']:12.4f}" if row["num_gt"] else "  no object to find"
-        lines.append(f"{name:<{width}} {row['num_gt']:8d} {values}")
-    return "\n".join([*lines, f"{'mean':<{width}} {'':8} {'':7} {result['map_area']:8.4f} {result['map11']:12.4f}"])
+        values = f"{recall:7.3f} {row['ap_area']:8.4f} {row['ap11']:12.4f} {ap:10.4f}"
+        lines.append(f"{name:<{width}} {row['num_gt']:8d} {values if row['num_gt'] else '  no object to find'}")
+    maps = f"{number(result['map_area'], 8)} {number(result['map11'], 12)} {number(coco['ap'], 10)}"
+    lines.append(f"{'mean':<{width}} {'':8} {'':7} {maps}")
+    for kind in ("ap50 ap75 ap_small ap_medium ap_large", "ar1 ar10 ar100 ar_small ar_medium ar_large"):
+        figures = ", ".join(f"{key[2:].strip('_')} {number(coco[key], 0)}" for key in kind.split())
+        lines.append(f"COCO {kind[:2].upper()}: {figures}")
+    return "\n".join(lines)
 
 
 # ---- 11. Run records ----
@@ -1338,6 +1532,22 @@ def plot_precision_recall(result, class_names):
     axes.set_title(f"Precision and recall at IoU .5, mAP {result['map_area']:.4f} (area)")
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", title="AP (area)", ncols=columns)
+    return figure
+
+
+def plot_confusion(matrix, class_names):
+    """Return confusion.png of a `confusion_matrix`: counts, coloured by their share of the true class's row."""
+    size = 3.5 + 0.5 * len(matrix)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    share = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
+    figure.colorbar(axes.imshow(share, cmap="Blues", vmin=0, vmax=1), label="share of the row", shrink=0.8)
+    for row, column in zip(*np.nonzero(matrix), strict=True):
+        color = "white" if share[row, column] > 0.5 else "black"
+        axes.text(column, row, f"{matrix[row, column]}", ha="center", va="center", color=color, fontsize=8)
+    axes.set_xticks(range(len(matrix)), ["none: missed", *class_names], rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(matrix)), ["none: false", *class_names])
+    axes.set(xlabel="detected", ylabel="true", title=f"Confusion at score {DRAW_SCORE_THRESH} or more, IoU .5")
     return figure
 
 
@@ -1797,6 +2007,8 @@ def build_parser():
 
     add = parser.add_argument_group("what to do").add_argument
     add("--evaluate", metavar="FILE", help="measure a checkpoint on the test list, print the per-class table")
+    add("--write-detections", metavar="DIR", help="with --evaluate: write the VOC devkit's comp4_det_*.txt files too")
+    add("--score-detections", metavar="DIR", help="measure such files, of any program, on the test list of --data")
     add("--predict", metavar="PATH", nargs="+", help="detect objects in image files (needs --weights)")
     add("--weights", metavar="FILE", help="checkpoint for --predict")
     add("--resume", metavar="FILE", nargs="?", const="auto",
@@ -1905,8 +2117,10 @@ def parse_args(argv=None, saved=None):
     for name, value in (saved or {}).items():
         if name not in args.given:
             setattr(args, name, tuple(value) if isinstance(value, list) else value)
-    if sum(bool(action) for action in (args.evaluate, args.predict, args.resume)) > 1:
-        parser.error("--evaluate, --predict and --resume exclude one another")
+    if sum(bool(action) for action in (args.evaluate, args.score_detections, args.predict, args.resume)) > 1:
+        parser.error("--evaluate, --score-detections, --predict and --resume exclude one another")
+    if args.write_detections and not args.evaluate:
+        parser.error("--write-detections needs --evaluate")
     if bool(args.predict) != bool(args.weights):
         parser.error("--predict and --weights go together")
     fill_defaults(args)
@@ -1970,14 +2184,16 @@ def build_state(args, num_classes, device, resumed=None):
     return state, recipe, config
 
 
-def measure(model, loader, classes, plots, *, amp_dtype, **settings):
-    """Evaluate on the test list, print the per-class table, draw the curves; returns the numbers and their summary."""
-    result = evaluate(model, loader, amp_dtype=amp_dtype, **settings)
-    print(class_table(result, classes))
-    save_figure(plot_precision_recall(result, classes), plots / "evaluation" / "precision_recall.png")
-    keys = ("ap_area", "ap11", "num_gt")
-    per_class = {n: {key: result["classes"][k][key] for key in keys} for k, n in enumerate(classes, start=1)}
-    numbers = {"map_area": result["map_area"], "map11": result["map11"], "per_class": per_class}
+def report(result, records, classes, folder, **about):
+    """Print the tables of an evaluation, write its plots and evaluation.json; returns the numbers and their summary."""
+    detections, truth = result["detections"], truth_of(records)
+    coco = evaluate_coco(detections, truth, len(classes))
+    matrix = confusion_matrix(detections, truth, len(classes))
+    print(class_table(result, coco, classes))
+    save_figure(plot_precision_recall(result, classes), folder / "precision_recall.png")
+    save_figure(plot_confusion(matrix, classes), folder / "confusion.png")
+    numbers = about | {"num_images": len(records)} | summarize(result, coco, matrix, classes)
+    write_json(folder / "evaluation.json", numbers)
     return numbers, f"Test mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point)"
 
 
@@ -2023,10 +2239,13 @@ def run_training(args, resumed=None):
     final.pop("train_state", None)
     model, summary = model_from_checkpoint(final, chosen, device), "no test list, so no test mAP: see --test-split"
     gallery(model, title=f"{chosen.name}, epoch {final['metrics']['epoch']}")
+    path = checkpoints / f"ssd_{data.name}_final.pth"
     if data.test:
         test_loader = make(VocDataset(data.test, plain), batch_size=args.batch_size)
-        final["test"], summary = measure(model, test_loader, data.classes, plots, amp_dtype=amp_dtype, **settings)
-    path, seconds = checkpoints / f"ssd_{data.name}_final.pth", time.perf_counter() - began
+        result = evaluate(model, test_loader, amp_dtype=amp_dtype, **settings)
+        final["test"], summary = report(result, data.test, data.classes, plots / "evaluation", checkpoint=str(path),
+                                        data=args.data, split=args.test_split)
+    seconds = time.perf_counter() - began
     save_checkpoint(path, final)
     write_json(checkpoints / "run.json", record | {"test": final.get("test"), "chosen": chosen.name, "wall_s": seconds})
     print(f"{summary}\n{path}\nwall time {datetime.timedelta(seconds=round(seconds))}")
@@ -2045,12 +2264,30 @@ def run_evaluation(args, checkpoint):
     amp_dtype, settings = pick_amp_dtype(device, args.amp), detect_settings(args, SCORE_THRESH)
     print(f"{args.evaluate} on {args.data}, list {args.test_split}: {len(data.test)} images")
     loader = make_loader(VocDataset(data.test, plain), batch_size=args.batch_size, workers=args.workers)
-    numbers, summary = measure(model, loader, data.classes, plots, amp_dtype=amp_dtype, **settings)
+    result = evaluate(model, loader, amp_dtype=amp_dtype, **settings)
+    if args.write_detections:
+        folder = Path(args.write_detections)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_devkit_files(folder, args.test_split, result["detections"], data.test, data.classes)
+    _, summary = report(result, data.test, data.classes, plots / "evaluation", checkpoint=args.evaluate,
+                        data=args.data, split=args.test_split)
     gallery = make_loader(VocDataset(spread(data.test, 12), plain), batch_size=12)
     draw_gallery(model, gallery, data.classes, plots / "predictions.png", amp_dtype=amp_dtype,
                  title=Path(args.evaluate).name)
-    write_json(plots / "evaluation" / "evaluation.json", {"checkpoint": args.evaluate, "data": args.data, **numbers})
     print(summary)
+    return 0
+
+
+def run_scoring(args):
+    """Score a folder of the devkit's detection files, whatever program wrote them, on the test list of the data."""
+    data, folder = load_splits(args), Path(args.score_detections)
+    if not data.test:
+        raise InputError(f"{args.data} has no test list: name one with --test-split")
+    detections = read_devkit_files(folder, args.test_split, data.test, data.classes)
+    print(f"{folder} on {args.data}, list {args.test_split}: {len(data.test)} images")
+    result = score_detections(detections, data.test, len(data.classes))
+    print(report(result, data.test, data.classes, Path(args.output_dir) / "plots" / "evaluation",
+                 detections=str(folder), data=args.data, split=args.test_split)[1])
     return 0
 
 
@@ -2090,6 +2327,8 @@ def main(argv=None):
             checkpoint = load_checkpoint(args.evaluate)
             saved = {} if "data" in args.given else {name: checkpoint["args"][name] for name in DATA_FLAGS}
             return run_evaluation(parse_args(argv, saved), checkpoint)
+        if args.score_detections:
+            return run_scoring(args)
         return run_training(*resume_args(argv, args)) if args.resume else run_training(args)
     except InputError as error:  # raised in a loader process it comes with that process's traceback before it
         print(f"error: {str(error).strip().splitlines()[-1].split('InputError: ')[-1]}", file=sys.stderr)

@@ -74,8 +74,8 @@ def voc_ap(outcomes, num_gt):
         recall.append(hits / num_gt)
         precision.append(hits / rank)
     eleven = 0.0
-    for tenth in range(11):  # tenth / 10 is the very number that 3 hits of 10 have as their recall
-        eleven += max((p for r, p in zip(recall, precision, strict=True) if r >= tenth / 10), default=0.0) / 11
+    for point in (0, 0.1, 0.2, 3 * 0.1, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1):  # MATLAB's 0:0.1:1, to the last bit
+        eleven += max((p for r, p in zip(recall, precision, strict=True) if r >= point), default=0.0) / 11
     mrec, mpre = [0.0, *recall, 1.0], [0.0, *precision, 0.0]
     for i in range(len(mpre) - 2, -1, -1):
         mpre[i] = max(mpre[i], mpre[i + 1])

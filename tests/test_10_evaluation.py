@@ -1,6 +1,9 @@
+import json
 import math
 
 import numpy as np
+import pycocotools.coco
+import pycocotools.cocoeval
 import pytest
 import reference
 import torch
@@ -56,11 +59,12 @@ def test_average_precision_of_nothing_is_zero():
 
 
 @pytest.mark.parametrize("hits", range(11))
-def test_eleven_points_count_a_recall_that_is_reached_exactly(hits):
-    # `hits` of 10 objects found without a miss: precision 1 at the recalls 0, .1, ..., hits / 10.
+def test_eleven_points_are_the_numbers_that_the_devkit_counts_with(hits):
+    # `hits` of 10 objects found without a miss: precision 1 at the recalls 0, .1, ..., hits / 10. All of them count
+    # but 3 / 10, because the fourth number of MATLAB's 0:0.1:1 is 3 * .1 = .30000000000000004.
     recall = np.arange(1, hits + 1) / 10
     _, eleven = ssd.average_precision(recall, np.ones(hits))
-    assert eleven == pytest.approx((hits + 1 if hits else 0) / 11)
+    assert eleven == pytest.approx((hits + 1 - (hits == 3) if hits else 0) / 11)
 
 
 # -- Hits and misses
@@ -180,10 +184,50 @@ def test_no_truth_and_no_detections_is_nan():
     assert math.isnan(score([("a", 1, 0.5, A_BOX)], [])[1]["ap_area"])
 
 
-def test_nan_score_is_a_value_error():
-    rows = [("a", 1, 0.9, A_BOX), ("a", 1, math.nan, A_BOX)]
-    with pytest.raises(ValueError, match="1 score"):
-        score(rows, [("a", 1, A_BOX, False)])
+@pytest.mark.parametrize("evaluator", [ssd.evaluate_voc, ssd.evaluate_coco, ssd.confusion_matrix])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("a", 1, math.nan, A_BOX), "detections: 1 scores NaN, the first in row 1: nan"),
+        (("a", 0, 0.5, A_BOX), r"detections: 1 labels outside 1\.\.2, the first in row 1: 0"),
+        (("a", 3, 0.5, A_BOX), r"detections: 1 labels outside 1\.\.2, the first in row 1: 3"),
+        (("a", 1, 0.5, [1, 2, math.inf, 4]), "detections: 1 boxes_px not finite"),
+    ],
+)
+def test_what_cannot_be_scored_is_named(evaluator, row, message):
+    truth = truth_of([("a", 1, A_BOX, False)])
+    with pytest.raises(ValueError, match=message):
+        evaluator(detections_of([("a", 1, 0.9, A_BOX), row]), truth, 2)
+
+
+def test_columns_of_different_length_are_named():
+    detections = detections_of([("a", 1, 0.9, A_BOX)])
+    with pytest.raises(ValueError, match="truth: columns of different length"):
+        ssd.evaluate_voc(detections, {**truth_of([("a", 1, A_BOX, False)]), "difficult": []}, 1)
+
+
+def test_boxes_beyond_the_picture_and_boxes_without_area_are_scored_as_they_are():
+    truth = [("a", 1, [1, 1, 10, 10], False)]
+    # Ten pixels of the object and ten outside the picture: IoU .5, not cut at the border.
+    assert score([("a", 1, 0.9, [-9, 1, 10, 10])], truth)[1]["ap_area"] == 1
+    assert score([("a", 1, 0.9, [-10, 1, 10, 10])], truth)[1]["ap_area"] == 0
+    for reversed_box in ([10, 10, 1, 1], [5, 10, 4, 1], [1, 10, 10, 1]):
+        with np.errstate(all="raise"):
+            assert score([("a", 1, 0.9, reversed_box)], truth)[1]["precision"].tolist() == [0]
+
+
+def test_rows_of_one_image_id_are_one_image_in_whatever_order():
+    truth = [("a", 1, A_BOX, False), ("b", 1, B_BOX, False), ("a", 1, B_BOX, False)]
+    detections = [("a", 1, 0.9, B_BOX), ("b", 1, 0.8, B_BOX), ("a", 1, 0.7, A_BOX), ("a", 1, 0.6, B_BOX)]
+    assert score(detections, truth)[1]["recall"].tolist() == pytest.approx([1 / 3, 2 / 3, 1, 1])
+
+
+def test_scores_stand_beside_the_curve():
+    truth = [("a", 1, A_BOX, False), ("a", 1, C_BOX, True)]
+    detections = [("a", 1, 0.2, A_BOX), ("a", 1, 0.9, FAR), ("a", 1, 0.5, C_BOX)]
+    result = score(detections, truth)[1]
+    assert result["scores"].tolist() == [0.9, 0.2]  # what is found on a difficult object is left out
+    assert result["precision"].tolist() == [0, 0.5]
 
 
 def test_string_image_ids_work_like_numbers():
@@ -241,6 +285,202 @@ def test_evaluation_agrees_with_the_loops_on_many_boxes(seed):
         label = label if rng.random() < 0.8 else int(rng.integers(1, 4))
         detections.append((image, label, round(float(rng.random()), 2), moved))
     assert_agrees(detections, truth, num_classes=3)
+
+
+# -- COCO
+
+
+def pycocotools_of(detections, truth, num_classes):
+    """Score by pycocotools; returns its COCOeval, summarized."""
+    ids = sorted({*detections["image_ids"].tolist(), *truth["image_ids"].tolist()})
+
+    def rows(side):
+        for image_id, label, (x1, y1, x2, y2) in zip(
+            side["image_ids"].tolist(), side["labels"].tolist(), side["boxes_px"].tolist(), strict=True
+        ):
+            bbox = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
+            yield {"image_id": ids.index(image_id), "category_id": label, "bbox": bbox, "area": bbox[2] * bbox[3]}
+
+    objects = [
+        {**row, "id": i, "iscrowd": int(is_difficult)}
+        for i, (row, is_difficult) in enumerate(zip(rows(truth), truth["difficult"], strict=True), start=1)
+    ]
+    found = [{**row, "score": s} for row, s in zip(rows(detections), detections["scores"].tolist(), strict=True)]
+    coco = pycocotools.coco.COCO()
+    coco.dataset = {
+        "images": [{"id": i} for i in range(len(ids))],
+        "annotations": objects,
+        "categories": [{"id": k} for k in range(1, num_classes + 1)],
+    }
+    coco.createIndex()
+    judge = pycocotools.cocoeval.COCOeval(coco, coco.loadRes(found), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    return judge
+
+
+COCO_NAMES = (
+    "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
+    "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large",
+)
+
+
+def assert_equals_pycocotools(detections, truth, num_classes):
+    judge = pycocotools_of(detections, truth, num_classes)
+    mine = ssd.evaluate_coco(detections, truth, num_classes)
+    theirs = {name: (math.nan if v == -1 else v) for name, v in zip(COCO_NAMES, judge.stats, strict=True)}
+    assert {name: mine[name] for name in COCO_NAMES} == pytest.approx(theirs, abs=1e-9, nan_ok=True)
+    for label in range(1, num_classes + 1):
+        precision = judge.eval["precision"][:, :, label - 1, 0, 2]
+        expected = {"ap": precision, "ap50": precision[0], "ap75": precision[5]}
+        expected = {name: math.nan if (p == -1).any() else p.mean() for name, p in expected.items()}
+        assert mine["per_class"][label] == pytest.approx(expected, abs=1e-9, nan_ok=True)
+    return mine
+
+
+def random_detections(rng, *, images, objects, found, num_classes, whole_pixels=False):
+    """Objects of 8 to 180 pixels, a seventh of them difficult, and detections scattered around them, tied scores."""
+    low = rng.uniform(1, 200, (objects, 2))
+    boxes = np.concatenate((low, low + np.exp(rng.uniform(np.log(8), np.log(180), (objects, 2)))), axis=1)
+    truth = {"image_ids": rng.integers(images, size=objects), "labels": rng.integers(1, num_classes + 1, objects)}
+    source = rng.integers(objects, size=found)
+    sides = np.tile(boxes[source, 2:] - boxes[source, :2], 2)
+    moved = boxes[source] + rng.normal(0, 1, (found, 4)) * sides * rng.choice([0.02, 0.08, 0.3], (found, 1))
+    moved[:, 2:] = np.maximum(moved[:, 2:], moved[:, :2] + 1)
+    labels = np.where(rng.random(found) < 0.8, truth["labels"][source], rng.integers(1, num_classes + 1, found))
+    image_ids = np.where(rng.random(found) < 0.8, truth["image_ids"][source], rng.integers(images, size=found))
+    if whole_pixels:
+        boxes, moved = boxes.round(), moved.round()
+    detections = {"image_ids": image_ids, "labels": labels, "scores": rng.random(found).round(2), "boxes_px": moved}
+    return detections, {**truth, "boxes_px": boxes, "difficult": rng.random(objects) < 0.15}
+
+
+@pytest.mark.parametrize(
+    ("images", "objects", "found", "num_classes", "whole_pixels"),
+    [(12, 80, 600, 3, False), (12, 80, 1500, 2, True), (3, 12, 900, 1, False), (20, 60, 300, 20, True)],
+)
+def test_coco_figures_equal_pycocotools(images, objects, found, num_classes, whole_pixels):
+    rng = np.random.default_rng(found)
+    detections, truth = random_detections(
+        rng, images=images, objects=objects, found=found, num_classes=num_classes, whole_pixels=whole_pixels
+    )
+    result = assert_equals_pycocotools(detections, truth, num_classes)
+    assert 0.02 < result["ap"] < 0.9
+    assert len({result[name] for name in COCO_NAMES}) > 8  # sizes and counts differ, so they are really told apart
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(detection, min_size=1, max_size=25), st.lists(ground_truth, max_size=12))
+def test_coco_figures_equal_pycocotools_on_ties_of_all_kinds(detections, truth):
+    assert_equals_pycocotools(detections_of(detections), {**truth_of([]), **truth_of(truth)}, 2)
+
+
+def test_coco_of_real_detections_equals_pycocotools(tiny_run, tiny_voc):
+    model = ssd.load_detector(tiny_run.final, device="cpu", amp="off").model
+    data = ssd.load_data(str(tiny_voc), val_split="val", test_split="test")
+    records = [*data.train, *data.val, *data.test]
+    found = ssd.evaluate(model, loader_of(records), score_thresh=0.001)["detections"]
+    assert len(found["labels"]) > 500
+    assert_equals_pycocotools(found, ssd.truth_of(records), 2)
+
+
+def test_coco_hand_case_of_one_object():
+    # IoU 80 / 100 at the first, 100 / 100 at the second: a hit at .5 to .8 comes first, above that second.
+    truth = truth_of([("a", 1, [1, 1, 10, 10], False)])
+    detections = detections_of([("a", 1, 0.9, [1, 1, 10, 8]), ("a", 1, 0.8, [1, 1, 10, 10])])
+    result = ssd.evaluate_coco(detections, truth, 2)
+    assert result["ap"] == pytest.approx((7 * 1 + 3 * 0.5) / 10)  # .5, .55, ..., .8: seven of the ten
+    assert (result["ap50"], result["ar1"], result["ar10"]) == pytest.approx((1, 0.7, 1))
+    assert result["ap_small"] == result["ap"]
+    assert math.isnan(result["ap_medium"])
+    assert math.isnan(result["per_class"][2]["ap"])
+
+
+def test_coco_without_detections_is_zero_and_without_truth_is_nan():
+    nothing, truth = detections_of([]), truth_of([("a", 1, A_BOX, False)])
+    assert ssd.evaluate_coco(nothing, truth, 1)["ap"] == ssd.evaluate_coco(nothing, truth, 1)["ar100"] == 0
+    for empty in (truth_of([]), truth_of([("a", 1, A_BOX, True)])):
+        result = ssd.evaluate_coco(detections_of([("a", 1, 0.9, A_BOX)]), empty, 1)
+        assert all(math.isnan(result[name]) for name in COCO_NAMES)
+
+
+# -- Confusion
+
+
+def test_confusion_of_a_hand_case():
+    truth = [("a", 1, A_BOX, False), ("a", 2, B_BOX, False), ("a", 2, C_BOX, True), ("b", 1, A_BOX, False)]
+    detections = [
+        ("a", 1, 0.9, A_BOX),  # right
+        ("a", 2, 0.8, A_BOX),  # a second one on it: false
+        ("a", 1, 0.7, B_BOX),  # wrong class
+        ("a", 1, 0.6, C_BOX),  # on a difficult object: nowhere
+        ("a", 2, 0.5, FAR),  # false
+        ("b", 1, 0.39, A_BOX),  # below the threshold: missed
+    ]
+    matrix = ssd.confusion_matrix(detections_of(detections), truth_of(truth), 2)
+    assert matrix.tolist() == [[0, 0, 2], [1, 1, 0], [0, 1, 0]]
+
+
+def test_confusion_prefers_the_right_class_to_the_larger_overlap():
+    truth = [("a", 1, [1, 1, 10, 10], False), ("a", 2, [1, 2, 10, 11], False)]
+    detections = [("a", 2, 0.9, [1, 1, 10, 10]), ("a", 1, 0.8, [1, 2, 10, 11])]
+    assert ssd.confusion_matrix(detections_of(detections), truth_of(truth), 2).tolist() == [
+        [0, 0, 0], [0, 1, 0], [0, 0, 1]
+    ]
+
+
+def test_confusion_of_nothing_is_zero():
+    assert ssd.confusion_matrix(detections_of([]), truth_of([]), 2).tolist() == [[0] * 3] * 3
+
+
+# -- The devkit's files
+
+
+def test_devkit_files_come_back_as_they_were(records, tmp_path):
+    rng = np.random.default_rng(1)
+    detections, _ = random_detections(rng, images=5, objects=9, found=60, num_classes=2)
+    order = np.lexsort((np.arange(60), detections["labels"]))  # a file a class
+    detections = {name: column[order].astype(np.float32 if name == "scores" else column.dtype)
+                  for name, column in detections.items()}
+    ssd.write_devkit_files(tmp_path, "test", detections, records, ("cat", "dog"))
+    image_id, *numbers = (tmp_path / "comp4_det_test_cat.txt").read_text().splitlines()[0].split()
+    assert image_id == records[detections["image_ids"][0]].image_id
+    assert [float(n) for n in numbers] == pytest.approx([detections["scores"][0], *detections["boxes_px"][0]])
+    back = ssd.read_devkit_files(tmp_path, "test", records, ("cat", "dog"))
+    for name in ("image_ids", "labels", "scores"):
+        assert back[name].astype(np.float32).tolist() == detections[name].astype(np.float32).tolist()
+    np.testing.assert_allclose(back["boxes_px"], detections["boxes_px"], rtol=1e-8)
+
+
+def test_empty_devkit_files_are_no_detections(records, tmp_path):
+    nothing = {"image_ids": np.zeros(0, int), "labels": np.zeros(0, int), "scores": np.zeros(0),
+               "boxes_px": np.zeros((0, 4))}
+    ssd.write_devkit_files(tmp_path, "val", nothing, records, ("cat",))
+    assert (tmp_path / "comp4_det_val_cat.txt").read_text() == ""
+    back = ssd.read_devkit_files(tmp_path, "val", records, ("cat",))
+    assert {name: column.shape for name, column in back.items()} == {name: v.shape for name, v in nothing.items()}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("0 .9 1 1 10", "line 2: '0 .9 1 1 10': not 'image score xmin ymin xmax ymax'"),
+        ("0 .9 1 1 10 nan", "line 2: .*not 'image score"),
+        ("0 .9 one 1 10 10", "line 2: .*not 'image score"),
+        ("", "line 2: '': not 'image score"),
+        ("nowhere .9 1 1 10 10", "line 2: 'nowhere .9 1 1 10 10': list test has no such image"),
+    ],
+)
+def test_bad_line_of_a_devkit_file_is_named(records, tmp_path, line, message):
+    (tmp_path / "comp4_det_test_cat.txt").write_text(f"0 .9 1 1 10 10\n{line}\n0 .8 1 1 10 10\n")
+    with pytest.raises(ssd.InputError, match=message):
+        ssd.read_devkit_files(tmp_path, "test", records, ("cat",))
+
+
+def test_missing_devkit_file_is_named(records, tmp_path):
+    with pytest.raises(ssd.InputError, match=r"comp4_det_test_dog\.txt: no such file; each class needs one"):
+        ssd.read_devkit_files(tmp_path, "test", records, ("dog",))
 
 
 # -- Whole evaluation
@@ -368,9 +608,28 @@ def test_truth_and_pixels_follow_the_voc_convention(records):
 
 def test_table_names_every_class_and_the_mean(records):
     result = ssd.evaluate(Stub(perfect_answers(records), num_classes=3), loader_of(records))
-    lines = ssd.class_table(result, ("cat", "dog", "unicorn")).splitlines()
-    assert [line.split()[0] for line in lines] == ["class", "cat", "dog", "unicorn", "mean"]
+    coco = ssd.evaluate_coco(result["detections"], ssd.truth_of(records), 3)
+    lines = ssd.class_table(result, coco, ("cat", "dog", "unicorn")).splitlines()
+    assert [line.split()[0] for line in lines] == ["class", "cat", "dog", "unicorn", "mean", "COCO", "COCO"]
     counts = np.bincount(np.concatenate([r.labels for r in records]), minlength=3)
     assert [int(line.split()[1]) for line in lines[1:3]] == counts[1:].tolist()
-    assert lines[1].split()[2:] == ["1.000", "1.0000", "1.0000"]
-    assert "1.0000" in lines[4]
+    assert lines[1].split()[2:] == ["1.000", "1.0000", "1.0000", "1.0000"]
+    assert lines[3].split()[1:] == ["0", "no", "object", "to", "find"]
+    assert lines[4].split()[1:] == ["1.0000", "1.0000", "1.0000"]
+    assert lines[5].startswith("COCO AP: 50 1.0000, 75 1.0000, small 1.0000")
+    assert lines[6].startswith(f"COCO AR: 1 {coco['ar1']:.4f}, 10 1.0000")
+    assert lines[5].endswith("large -")
+
+
+def test_summary_holds_every_number_by_name(records):
+    result = ssd.evaluate(Stub(perfect_answers(records), num_classes=2), loader_of(records))
+    truth = ssd.truth_of(records)
+    coco, matrix = (f(result["detections"], truth, 2) for f in (ssd.evaluate_coco, ssd.confusion_matrix))
+    numbers = json.loads(ssd.to_json(ssd.summarize(result, coco, matrix, ("cat", "dog"))))
+    assert numbers["voc"]["map11"] == numbers["voc"]["map_area"] == pytest.approx(1)
+    assert set(numbers["voc"]["per_class"]) == set(numbers["coco"]["per_class"]) == {"cat", "dog"}
+    assert set(numbers["voc"]["per_class"]["dog"]) == {"ap11", "ap_area", "num_gt"}
+    assert set(COCO_NAMES) < set(numbers["coco"])
+    assert numbers["coco"]["ap_large"] is None
+    assert numbers["confusion"]["classes"] == ["background", "cat", "dog"]
+    assert np.array(numbers["confusion"]["matrix"]).sum() == numbers["num_detections"] == 8

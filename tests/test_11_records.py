@@ -195,9 +195,9 @@ def test_run_json_holds_flags_versions_and_the_test_result(tiny_run):
     assert record["environment"]["device"] == "cpu"
     assert record["classes"] == ["angular", "round"]
     final = ssd.load_checkpoint(tiny_run.final)
-    assert record["test"]["map_area"] == final["test"]["map_area"]
-    assert set(record["test"]["per_class"]) == {"angular", "round"}
-    assert re.search(rf"^Test mAP@\.5: {record['test']['map_area']:.4f} ", tiny_run.out, re.M)
+    assert record["test"]["voc"] == final["test"]["voc"]
+    assert set(record["test"]["voc"]["per_class"]) == {"angular", "round"}
+    assert re.search(rf"^Test mAP@\.5: {record['test']['voc']['map_area']:.4f} ", tiny_run.out, re.M)
 
 
 def test_a_mean_without_a_value_is_written_as_json_that_others_can_read(tmp_path):

@@ -148,6 +148,17 @@ def test_a_folder_that_cannot_be_written_costs_the_picture_and_not_the_run(tmp_p
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+def test_the_confusion_plot_writes_every_count_in_its_cell_and_names_both_axes():
+    matrix = np.array([[0, 7, 0], [2, 30, 1], [0, 0, 0]])  # a class without objects has a row of zeros
+    axes = ssd.plot_confusion(matrix, ["cat", "dog"]).axes[0]
+    cells = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in axes.texts}
+    assert cells == {(0, 1): "7", (1, 0): "2", (1, 1): "30", (1, 2): "1"}
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["none: false", "cat", "dog"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["none: missed", "cat", "dog"]
+    assert axes.images[0].get_array()[1].tolist() == pytest.approx([2 / 33, 30 / 33, 1 / 33])
+    assert png_of(ssd.plot_confusion(np.zeros((21, 21), int), [f"class {i}" for i in range(20)])).width > 900
+
+
 def test_a_figure_is_saved_as_png_below_folders_that_it_makes(tmp_path):
     ssd.save_figure(ssd.plot_losses([row(1)]), tmp_path / "a" / "b" / "c.png")
     with Image.open(tmp_path / "a" / "b" / "c.png") as image:

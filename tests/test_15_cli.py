@@ -443,11 +443,40 @@ def test_evaluating_the_final_checkpoint_repeats_the_test_line(tiny_run, tmp_pat
     assert all(line in printed for line in table)
     numbers = json.loads((tmp_path / "plots" / "evaluation" / "evaluation.json").read_text())
     final = ssd.load_checkpoint(tiny_run.final)
-    assert numbers["map_area"] == final["test"]["map_area"] > 0
-    assert numbers["per_class"].keys() == {"angular", "round"}
-    for name in ("evaluation/precision_recall", "predictions"):
+    assert numbers["voc"] == final["test"]["voc"]
+    assert numbers["voc"]["map_area"] > 0
+    assert numbers["coco"]["per_class"].keys() == {"angular", "round"}
+    assert (numbers["checkpoint"], numbers["split"], numbers["num_images"]) == (str(tiny_run.final), "test", 4)
+    for name in ("evaluation/precision_recall", "evaluation/confusion", "predictions"):
         png(tmp_path / "plots" / f"{name}.png")
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_written_detections_are_scored_like_the_checkpoint(tiny_run, tmp_path, capsys):
+    where = ["--output-dir", str(tmp_path)]
+    argv = ["--evaluate", str(tiny_run.final), *where, "--device", "cpu", "--amp", "off", "--workers", "0",
+            "--score-thresh", ".001", "--write-detections", str(tmp_path / "new" / "folder")]
+    assert ssd.main(argv) == 0
+    by_checkpoint = capsys.readouterr().out.splitlines()
+    first = json.loads((tmp_path / "plots" / "evaluation" / "evaluation.json").read_text())
+    assert {p.name for p in (tmp_path / "new" / "folder").iterdir()} == {
+        "comp4_det_test_angular.txt", "comp4_det_test_round.txt"
+    }
+    argv = ["--score-detections", str(tmp_path / "new" / "folder"), "--data", str(tiny_run.data), *where]
+    assert ssd.main(argv) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == by_checkpoint[1:]
+    second = json.loads((tmp_path / "plots" / "evaluation" / "evaluation.json").read_text())
+    assert {k: first[k] for k in ("voc", "coco", "confusion")} == {k: second[k] for k in ("voc", "coco", "confusion")}
+    assert second["detections"] == str(tmp_path / "new" / "folder")
+    assert "checkpoint" not in second
+
+
+def test_scoring_errors_are_one_line(tiny_run, tmp_path, fails):
+    flags = ["--data", tiny_run.data, "--output-dir", tmp_path / "out"]
+    assert "comp4_det_test_angular.txt: no such file" in fails(["--score-detections", tmp_path, *flags])
+    line = fails(["--score-detections", tmp_path, *flags, "--test-split", "nothing"])
+    assert "no image list" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_predicting_writes_a_picture_each_and_one_report(tiny_run, tmp_path, capsys):
