@@ -71,6 +71,7 @@ SHAPES_CLASSES = ("circle", "cross", "ring", "star", "triangle")
 
 IMAGE_SIZE = 300
 FEATURE_MAPS = (37, 18, 18, 9, 5, 2)  # cells along each side of the six maps
+STRIDES = (8, 16, 16, 32, 64, 128)  # pixels between neighbouring cells of each map
 # SSD section 2.2 with s_min = .2, s_max = .88 in five steps, .1 for the first map as in section 3.1; the
 # last number is only the second factor of the last map's geometric mean.
 ANCHOR_SCALES = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)
@@ -128,10 +129,12 @@ def decode(box_deltas, anchors_cxcywh):
 def make_anchors(*, clip=False):
     """Return the 9,966 anchors as cxcywh (A, 4), map by map, row by row, cell by cell (SSD section 2.2).
 
-    A cell's centre is ((i + .5) / n, (j + .5) / n); its anchors are the square of scale s_k, the square of
-    sqrt(s_k * s_k+1), then for each ratio r the widths s_k * sqrt(r) and s_k / sqrt(r). `clip` cuts them at the
-    picture's border (two public reports: the unclipped ones score higher).
+    Neighbouring cells are a stride apart, the grid is centred in the picture. A cell's anchors are the square of
+    scale s_k, the square of sqrt(s_k * s_k+1), then for each ratio r the widths s_k * sqrt(r) and s_k / sqrt(r).
+    `clip` cuts them at the picture's border (two public reports: the unclipped ones score higher).
     """
+    # Differs from paper: its centres, (i + .5) / n, are 16.7 pixels apart on a map whose cells see every 16th pixel,
+    # because the pooling rounds down: a box offset that grows towards the border, which no convolution can learn.
     anchors = []
     for k, cells in enumerate(FEATURE_MAPS):
         scale, next_scale = ANCHOR_SCALES[k], ANCHOR_SCALES[k + 1]
@@ -139,7 +142,7 @@ def make_anchors(*, clip=False):
         for ratio in ASPECT_RATIOS[k]:
             root = math.sqrt(ratio)
             sizes += [(scale * root, scale / root), (scale / root, scale * root)]
-        centres = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
+        centres = 0.5 + (torch.arange(cells, dtype=torch.float64) - (cells - 1) / 2) * STRIDES[k] / IMAGE_SIZE
         cy, cx = torch.meshgrid(centres, centres, indexing="ij")
         grid = torch.stack((cx, cy), dim=-1).view(-1, 1, 2).expand(-1, len(sizes), -1)
         anchors.append(torch.cat((grid, torch.tensor(sizes, dtype=torch.float64).expand_as(grid)), dim=-1).view(-1, 4))

@@ -30,14 +30,14 @@ def test_each_map_has_its_count_and_its_scale(anchors):
 
 
 def test_first_cell_has_hand_computed_anchors(anchors):
-    centre = 0.5 / 37
+    centre = 6 / 300  # 37 centres 8 pixels apart span 288: 6 pixels stay free on either side
     sizes = [(0.1, 0.1), (0.1414214, 0.1414214), (0.1414214, 0.0707107), (0.0707107, 0.1414214)]
     expected = torch.tensor([[centre, centre, w, h] for w, h in sizes])
     torch.testing.assert_close(anchors[:4], expected, rtol=0, atol=1e-6)
 
 
 def test_first_cell_of_the_second_map_has_ratios_two_and_three(anchors):
-    centre = 0.5 / 18
+    centre = 14 / 300  # 18 centres 16 pixels apart span 272
     sizes = [
         (0.2, 0.2), (0.2720294, 0.2720294),  # sqrt(.2 * .37)
         (0.2828427, 0.1414214), (0.1414214, 0.2828427), (0.3464102, 0.1154701), (0.1154701, 0.3464102),
@@ -47,7 +47,7 @@ def test_first_cell_of_the_second_map_has_ratios_two_and_three(anchors):
 
 
 def test_last_anchor_is_the_tall_one_of_the_last_cell(anchors):
-    expected = torch.tensor([0.75, 0.75, 0.6222540, 1.2445079])  # .88 / sqrt(2), .88 * sqrt(2)
+    expected = torch.tensor([214 / 300, 214 / 300, 0.6222540, 1.2445079])  # .88 / sqrt(2), .88 * sqrt(2)
     torch.testing.assert_close(anchors[-1], expected, rtol=0, atol=1e-6)
 
 
@@ -55,14 +55,38 @@ def test_last_map_takes_its_geometric_mean_with_1_05(anchors):
     assert anchors[-3, 2].item() == pytest.approx(math.sqrt(0.88 * 1.05), abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("start", "cells", "per_cell"), [(0, 37, 4), (5476, 18, 6), (7420, 18, 6), (9364, 9, 6), (9850, 5, 4), (9950, 2, 4)]
-)
-def test_cells_go_row_by_row_from_the_top_left(anchors, start, cells, per_cell):
+MAPS = [  # first row, cells a side, anchors a cell, first centre and stride in pixels
+    (0, 37, 4, 6, 8), (5476, 18, 6, 14, 16), (7420, 18, 6, 14, 16), (9364, 9, 6, 22, 32), (9850, 5, 4, 22, 64),
+    (9950, 2, 4, 86, 128),
+]
+
+
+@pytest.mark.parametrize(("start", "cells", "per_cell", "first", "stride"), MAPS)
+def test_cells_go_row_by_row_from_the_top_left(anchors, start, cells, per_cell, first, stride):
     centres = anchors[start : start + cells * cells * per_cell, :2].view(cells, cells, per_cell, 2)
     for row, column in ((0, 0), (0, cells - 1), (cells - 1, 0), (cells // 2, 1)):
-        expected = torch.tensor([(column + 0.5) / cells, (row + 0.5) / cells]).expand(per_cell, 2)
-        torch.testing.assert_close(centres[row, column], expected)
+        expected = torch.tensor([first + column * stride, first + row * stride]) / 300
+        torch.testing.assert_close(centres[row, column], expected.expand(per_cell, 2))
+
+
+@pytest.mark.parametrize("index", range(4))  # the two coarsest maps are all border
+def test_neighbouring_centres_are_as_far_apart_as_what_the_cells_see(index):
+    # A bright line moved by one stride moves the map by one cell.
+    torch.manual_seed(0)
+    model = ssd.SSD300(1, width=0.0625).eval()
+    _, cells, _, _, stride = MAPS[index]
+
+    def seen(x):
+        pictures = torch.zeros(2, 3, 300, 300)
+        pictures[0, :, :, x : x + 2] = 40.0
+        with torch.no_grad():
+            drawn, blank = model.feature_maps(pictures)[index]
+        return (drawn - blank)[:, cells // 2]
+
+    here, there = seen(140 - stride // 2), seen(140 + stride // 2)
+    middle = cells // 2
+    assert here[:, middle].abs().max() > 0
+    torch.testing.assert_close(here[:, middle - 1 : middle + 1], there[:, middle : middle + 2], rtol=1e-3, atol=1e-5)
 
 
 def test_ratios_are_width_by_height_and_keep_the_area(anchors):
@@ -89,8 +113,8 @@ def test_clip_cuts_at_the_border_and_leaves_inner_anchors_alone(anchors):
     assert low.min() > -1e-6
     assert high.max() < 1 + 1e-6
     assert (clipped[:, 2:] > 0).all()
-    # First anchor: from .5 / 37 - .05 < 0 to .5 / 37 + .05 = .0635135.
-    torch.testing.assert_close(clipped[0], torch.tensor([0.0317568, 0.0317568, 0.0635135, 0.0635135]))
+    # First anchor: from .02 - .05 < 0 to .02 + .05.
+    torch.testing.assert_close(clipped[0], torch.tensor([0.035, 0.035, 0.07, 0.07]))
     inside = ((anchors[:, :2] - anchors[:, 2:] / 2 >= 0) & (anchors[:, :2] + anchors[:, 2:] / 2 <= 1)).all(dim=1)
     assert inside.sum() > 5000
     torch.testing.assert_close(clipped[inside], anchors[inside])
