@@ -229,7 +229,7 @@ class DataSplits:
 
 
 def read_split(root, split):
-    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt: the first word of each line, blank lines skipped."""
+    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt: the first word of each line, each id once."""
     path = Path(root) / "ImageSets" / "Main" / f"{split}.txt"
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))[:12])
@@ -238,7 +238,7 @@ def read_split(root, split):
     ids = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not ids:
         raise InputError(f"the image list {path} is empty")
-    return ids
+    return list(dict.fromkeys(ids))
 
 
 def find_image(root, image_id):

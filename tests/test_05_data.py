@@ -208,6 +208,11 @@ def test_list_takes_the_first_word_of_each_line(tmp_path):
     assert ssd.read_split(root, "train") == ["a", "b"]
 
 
+def test_an_image_listed_twice_counts_once(tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT], "b": []}, train=["a", "b", "a"])
+    assert ssd.read_split(root, "train") == ["a", "b"]
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpeg", ".PNG"])
 def test_images_of_other_endings_are_found(tmp_path, suffix):
     root = write_voc(tmp_path, {"a": [CAT]}, suffix=suffix)

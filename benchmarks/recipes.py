@@ -1,0 +1,234 @@
+"""Measure named variants of the training command over several seeds: a JSON line a run, a table, a figure.
+
+    python benchmarks/recipes.py --data data/BCCD --set bccd --seeds 0 1 2
+    python benchmarks/recipes.py --data data/BCCD --set bccd --only base multibox --seeds 0 1 2 --parallel 2
+    python benchmarks/recipes.py --draw                          # table and figure again, from the JSON lines
+
+A variant is a list of flags added to those of its set; "base" adds none. A run whose line is already in the results
+file (same variant, flags and seed) is not repeated, so the command goes on where it was stopped. Besides the test list
+of the run itself each final checkpoint is measured on the lists named by --pool together, which is less noisy.
+"""
+
+import argparse
+import collections
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import ssd_object_detection as ssd  # noqa: E402
+
+# What every run of a set has in common. VOC train -> val at full width needs a GPU.
+SETS = {
+    "bccd": "--width .25 --val-fraction 0 --epochs 12 --batch-size 4 --lr 3e-3 --zoom-out .2 --crop .6",
+    "shapes": "",
+    "voc-small": "--train-split train --test-split val --val-fraction 0 --width .125 --epochs 12 --batch-size 8",
+    "voc": "--train-split train --test-split val --val-fraction 0 --no-pretrained --epochs 100",
+}
+VARIANTS = {
+    "base": "",
+    # Loss
+    "multibox": "--loss multibox",
+    "gamma 0": "--focal-gamma 0",
+    "gamma 1": "--focal-gamma 1",
+    "gamma 1.5": "--focal-gamma 1.5",
+    "alpha .25": "--focal-alpha .25",
+    "alpha .75": "--focal-alpha .75",
+    "class weight 2": "--cls-weight 2",
+    "box weight 2": "--box-weight 2",
+    "prior .1": "--prior-prob .1",
+    # Anchors and matching
+    "clipped anchors": "--clip-anchors",
+    "match IoU .4": "--match-iou .4",
+    "match IoU .45": "--match-iou .45",
+    # Augmentation
+    "no zoom-out": "--zoom-out 0",
+    "zoom-out .5": "--zoom-out .5",
+    "no crop": "--crop 0",
+    "crop 1": "--crop 1",
+    "no colour": "--color 0",
+    "no shadow, noise, blur": "--shadow 0 --noise 0 --blur 0",
+    # Optimisation
+    "SGD": "--optimizer sgd --lr 1e-2 --weight-decay 5e-4",
+    "lr / 2": "--lr 1.5e-3",
+    "lr x 2": "--lr 6e-3",
+    "weight decay .01": "--weight-decay .01",
+    "weight decay .2": "--weight-decay .2",
+    "no EMA": "--ema-decay 0",
+    "EMA .99": "--ema-decay .99",
+    "no batch norm": "--no-batch-norm --lr 1e-3",
+    "batch 8": "--batch-size 8",
+    # Detection
+    "NMS .4": "--nms-iou .4",
+    "NMS .5": "--nms-iou .5",
+}
+FIGURES = ("map_area", "map11", "coco_ap", "ap75", "pooled_map_area", "pooled_coco_ap", "seconds")
+
+
+def measure_pool(checkpoint, data, splits):
+    """Return the VOC and COCO figures of a checkpoint file on several lists of a VOC folder taken together."""
+    saved = ssd.load_checkpoint(checkpoint)
+    parsed = [item for split in splits for item in ssd.parse_split([data], split)]
+    records = ssd.make_records(parsed, tuple(saved["classes"]), notes=[])
+    device = ssd.pick_device()
+    model = ssd.model_from_checkpoint(saved, checkpoint, device)
+    dataset = ssd.VocDataset(records, ssd.build_transform(train=False))
+    result = ssd.evaluate(model, ssd.make_loader(dataset, batch_size=8), amp_dtype=ssd.pick_amp_dtype(device))
+    coco = ssd.evaluate_coco(result["detections"], ssd.truth_of(records), len(saved["classes"]))
+    return {"pooled_map_area": result["map_area"], "pooled_coco_ap": coco["ap"], "pooled_ap75": coco["ap75"]}
+
+
+def run_one(name, flags, seed, *, folder, threads, pool, data):
+    """Train one variant with one seed in a process of its own; returns its line, raises RuntimeError if it fails."""
+    output = folder / "runs" / f"{name.replace(' ', '_').replace('/', 'by').replace(',', '')}-{seed}"
+    output.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "ssd_object_detection.py"), *flags, "--seed", str(seed),
+               "--output-dir", str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    start = time.time()
+    with open(output / "log.txt", "w") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    if code:
+        raise RuntimeError(f"{name}, seed {seed}: exit code {code}, see {output / 'log.txt'}")
+    record = json.loads((output / "checkpoints" / "run.json").read_text())
+    if not record["test"]:
+        raise RuntimeError(f"{name}, seed {seed}: the data has no test list: name one with --test-split in --flags")
+    voc, coco = record["test"]["voc"], record["test"]["coco"]
+    line = {"variant": name, "flags": flags, "seed": seed, "map_area": voc["map_area"], "map11": voc["map11"],
+            "coco_ap": coco["ap"], "ap75": coco["ap75"], "ap_small": coco["ap_small"], "seconds": time.time() - start,
+            "threads": threads, "environment": record["environment"]}
+    (checkpoint,) = (output / "checkpoints").glob("*_final.pth")
+    if pool:
+        line |= measure_pool(checkpoint, data, pool)
+    return line
+
+
+def read_lines(path):
+    """Return the lines of a results file; one that a crash cut short is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            print(f"{path}: left out a line that is not whole", file=sys.stderr)
+    return lines
+
+
+def summarise(lines):
+    """Return [(flags, variant, {figure: values of the seeds})], by falling mean mAP."""
+    groups = collections.defaultdict(list)
+    for line in lines:
+        groups[line["variant"], tuple(line["flags"])].append(line)
+    rows = [(flags, name, {f: [g[f] for g in group if g.get(f) is not None] for f in FIGURES})
+            for (name, flags), group in groups.items()]
+    return sorted(rows, key=lambda row: -np.mean(row[2]["map_area"]))
+
+
+def table(rows):
+    """Return the table as text: mean and, with two seeds or more, the standard deviation of every figure."""
+    width = max(10, *(len(name) for _, name, _ in rows))
+    lines = [f"{'variant':<{width}}  seeds " + "".join(f"{f:>18}" for f in FIGURES)]
+    for _, name, figures in rows:
+        cells = ""
+        for key, values in figures.items():
+            digits = 0 if key == "seconds" else 4
+            spread = f" ±{np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+            cells += f"{f'{np.mean(values):.{digits}f}{spread}' if values else '-':>18}"
+        lines.append(f"{name:<{width}}  {len(figures['map_area']):5d} {cells}")
+    return "\n".join(lines)
+
+
+def draw(rows):
+    """Return the figure: every seed a dot, the mean a bar, best variant on top, the base as a line across."""
+    figure = Figure(figsize=(13, 1.8 + 0.32 * len(rows)), layout="constrained")
+    panels = [("map_area", "mAP@.5 (area), test"), ("coco_ap", "COCO AP, test")]
+    if any(row[2]["pooled_map_area"] for row in rows):
+        panels.insert(1, ("pooled_map_area", "mAP@.5 (area), pooled lists"))
+    for axes, (key, title) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        for place, (_, name, figures) in enumerate(rows):
+            values = figures[key]
+            color = "C1" if name == "base" else "C0"
+            axes.plot(values, [place] * len(values), "o", color=color, alpha=0.5, markersize=5)
+            if values:
+                axes.plot(np.mean(values), place, "|", color=color, markersize=14, markeredgewidth=2.5)
+            if values and name == "base":
+                axes.axvline(np.mean(values), color="C1", linewidth=0.8, linestyle="--")
+        axes.set(title=title, yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5))
+        axes.set_yticklabels([f"{name} ({len(figures['map_area'])})" for _, name, figures in rows])
+        axes.grid(axis="x", alpha=0.3)
+    figure.supxlabel("dots: seeds, bars: means; in brackets the number of seeds")
+    return figure
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="data/BCCD", help="as the module's --data (default: %(default)s)")
+    add("--set", choices=SETS, default="bccd", help="flags that all runs share (default: %(default)s)")
+    add("--flags", default="", help="further flags for all runs, in one quoted string")
+    add("--only", nargs="+", metavar="NAME", choices=VARIANTS, help="variants to run (default: all)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    add("--pool", nargs="*", metavar="LIST", help="lists to measure together (default: val test for bccd, else none)")
+    add("--parallel", type=int, default=1, help="runs at a time; each gets its share of the cores (default: 1)")
+    add("--folder", type=Path, default=Path("benchmarks/results/recipes"), help="default: %(default)s")
+    add("--draw", action="store_true", help="run nothing: table and figure of what is there")
+    add("--list", action="store_true", help="print the variants and their flags")
+    args = parser.parse_args(argv)
+    if args.parallel < 1:
+        parser.error("--parallel must be 1 or more")
+    if args.pool is None:
+        args.pool = ["val", "test"] if args.set == "bccd" else []
+    return args
+
+
+def main(argv=None):
+    """Run what is not there yet, then print the table and draw the figure; returns the exit code."""
+    args = parse_args(argv)
+    if args.list:
+        print("\n".join(f"{name:<24} {flags}" for name, flags in VARIANTS.items()))
+        return 0
+    args.folder.mkdir(parents=True, exist_ok=True)
+    results, picture, failures = args.folder / f"{args.set}.jsonl", args.folder / f"{args.set}.png", []
+    shared = ["--data", args.data, *SETS[args.set].split(), *args.flags.split()]
+    wanted = [(name, [*shared, *VARIANTS[name].split()], seed) for seed in args.seeds for name in args.only or VARIANTS]
+    done = {(line["variant"], tuple(line["flags"]), line["seed"]) for line in read_lines(results)}
+    todo = [] if args.draw else [w for w in wanted if (w[0], tuple(w[1]), w[2]) not in done]
+    threads = max(1, (os.cpu_count() or 1) // args.parallel)
+
+    def work(job):
+        try:
+            line = run_one(*job, folder=args.folder, threads=threads, pool=args.pool, data=args.data)
+        except (RuntimeError, ssd.InputError) as error:
+            failures.append(str(error))
+            print(f"failed: {error}", file=sys.stderr, flush=True)
+            return
+        with open(results, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{line['variant']}, seed {line['seed']}: {line['map_area']:.4f}, {line['seconds']:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(args.parallel) as executor:
+        try:
+            list(executor.map(work, todo))
+        except KeyboardInterrupt:  # the runs got it too; what waits is not started
+            executor.shutdown(cancel_futures=True)
+            print("interrupted: the same command goes on", file=sys.stderr)
+            return 130
+    if not (rows := summarise(read_lines(results))):
+        print(f"{results}: no run there yet", file=sys.stderr)
+        return 2
+    print(table(rows))
+    ssd.save_figure(draw(rows), picture)
+    print(picture)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
