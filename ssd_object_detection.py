@@ -1584,9 +1584,9 @@ def spread(records, count):
 
 
 def plot_sheet(images, title, columns=4):
-    """Return a sheet of PIL images, each shrunk or enlarged to a cell of the same size."""
-    rows = max(1, math.ceil(len(images) / columns))
-    figure = Figure(figsize=(3.4 * columns, 3.4 * rows + 0.5), layout="constrained")
+    """Return a sheet of PIL images in cells of the same size, as high as the tallest picture needs."""
+    rows, tallest = max(1, math.ceil(len(images) / columns)), max((i.height / i.width for i in images), default=1.0)
+    figure = Figure(figsize=(3.4 * columns, 3.4 * rows * min(tallest, 1.5) + 0.5), layout="constrained")
     figure.suptitle(title)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for cell in axes:
