@@ -1,0 +1,92 @@
+"""The two programs that compare recipes, run on a tiny data set."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+FLAGS = "--val-split val --width .0625 --epochs 1 --batch-size 4 --workers 0 --device cpu --amp off --lr .005"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    return load("recipes")
+
+
+def line(variant, seed, value, **more):
+    return {"variant": variant, "flags": ["--x", variant], "seed": seed, "map_area": value, "map11": value,
+            "coco_ap": value / 2, "ap75": None, "seconds": 10.0 * seed + 60, **more}
+
+
+def test_recipes_run_what_is_missing_and_nothing_twice(recipes, tiny_voc, tmp_path, capsys):
+    argv = ["--data", str(tiny_voc), "--set", "shapes", "--flags", FLAGS, "--only", "base", "gamma 0", "--pool", "val",
+            "test", "--folder", str(tmp_path)]
+    assert recipes.main([*argv, "--seeds", "3", "--only", "base"]) == 0
+    assert recipes.main([*argv, "--seeds", "3"]) == 0
+    capsys.readouterr()
+    (tmp_path / "shapes.png").unlink()
+    assert recipes.main([*argv, "--seeds", "3"]) == 0  # nothing left to run: drawn again from the lines
+    lines = [json.loads(text) for text in (tmp_path / "shapes.jsonl").read_text().splitlines()]
+    assert [(row["variant"], row["seed"]) for row in lines] == [("base", 3), ("gamma 0", 3)]
+    assert lines[1]["flags"][-2:] == ["--focal-gamma", "0"]
+    for row in lines:
+        run = tmp_path / "runs" / f"{row['variant'].replace(' ', '_')}-3" / "checkpoints" / "run.json"
+        assert json.loads(run.read_text())["test"]["voc"]["map_area"] == row["map_area"]
+        assert 0 <= row["pooled_map_area"] <= 1
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^(base|gamma 0) +1 ", printed, re.M)) == 2
+    assert (tmp_path / "shapes.png").stat().st_size > 10_000
+
+
+def test_a_failed_run_is_told_and_leaves_no_line(recipes, tmp_path, capsys):
+    argv = ["--data", str(tmp_path / "nowhere"), "--set", "shapes", "--only", "base", "--folder", str(tmp_path)]
+    assert recipes.main([*argv, "--seeds", "0"]) == 2
+    assert "base, seed 0: exit code 2, see " in capsys.readouterr().err
+    assert not (tmp_path / "shapes.jsonl").exists()
+
+
+def test_table_has_mean_and_spread_best_first(recipes, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    lines = [line("low", 0, 0.25), line("high", 0, 0.5), line("high", 1, 0.7)]
+    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"variant": "cut sh')
+    rows = recipes.summarise(recipes.read_lines(path))
+    assert [name for _, name, _ in rows] == ["high", "low"]
+    _, high, low = recipes.table(rows).splitlines()
+    assert high.split()[:4] == ["high", "2", "0.6000", "±0.1414"]
+    assert low.split()[:3] == ["low", "1", "0.2500"]
+    assert "65 ±7" in high
+    assert " - " in low
+    assert len(recipes.draw(rows).axes) == 2
+
+
+def test_every_variant_is_flags_that_the_command_knows(recipes):
+    parser = recipes.ssd.build_parser()
+    for name, flags in {**recipes.VARIANTS, **recipes.SETS}.items():
+        assert parser.parse_args(flags.split()), name
+    assert len(set(recipes.VARIANTS.values())) == len(recipes.VARIANTS)
+
+
+def test_against_torchvision_compares_both_on_the_same_list(tiny_voc, tmp_path, capfd):
+    flags = FLAGS.replace("--val-split val ", "").replace("--device cpu ", "").replace("--workers 0 ", "")
+    argv = ["--data", str(tiny_voc), "--test-split", "test", "--images", "3", "--batch-size", "2", "--device", "cpu",
+            "--flags", flags, "--json", str(tmp_path / "out.json")]
+    assert load("against_torchvision").main(argv) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    ours, theirs = result["rows"]["this project"], result["rows"]["torchvision"]
+    assert ours["images"] == pytest.approx(3, abs=1)
+    assert theirs["images"] >= 2
+    assert theirs["seconds"] >= ours["seconds"] > 0
+    out = capfd.readouterr().out
+    assert re.search(r"^this project +\d", out, re.M)
+    assert re.search(r"^torchvision +\d", out, re.M)
+    assert "mAP ratio: " in out
