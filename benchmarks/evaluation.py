@@ -28,8 +28,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import numpy as np
 import reference
@@ -150,8 +150,8 @@ def main(argv=None):
     add("--objects", type=ssd.positive_float, default=3.0, help="objects an image, on average")
     add("--detections", type=ssd.positive_int, default=200, help="detections an image")
     add("--classes", type=ssd.positive_int, default=20, help="classes")
-    add("--reference", type=ssd.natural_int, default=150, metavar="N", help="images to compare VOC APs with the loops on")
-    add("--rounds", type=ssd.positive_int, default=3, help="calls that the module's median is taken of; one of the peer")
+    add("--reference", type=ssd.natural_int, default=150, metavar="N", help="images whose VOC APs the loops check")
+    add("--rounds", type=ssd.positive_int, default=3, help="calls of the module, the median counts; one of the peer")
     add("--seed", type=ssd.natural_int, default=0, help="of the arrays")
     add("--json", metavar="FILE", help="write the table's numbers there too")
     args = parser.parse_args(argv)
