@@ -360,8 +360,16 @@ def test_misses_are_the_largest_objects_that_are_not_drawn():
     # 400 of 10,000 pixels; 100 of 10,000; 8,100 of 1,000,000. One is difficult, one is found.
     assert analyze.pick_misses(errors, records, gt, 9) == [0, 3, 1]
     assert analyze.pick_misses(errors, records, gt, 2) == [0, 3]
-    assert analyze.surest_near(det, gt, 0) == (1, 1.0)
-    assert analyze.surest_near(det, gt, 1) == (None, 0.0)
+    assert analyze.surest_near(errors, det, gt, 0) == (1, 1.0)
+    assert analyze.surest_near(errors, det, gt, 1) == (None, 0.0)
+
+
+def test_hit_of_another_object_stands_beside_a_miss_only_if_it_covers_it():
+    truth = [(0, 1, A, False), (0, 1, A, False), (0, 1, [1, 6, 10, 15], False)]  # A is annotated twice
+    det, gt = arrays([(0, 1, 0.9, A), (0, 1, 0.1, [1, 9, 10, 18])], truth)
+    errors = analyze.find_errors(det, gt, 1)
+    assert analyze.surest_near(errors, det, gt, 1) == (0, 1.0)
+    assert analyze.surest_near(errors, det, gt, 2) == (1, 70 / 130)
 
 
 def test_sheet_says_what_each_mistake_is(picture):
@@ -386,10 +394,20 @@ def test_sheet_says_what_each_mistake_is(picture):
     ]
 
 
-def test_sheet_of_no_mistakes_is_drawn(picture):
-    det, gt = arrays([], [])
-    figure = analyze.plot_mistakes(analyze.find_errors(det, gt, 1), det, gt, [picture], ("cat",))
+def test_nothing_to_find_and_nothing_found_is_drawn(picture):
+    found, truth = {**arrays([], [])[0], "image_ids": np.zeros(0, int)}, ssd.truth_of([picture])
+    result = {"detections": found, "classes": ssd.evaluate_voc(found, truth, 1)}
+    numbers, errors = analyze.analyze(result, [picture], ("cat",))
+    assert math.isnan(numbers["tide"]["gain"]["mean"]["missed"])
+    assert next(s for s in analyze.tables(numbers).splitlines() if s.startswith("cat")).split()[1:] == ["-"] * 9
+    figure = analyze.plot_mistakes(errors, found, truth, [picture], ("cat",))
     assert figure.get_suptitle().startswith("0 false detections")
+    for draw in (
+        lambda: analyze.plot_errors(numbers["tide"]), lambda: analyze.plot_sizes(numbers["sizes"]),
+        lambda: analyze.plot_f1(result, numbers["best_f1"], ("cat",)),
+        lambda: analyze.plot_calibration(numbers["calibration"]),
+    ):
+        draw().draw_without_rendering()
 
 
 # -- The command

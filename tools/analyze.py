@@ -446,57 +446,60 @@ def explain_mistake(errors, row, class_names):
             "duplicate": f"found already, IoU {iou:.2f}"}[kind]
 
 
-def surest_near(detections, truth, row):
-    """Return (row of the surest detection that overlaps an object by IoU .1 or more, or None; the IoU)."""
-    there = np.flatnonzero(detections["image_ids"] == truth["image_ids"][row])
-    keys = np.zeros(len(there), dtype=int), np.zeros(1, dtype=int)
-    near, _, iou = ssd.overlap_pairs(keys[0], detections["boxes_px"][there], keys[1], truth["boxes_px"][[row]], extra=1)
-    near, iou = near[iou >= BACKGROUND_IOU], iou[iou >= BACKGROUND_IOU]
-    if not len(near):
-        return None, 0.0
-    best = detections["scores"][there[near]].argmax()
-    return int(there[near[best]]), float(iou[best])
+def surest_near(errors, detections, truth, row):
+    """Return (place in errors, IoU) of the surest detection on an object, IoU .1 or more; (None, 0) if there is none.
+
+    A hit of another object is passed over unless it overlaps this one by IoU .5 or more too.
+    """
+    there = np.flatnonzero(errors["image"] == truth["image_ids"][row])  # best first
+    boxes_px, keys = detections["boxes_px"][errors["order"][there]], np.zeros(len(there), dtype=int)
+    near, _, iou = ssd.overlap_pairs(keys, boxes_px, np.zeros(1, dtype=int), truth["boxes_px"][[row]], extra=1)
+    is_of_another = errors["is_hit"][there[near]] & (errors["target"][there[near]] != row)
+    fitting = np.flatnonzero(iou >= np.where(is_of_another, FOREGROUND_IOU, BACKGROUND_IOU))
+    return (int(there[near[fitting[0]]]), float(iou[fitting[0]])) if len(fitting) else (None, 0.0)
 
 
-def plot_mistakes(errors, detections, truth, records, class_names, count=12):
+def describe_mistakes(errors, detections, truth, records, class_names, count):
+    """Return two lists of (record, [place of a detection], [row of the truth], what to say): false ones and misses."""
+    false, missed = [], []
+    for place in pick_mistakes(errors, count):
+        about = [] if KINDS[errors["kind"][place]] == "background" else [errors["target"][place]]
+        said = f"said {class_names[errors['label'][place] - 1]} {errors['score'][place]:.2f}"
+        record = records[errors["image"][place]]
+        false.append((record, [place], about, f"{said}\n{explain_mistake(errors, place, class_names)}"))
+    for row in pick_misses(errors, records, truth, count):
+        place, iou = surest_near(errors, detections, truth, row)
+        near = "nothing near it"
+        if place is not None:
+            near = f"near it {class_names[errors['label'][place] - 1]} {errors['score'][place]:.2f}, IoU {iou:.2f}"
+            near += ", a hit of another" if errors["is_hit"][place] and errors["target"][place] != row else ""
+        text = f"missed {class_names[truth['labels'][row] - 1]}\n{near}"
+        missed.append((records[truth["image_ids"][row]], [] if place is None else [place], [row], text))
+    return false, missed
+
+
+def plot_mistakes(errors, detections, truth, records, class_names, count=12, columns=4):
     """Return mistakes.png: the false detections of the highest scores, then the largest objects that nothing shows.
 
     Solid: the detection, in its class's colour. Dashed white: the object that it is about. Every cell says what was
     said, what it really is, and where.
     """
-    cells = []
-    for row in pick_mistakes(errors, count):
-        given, target = errors["order"][row], errors["target"][row]
-        about = [] if target < 0 or KINDS[errors["kind"][row]] == "background" else [target]
-        name, label = class_names[errors["label"][row] - 1], int(errors["label"][row])
-        cells.append((records[errors["image"][row]], [given], about, [label],
-                      f"said {name} {errors['score'][row]:.2f}\n{explain_mistake(errors, row, class_names)}"))
-    num_mistakes = len(cells)
-    for row in pick_misses(errors, records, truth, count):
-        best, iou = surest_near(detections, truth, row)
-        label = class_names[truth["labels"][row] - 1]
-        said, labels = "nothing near it", []
-        if best is not None:
-            place, labels = int(np.flatnonzero(errors["order"] == best)[0]), [int(detections["labels"][best])]
-            said = f"near it {class_names[labels[0] - 1]} {detections['scores'][best]:.2f}, IoU {iou:.2f}"
-            said += ", a hit of another" if errors["is_hit"][place] and errors["target"][place] != row else ""
-        cells.append((records[truth["image_ids"][row]], [] if best is None else [best], [row], labels,
-                      f"missed {label}\n{said}"))
-    columns = 4
-    rows = [math.ceil(n / columns) for n in (num_mistakes, len(cells) - num_mistakes)]
+    false, missed = describe_mistakes(errors, detections, truth, records, class_names, count)
+    rows = [math.ceil(len(cells) / columns) for cells in (false, missed)]
     figure = Figure(figsize=(3.5 * columns, 4.2 * max(1, sum(rows)) + 0.8), layout="constrained")
-    figure.suptitle(f"{num_mistakes} false detections of the highest scores, then {len(cells) - num_mistakes} largest "
-                    f"objects without a hit of {ssd.DRAW_SCORE_THRESH} or more\nsolid: detection; dashed: the object")
+    figure.suptitle(f"{len(false)} false detections of the highest scores, then {len(missed)} largest objects without "
+                    f"a hit of {ssd.DRAW_SCORE_THRESH} or more\nsolid: detection; dashed: the object")
     axes = figure.subplots(max(1, sum(rows)), columns, squeeze=False)
     for cell in axes.flat:
         cell.axis("off")
-    places = [*axes[: rows[0]].flat[:num_mistakes], *axes[rows[0] :].flat]
-    for cell, (record, found, about, labels, text) in zip(places, cells, strict=False):
-        solid, dashed = (side["boxes_px"][rows_] - np.array([1, 1, 0, 0])
-                         for side, rows_ in ((detections, found), (truth, about)))
-        image, scale, corner = crop(record, np.concatenate((solid.reshape(-1, 4), dashed.reshape(-1, 4))))
-        shift = np.tile(corner, 2)
-        ssd.draw_boxes(image, (solid - shift) * scale, [""] * len(found), [ssd.color_of(k) for k in labels])
+    places = [*axes[: rows[0]].flat[: len(false)], *axes[rows[0] :].flat[: len(missed)]]
+    for cell, (record, found, about, text) in zip(places, false + missed, strict=True):
+        found, about = errors["order"][np.array(found, dtype=int)], np.array(about, dtype=int)
+        solid, dashed = (boxes_px - np.array([1, 1, 0, 0])  # VOC pixels -> edges
+                         for boxes_px in (detections["boxes_px"][found], truth["boxes_px"][about]))
+        image, scale, corner = crop(record, np.concatenate((solid, dashed)))
+        shift, colors = np.tile(corner, 2), [ssd.color_of(k) for k in detections["labels"][found].tolist()]
+        ssd.draw_boxes(image, (solid - shift) * scale, [""] * len(found), colors)
         ssd.draw_boxes(image, (dashed - shift) * scale, [""] * len(about), ["white"] * len(about), dashed=True)
         cell.imshow(image)
         cell.set_title(f"{text}\n{record.image_id}", fontsize=9)
