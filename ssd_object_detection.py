@@ -1081,6 +1081,22 @@ def overlap_pairs(det_keys, det_boxes, gt_keys, gt_boxes, *, extra=0.0, is_crowd
     return det, gt, shared / (det_area + rest)
 
 
+def assign_voc(det, gt, iou_thresh=0.5):
+    """Return is_hit and is_ignored, bool (N,), by the rules of `evaluate_voc`; what is neither is false.
+
+    det, gt: what `check_detections` returns, det in score order.
+    """
+    rows, targets, iou = overlap_pairs(det["keys"], det["boxes_px"], gt["keys"], gt["boxes_px"], extra=1)
+    best = np.lexsort((targets, -iou, rows))
+    best = best[np.unique(rows[best], return_index=True)[1]]
+    best = best[iou[best] >= iou_thresh]
+    is_hit, is_ignored = np.zeros((2, len(det["keys"])), dtype=bool)
+    is_ignored[rows[best]] = gt["difficult"][targets[best]]
+    best = best[~gt["difficult"][targets[best]]]
+    is_hit[rows[best[np.unique(targets[best], return_index=True)[1]]]] = True
+    return is_hit, is_ignored
+
+
 def evaluate_voc(detections, truth, num_classes, iou_thresh=0.5):
     """Score detections by the VOC2007 devkit's rules: {label: {"ap_area", "ap11", "recall", "precision", ...}}.
 
@@ -1094,15 +1110,9 @@ def evaluate_voc(detections, truth, num_classes, iou_thresh=0.5):
     """
     det, gt = check_detections(detections, truth, num_classes)
     order = np.argsort(-det["scores"], kind="stable")
-    labels, scores = det["labels"][order], det["scores"][order]
-    rows, targets, iou = overlap_pairs(det["keys"][order], det["boxes_px"][order], gt["keys"], gt["boxes_px"], extra=1)
-    best = np.lexsort((targets, -iou, rows))
-    best = best[np.unique(rows[best], return_index=True)[1]]
-    best = best[iou[best] >= iou_thresh]
-    is_ignored, is_hit = np.zeros(len(order), dtype=bool), np.zeros(len(order), dtype=bool)
-    is_ignored[rows[best]] = gt["difficult"][targets[best]]
-    best = best[~gt["difficult"][targets[best]]]
-    is_hit[rows[best[np.unique(targets[best], return_index=True)[1]]]] = True
+    det = {name: column[order] for name, column in det.items()}
+    labels, scores = det["labels"], det["scores"]
+    is_hit, is_ignored = assign_voc(det, gt, iou_thresh)
     results = {}
     for label in range(1, num_classes + 1):
         counted = np.flatnonzero((labels == label) & ~is_ignored)
