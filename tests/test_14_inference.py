@@ -14,7 +14,7 @@ EVERYTHING = {"score_thresh": 0.0, "max_detections": 50}  # a network trained fo
 
 @pytest.fixture(scope="module")
 def detector(tiny_run):
-    return ssd.load_detector(tiny_run.final, device="cpu", amp="off")
+    return ssd.load_detector(tiny_run.final, device="cpu", precision="off")
 
 
 @pytest.fixture(scope="module")
