@@ -864,7 +864,7 @@ class SSD300(nn.Module):
         maps = self.feature_maps((images.float() - self.mean) / self.std)
         outputs = []
         for heads, last in ((self.cls_heads, self.num_classes + 1), (self.box_heads, 4)):
-            flat = [h(m).permute(0, 2, 3, 1).reshape(len(images), -1, last) for h, m in zip(heads, maps, strict=True)]
+            flat = [h(m).permute(0, 2, 3, 1).reshape(m.shape[0], -1, last) for h, m in zip(heads, maps, strict=True)]
             outputs.append(torch.cat(flat, dim=1).float())
         return tuple(outputs)
 
