@@ -190,7 +190,7 @@ def check_onnx(path, model, images, *, kind="uint8", **settings):
             found = largest_differences((boxes.numpy() * side, labels.numpy(), scores.numpy()), theirs)
             worst, count = np.maximum(worst, found), count + len(labels)
     alone = f"{int(worst[0])} without a partner in one image, " if worst[0] else ""
-    summary = (f"{count} detections in {len(opened)} images: {alone}boxes within {worst[1]:.3f} pixels, scores within "
+    summary = (f"{count} detections in {len(opened)} images: {alone}boxes within {worst[1]:.4f} pixels, scores within "
                f"{worst[2]:.1e}")
     if worst[0] or worst[1] > BOX_TOLERANCE or worst[2] > SCORE_TOLERANCE:
         raise InputError(f"{path.name} is refused, ONNX and PyTorch differ: {summary}")

@@ -149,8 +149,8 @@ def protocol(run):
     thresh = flags.get("score_thresh")
     thresh = ssd.SCORE_THRESH if thresh is None else thresh
     return (f"On list {flags.get('test_split') or 'test'} of {data_name(flags)}, {objects} objects that count, measured"
-            f" once after training: mAP@.5 **{test['map_area']:.4f}** (area), **{test['map11']:.4f}** (11-point). Rules "
-            "of the VOC2007 devkit: one hit an object at IoU .5 or more, difficult objects count neither way. Scores "
+            f" once after training: mAP@.5 **{test['map_area']:.4f}** (area), **{test['map11']:.4f}** (11-point). The "
+            "VOC2007 devkit's rules: one hit an object at IoU .5 or more, difficult objects count neither way. Scores "
             f"from {thresh:g}, non-maximum suppression at IoU {flags.get('nms_iou')}, at most "
             f"{flags.get('max_detections')} detections a picture.")
 
