@@ -1896,7 +1896,8 @@ def open_image(source):
     InputError for an unreadable file.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        pixels = source if isinstance(source, np.ndarray) else np.moveaxis(source.cpu().numpy(), 0, -1)
+        pixels = source if isinstance(source, np.ndarray) else source.cpu().numpy()
+        pixels = np.moveaxis(pixels, 0, -1) if isinstance(source, torch.Tensor) and pixels.ndim == 3 else pixels
         pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
         pixels = (pixels / 257).round().astype(np.uint8) if pixels.dtype == np.uint16 else pixels
         if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,), (4,)) or pixels.ndim < 2 or pixels.size == 0:

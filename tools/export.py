@@ -120,11 +120,20 @@ class _Scores(torch.nn.Module):
         return class_scores, ssd.decode(box_deltas, self.model.anchors).clamp(0, 1)
 
 
-def to_onnx(model, classes, *, kind="uint8", score_thresh=ssd.SCORE_THRESH, nms_iou_thresh=ssd.NMS_IOU_THRESH,
-            max_detections=ssd.MAX_DETECTIONS):
+def postprocess_graph(num_classes, num_anchors, *, score_thresh=ssd.SCORE_THRESH, nms_iou_thresh=ssd.NMS_IOU_THRESH,
+                      max_detections=ssd.MAX_DETECTIONS, ir=10, opset=20):
+    """Return what `ssd.detect` does after softmax and decoding as an ONNX model, see POSTPROCESS."""
+    onnx = ssd.optional_import("onnx", "exporting to ONNX")
+    sizes = {"K": num_classes, "A": num_anchors, "T": min(ssd.PRE_NMS_TOP_K, num_anchors),
+             "D": min(max_detections, num_classes * num_anchors)}
+    thresholds = {"score_thresh": f"{max(score_thresh, 1e-30):.9e}", "nms_iou_thresh": f"{nms_iou_thresh:.9f}"}
+    return onnx.parser.parse_model(POSTPROCESS.format(**sizes, **thresholds, ir=ir, opset=opset))
+
+
+def to_onnx(model, classes, *, kind="uint8", **settings):
     """Return the ONNX model (a protocol buffer) of an SSD300, with detection and non-maximum suppression in its graph.
 
-    kind: "uint8" or "float", the type of its input. The class names are in its metadata, as JSON.
+    kind: "uint8" or "float", the type of its input; settings: of `ssd.detect`. The class names are in its metadata.
     """
     onnx = ssd.optional_import("onnx", "exporting to ONNX")
     ssd.optional_import("onnxscript", "exporting to ONNX")
@@ -138,12 +147,10 @@ def to_onnx(model, classes, *, kind="uint8", score_thresh=ssd.SCORE_THRESH, nms_
             output_names=["class_scores", "anchor_boxes"], dynamic_shapes=({0: torch.export.Dim("B")},),
         )
     network = program.model_proto
-    sizes = {"K": len(classes), "A": len(model.anchors), "T": min(ssd.PRE_NMS_TOP_K, len(model.anchors)),
-             "D": min(max_detections, len(classes) * len(model.anchors))}
-    text = POSTPROCESS.format(ir=network.ir_version, opset=network.opset_import[0].version, **sizes,
-                              score_thresh=max(score_thresh, 1e-30), nms_iou_thresh=nms_iou_thresh)
+    post = postprocess_graph(len(classes), len(model.anchors), ir=network.ir_version,
+                             opset=network.opset_import[0].version, **settings)
     pairs = [(name, name) for name in ("class_scores", "anchor_boxes")]
-    whole = onnx.compose.merge_models(network, onnx.parser.parse_model(text), io_map=pairs, name="ssd300",
+    whole = onnx.compose.merge_models(network, post, io_map=pairs, name="ssd300",
                                       doc_string="SSD300 object detector with non-maximum suppression")
     onnx.helper.set_model_props(whole, {"classes": json.dumps(list(classes)), "image_size": str(ssd.IMAGE_SIZE)})
     onnx.checker.check_model(whole, full_check=True)

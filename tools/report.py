@@ -224,14 +224,15 @@ body { margin: 0 auto; max-width: 64rem; padding: 1rem; color: var(--ink); backg
        font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
 p { margin: .5rem 0; } .soft, figcaption { color: var(--soft); font-size: .9rem; }
-nav a { display: inline-block; margin: 0 .9rem .3rem 0; } a { color: var(--blue); }
+nav { margin-bottom: .8rem; } nav a { display: inline-block; margin: 0 .9rem .3rem 0; } a { color: var(--blue); }
 .tiles, .charts { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
 .tile { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.3; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-.numbers td:not(:first-child), .numbers th:not(:first-child) { text-align: right; }
+td:first-child { white-space: nowrap; }
+.numbers th { overflow-wrap: normal; } .numbers :is(td, th):not(:first-child) { text-align: right; }
 .bar { height: .35rem; background: var(--blue); border-radius: .2rem; min-width: 1px; }
 .wide { overflow-x: auto; } .wide img { min-width: 42rem; }
 figure { margin: .8rem 0; } img, svg { max-width: 100%; width: 100%; height: auto; display: block; }
@@ -274,7 +275,7 @@ def chart(title, curves, top=None):
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
         x, y = at(*points[-1])
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="{color}"/>')
-        parts.append(f'<text x="{352 - 78 * (len(curves) - 1 - number)}" y="30" text-anchor="end" fill="{color}">'
+        parts.append(f'<text x="{352 - 84 * (len(curves) - 1 - number)}" y="30" text-anchor="end" fill="{color}">'
                      f"{html.escape(name)} {points[-1][1]:.3g}</text>")
     return (f'<svg viewBox="0 0 360 204" role="img" aria-label="{html.escape(title, quote=True)}" font-size="11" '
             f'font-family="system-ui, sans-serif" fill="#1c2430">{"".join(parts)}</svg>')
@@ -365,7 +366,8 @@ def sections(run):
     env = [("", ""), *run["environment"].items()]
     return [(title, content) for title, content in (
         ("Results", f"<p>{measured}</p>"),
-        ("Curves", f'<div class="charts">{curves}</div>' if curves else ""),
+        ("Curves", f'<p class="soft">Over the epochs; the numbers are the last.</p><div class="charts">{curves}</div>'
+         if curves else ""),
         ("Classes", class_table(run["test"]) if class_rows(run["test"]) else ""),
         ("Precision and recall", pictures.get("precision_recall.png", "")),
         ("Further figures", table([("figure", "value"), *more], "numbers") if more else ""),

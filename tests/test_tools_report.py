@@ -1,0 +1,190 @@
+"""tools/report.py: one page that needs nothing else, true to the records and patient with those that are missing."""
+
+import copy
+import html.parser
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ssd_object_detection as ssd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import report  # noqa: E402
+
+VOID = {"meta", "link", "img", "br"}
+
+
+class Page(html.parser.HTMLParser):
+    """Read a page: `text`, `headings`, `links` (every src and href), `tags` counted; raises for tags that do not pair."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.open, self.text, self.headings, self.links, self.tags, self.ids = [], "", [], [], {}, set()
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        self.ids |= {value for name, value in attrs if name == "id"}
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text += f"{data}\n"
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run):
+    return report.read_run(tiny_run.final)
+
+
+def test_the_command_writes_a_page_that_is_complete_in_itself(tiny_run, tmp_path, capsys):
+    path = tmp_path / "page.html"
+    assert report.main([str(tiny_run.output), "--output", str(path)]) == 0
+    assert str(path) in capsys.readouterr().out
+    source = path.read_text(encoding="utf-8")
+    page = Page(source)
+    assert all(link.startswith(("data:", "#")) for link in page.links)
+    assert {link[1:] for link in page.links if link.startswith("#")} == page.ids
+    assert not re.search(r"url\(|@import|<script|https?://", source)
+    assert page.tags["img"] == 4  # precision and recall, gallery, data, augmentations; the curves are drawn anew
+    assert page.tags["svg"] == 6
+    assert 'name="viewport"' in source
+
+
+def test_the_page_says_what_was_recorded(tiny_run, run):
+    page = Page(report.page(run))
+    test = ssd.load_checkpoint(tiny_run.final)["test"]
+    assert page.headings == ["Results", "Curves", "Classes", "Precision and recall", "Gallery", "Mistakes", "Data", "Flags",
+                             "Environment"]
+    for text in (f"{test['map_area']:.4f}", f"{test['map11']:.4f}", "2 of 2", torch.__version__, "angular", "round"):
+        assert text in page.text
+    for name in run["flags"]:
+        assert f"--{name.replace('_', '-')}\n" in page.text
+    shown = page.text.split("flags at their defaults")[0].rpartition("flag\n")[2]
+    assert "--epochs\n2\n" in shown  # given
+    assert "--momentum" not in shown  # left alone
+
+
+def test_names_cannot_break_the_page(run):
+    odd = copy.deepcopy(run)
+    name = '<b>&"cat</b>'
+    odd["classes"], odd["notes"], odd["environment"] = [name, "round"], [f"note {name}"], {"command": f"x.py {name}"}
+    odd["test"]["per_class"] = {name: odd["test"]["per_class"]["angular"]}
+    page = Page(report.page(odd))
+    assert page.text.count(name) >= 4
+    assert page.tags.get("b", 0) == 5  # the tiles
+
+
+def test_records_of_another_run_are_left_alone(tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run.output, tmp_path / "run")
+    record = json.loads((folder / "checkpoints" / "run.json").read_text())
+    record["flags"]["lr"] = 1.0
+    (folder / "checkpoints" / "run.json").write_text(json.dumps(record))
+    run = report.read_run(folder / "checkpoints" / tiny_run.final.name)
+    assert (run["environment"], run["history"], run["plots"], run["wall_s"]) == ({}, [], [], None)
+    assert run["test"] == ssd.load_checkpoint(tiny_run.final)["test"]
+    assert Page(report.page(run)).headings == ["Results", "Classes", "Mistakes", "Flags", "Environment"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "a list"])
+def test_missing_and_damaged_records_cost_their_section_only(tiny_run, tmp_path, damage):
+    folder = shutil.copytree(tiny_run.output, tmp_path / "run")
+    for name in ("checkpoints/run.json", "checkpoints/metrics.jsonl"):
+        if damage == "missing":
+            (folder / name).unlink()
+        else:
+            text = {"empty": "", "cut": (folder / name).read_text()[:-40], "a list": "[1]"}[damage]
+            (folder / name).write_text(text)
+    run = report.read_run(report.find_checkpoint(folder))
+    page = Page(report.page(run))
+    assert "Results" in page.headings
+    assert run["environment"] == {}
+    assert len(report.read_history(folder / "checkpoints" / "metrics.jsonl")) == (1 if damage == "cut" else 0)
+
+
+def test_further_numbers_and_pictures_of_the_evaluation_are_shown(tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run.output, tmp_path / "run")
+    test = ssd.load_checkpoint(tiny_run.final)["test"]
+    more = {"checkpoint": str(tiny_run.final), "data": "x", **test, "coco": {"ap": 0.4321, "by": {"small": None}}, "errors": {
+        "background": 17, "list": [1, 2]}, "odd": "text", "flag": True}
+    (folder / "plots" / "evaluation" / "evaluation.json").write_text(json.dumps(more))
+    shutil.copy(folder / "plots" / "predictions.png", folder / "plots" / "evaluation" / "worst_mistakes.png")
+    run = report.read_run(report.find_checkpoint(folder))
+    assert report.further_figures(run["test"]) == [("coco ap", 0.4321), ("errors background", 17)]
+    page = Page(report.page(run))
+    assert "coco ap\n0.4321\n" in page.text
+    assert "worst mistakes" in page.text
+    other = {**more, "map_area": test["map_area"] / 2}  # a later measurement by other flags is not this result
+    (folder / "plots" / "evaluation" / "evaluation.json").write_text(json.dumps(other))
+    assert report.read_run(report.find_checkpoint(folder))["test"] == test
+
+
+def test_the_chosen_checkpoint_is_the_final_one_else_the_best(tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run.output, tmp_path / "run")
+    for name in (tiny_run.final.name, "best.pth", "last.pth"):
+        assert report.find_checkpoint(folder).name == name
+        assert report.find_checkpoint(folder / "checkpoints" / name).name == name
+        if name == "last.pth":
+            assert "Not yet measured" in Page(report.page(report.read_run(report.find_checkpoint(folder)))).text
+        (folder / "checkpoints" / name).unlink()
+    with pytest.raises(ssd.InputError, match="no checkpoint of a run"):
+        report.find_checkpoint(folder)
+
+
+def test_mistakes_are_one_line(tiny_run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for argv in (["nowhere"], [str(tmp_path / "file")], [str(tiny_run.final), "--output", str(tmp_path / "file" / "x")]):
+        assert report.main(argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+
+
+def test_words_follow_the_numbers():
+    row = {"ap_area": 0.9, "ap11": 0.8, "num_gt": 90}
+    run = {"test": {"map_area": 0.7, "map11": 0.6, "per_class": {
+        "cat": {**row, "ap_area": 0.5, "num_gt": 9}, "dog": row, "emu": {"ap_area": None, "ap11": None, "num_gt": 0}}},
+        "val": {"val_map_area": 0.75}, "epoch": 4, "history": [{"epoch": e, "val_loss": v} for e, v in enumerate((3, 2, 2.5))]}
+    best, few, gap, loss = report.in_words(run)
+    assert best == "Best found class: dog (AP 0.900, 90 objects); worst: cat (AP 0.500, 9 objects)."
+    assert few.endswith(": cat (9).")
+    assert "chose epoch 4 was 0.7500; the test's is 0.0500 lower" in gap
+    assert "lowest in epoch 1 of 2 and 25% higher at the end" in loss
+    run["history"][2]["val_loss"] = 1.5
+    assert report.in_words(run)[3].endswith("lowest in epoch 2 of 2, its last: more epochs may help.")
+    assert report.in_words({"test": {}, "val": {}, "history": []}) == ["Not analysed: no measurement was recorded."]
+    assert report.table_rows(run["test"])[1:] == [("dog", "90", "0.9000", "0.8000"), ("cat", "9", "0.5000", "0.8000"),
+                                                  ("emu", "0", "no object", "no object")]
+
+
+def test_ticks_are_round_and_inside():
+    assert report.ticks(0, 1) == [0, 0.5, 1]
+    assert report.ticks(0, 6.2) == [0, 2, 4, 6]
+    assert report.ticks(0, 0.0051) == [0, 0.002, 0.004]
+    assert report.ticks(1, 30, 6) == [5, 10, 15, 20, 25, 30]
+    assert report.ticks(3, 3) == [3]
+
+
+def test_a_curve_lies_where_its_numbers_say():
+    svg = report.chart("Loss <1>", [("train", "#123", [(1, 4.0), (3, 1.0), (5, 0.0)]), ("val", "#456", [])], top=4)
+    assert 'points="44.0,36.0 198.0,145.5 352.0,182.0"' in svg
+    assert svg.count("<polyline") == 1
+    assert "Loss &lt;1&gt;" in svg
+    assert "<polyline" in report.chart("one epoch", [("", "#123", [(1, 0.0)])])
+    assert report.chart("nothing", [("", "#123", [])]) == ""
