@@ -1908,7 +1908,7 @@ def open_image(source):
         with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
             upright = ImageOps.exif_transpose(image)
     except Exception as error:  # whatever a broken file makes Pillow raise
-        raise InputError(f"{source}: not readable as an image ({str(error).splitlines()[0][:120]})") from None
+        raise InputError(f"{source}: not readable as an image ({' '.join(str(error).split())[:120]})") from None
     if upright.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would cut at 255
         upright = Image.fromarray((np.asarray(upright) / 257.0).clip(0, 255).round().astype(np.uint8))
     return upright.convert("RGB")
@@ -2007,7 +2007,7 @@ def load_published(source):
             folder = Path(hub.snapshot_download(str(source), allow_patterns=HUB_FILES))
         except Exception as error:  # no network, no such model, no access
             raise InputError(f"{source}: no such file or folder, and no model to be had from the Hugging Face hub "
-                             f"({str(error).splitlines()[0][:160]})") from None
+                             f"({' '.join(str(error).split())[:160]})") from None
     if missing := [name for name in HUB_FILES if not (folder / name).is_file()]:
         raise InputError(f"{source}: lacks {' and '.join(missing)}, which tools/export.py hf writes")
     reader = optional_import("safetensors.torch", f"{source}: reading model.safetensors")
@@ -2032,10 +2032,7 @@ def load_detector(source, device="auto", precision="auto"):
 
 
 def find_inputs(arguments):
-    """Return the paths that files, folders and globs name, each once; InputError for an argument that names none.
-
-    Of folders and globs only the files with an ending of an image or a video.
-    """
+    """Return the paths that files, folders and globs name (of the last two: images and videos by ending), each once."""
     paths = []
     for argument in arguments:
         named, suffixes = Path(argument), IMAGE_SUFFIXES | VIDEO_SUFFIXES
@@ -2057,22 +2054,20 @@ def boxes_as_stored(boxes_px, size, orientation):
 
 def write_image_result(picture, found, path, target, *, save_crops=False, save_xml=False):
     """Write a drawn picture; if asked for, crops/CLASS/*.png and Annotations/*.xml beside it. path: the source."""
-    def save(image, to):
-        to.parent.mkdir(parents=True, exist_ok=True)
-        kind = "PNG" if to.suffix == ".png" else "JPEG"
-        write_atomically(to, functools.partial(image.save, format=kind, quality=92, compress_level=2))
-
-    save(found.draw(picture), target)
+    found.draw(picture).save(target, quality=92, compress_level=2)
     for number, (box, name) in enumerate(zip(found.boxes_px, found.names, strict=True) if save_crops else ()):
-        corners = *np.floor(box[:2]).astype(int).tolist(), *np.ceil(box[2:]).astype(int).tolist()
-        save(picture.crop(corners), target.parent / "crops" / re.sub(r"\W", "_", name) / f"{target.stem}_{number}.png")
+        folder = target.parent / "crops" / re.sub(r"\W", "_", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        corners = *np.floor(box[:2]).tolist(), *np.ceil(box[2:]).tolist()
+        picture.crop(corners).save(folder / f"{target.stem}_{number}.png")
     if save_xml:
         with Image.open(path) as file:
             shape, turned = (file.height, file.width, 3), file.getexif().get(ExifTags.Base.Orientation, 1)
         boxes = to_voc_pixels(boxes_as_stored(found.boxes_px, picture.size, turned)).round().astype(int).tolist()
-        xml_path = target.parent / "Annotations" / f"{target.stem}.xml"
-        xml_path.parent.mkdir(exist_ok=True)
-        write_annotation(xml_path, path.name, shape, list(zip(found.names, boxes, strict=True)))
+        folder = target.parent / "Annotations"
+        folder.mkdir(exist_ok=True)
+        objects = list(zip(found.names, boxes, strict=True))
+        write_annotation(folder / f"{target.stem}.xml", path.name, shape, objects)
 
 
 def predict_video(detector, path, target, **settings):
@@ -2081,7 +2076,7 @@ def predict_video(detector, path, target, **settings):
     Raises InputError for a video of which a tenth or more of the announced frames cannot be read.
     """
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read at the first video: no chatter about broken ones
-    video, output, temporary = cv2.VideoCapture(str(path)), cv2.VideoWriter(), target.with_suffix(".tmp.mp4")
+    video, output = cv2.VideoCapture(str(path)), cv2.VideoWriter()
     total, fps = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))), video.get(cv2.CAP_PROP_FPS) or 25.0
 
     def read(_):
@@ -2089,9 +2084,8 @@ def predict_video(detector, path, target, **settings):
         return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) if is_read else None
 
     def write(pair):
-        picture, found = pair
-        codec = cv2.VideoWriter.fourcc(*"mp4v")
-        if not (output.isOpened() or output.open(str(temporary), codec, fps, picture.size)):
+        (picture, found), codec = pair, cv2.VideoWriter.fourcc(*"mp4v")
+        if not (output.isOpened() or output.open(str(target), codec, fps, picture.size)):
             raise OSError(f"{target}: not writable as a video")
         output.write(cv2.cvtColor(np.asarray(found.draw(picture)), cv2.COLOR_RGB2BGR))
         return found.to_dict()
@@ -2100,13 +2094,11 @@ def predict_video(detector, path, target, **settings):
         frames = itertools.takewhile(lambda frame: frame is not None, ahead(read, itertools.count(), threads=1))
         written = ahead(write, detector.stream(frames, **settings), threads=1)
         found = list(tqdm(written, path.name, total or None, unit="frame", disable=not sys.stderr.isatty()))
-        output.release()
-        if len(found) <= 0.9 * total:
-            raise InputError(f"{path}: {len(found)} of {total} frames are readable as a video")
-        os.replace(temporary, target)
     finally:
         output.release()
-        temporary.unlink(missing_ok=True)
+    if len(found) <= 0.9 * total:
+        target.unlink(missing_ok=True)
+        raise InputError(f"{path}: {len(found)} of {total} frames are readable as a video")
     return {"fps": fps, "frames": found}
 
 

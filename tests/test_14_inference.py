@@ -371,7 +371,9 @@ def test_folders_globs_and_files_name_inputs_once_and_in_order(tmp_path):
     for name in ("b.JPG", "a.png", "c.mp4", "notes.txt", "deep/d.webp", "[x].png", "odd"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    names = lambda *arguments: [p.relative_to(tmp_path).as_posix() for p in ssd.find_inputs(arguments)]  # noqa: E731
+    def names(*arguments):
+        return [p.relative_to(tmp_path).as_posix() for p in ssd.find_inputs(arguments)]
+
     assert names(str(tmp_path)) == ["[x].png", "a.png", "b.JPG", "c.mp4"]
     assert names(f"{tmp_path}/*") == ["[x].png", "a.png", "b.JPG", "c.mp4"]
     assert names(f"{tmp_path}/**/*.webp") == ["deep/d.webp"]
