@@ -242,13 +242,13 @@ def test_a_missing_checkpoint_is_one_line(fails, tmp_path):
     assert "none.pth" in fails(["--predict", tmp_path / "a.png", "--weights", tmp_path / "none.pth"])
 
 
-def test_a_missing_or_broken_picture_to_predict_is_one_line(fails, tiny_run, tmp_path, capsys):
+def test_a_missing_or_broken_picture_to_predict_is_one_line(fails, tiny_run, tmp_path, capfd):
     flags = ["--weights", tiny_run.final, "--device", "cpu", "--output-dir", tmp_path]
     assert "none.jpg" in fails(["--predict", tmp_path / "none.jpg", *flags])
     (tmp_path / "broken.jpg").write_text("no picture")
-    capsys.readouterr()
+    capfd.readouterr()
     assert ssd.main(["--predict", str(tmp_path / "broken.jpg"), *map(str, flags)]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert "broken.jpg" in line
 
@@ -260,6 +260,7 @@ def test_what_cannot_be_predicted_is_one_line(fails, tiny_run, tmp_path):
     assert "no class cat" in fails(["--predict", picture, "--weights", tiny_run.final, "--classes", "cat", *flags])
     assert "lacks config.json" in fails(["--predict", picture, "--weights", tmp_path / "empty", *flags])
     results = tmp_path / "plots" / "predictions"
+    results.mkdir(parents=True)
     shutil.copy(picture, results)
     assert "--output-dir" in fails(["--predict", results, "--weights", tiny_run.final, *flags])
 

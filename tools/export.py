@@ -200,7 +200,7 @@ def check_onnx(path, model, images, *, kind="uint8", **settings):
     summary = (f"{count} detections in {len(opened)} images: {alone}boxes within {worst[1]:.4f} pixels, scores within "
                f"{worst[2]:.1e}")
     if worst[0] or worst[1] > BOX_TOLERANCE or worst[2] > SCORE_TOLERANCE:
-        raise InputError(f"{path.name} is refused, ONNX and PyTorch differ: {summary}")
+        raise InputError(f"the ONNX file is refused, ONNX and PyTorch differ: {summary}")
     return summary
 
 
