@@ -226,7 +226,7 @@ def test_the_folder_detects_as_the_checkpoint_does(hf_folder, tiny_run, tiny_voc
 
 def test_the_card_tells_what_the_run_recorded(hf_folder, tiny_run):
     card = (hf_folder / "README.md").read_text(encoding="utf-8")
-    test = ssd.load_checkpoint(tiny_run.final)["test"]
+    test = ssd.load_checkpoint(tiny_run.final)["test"]["voc"]
     data = hub.ModelCard(card).data
     assert (data.license, data.pipeline_tag) == ("cc-by-4.0", "object-detection")
     assert [(e.metric_type, e.metric_value, e.dataset_split) for e in data.eval_results] == [
@@ -240,7 +240,7 @@ def test_the_card_tells_what_the_run_recorded(hf_folder, tiny_run):
     for line in card.splitlines():  # each picture named is there
         if line.startswith("!["):
             assert (hf_folder / line.split("](")[1].rstrip(")")).is_file()
-    assert card.count("![") == 6
+    assert card.count("![") == 7
 
 
 def test_what_was_not_recorded_is_not_claimed(tiny_run, tmp_path):
@@ -297,7 +297,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             content = self.files[name]
             return self.reply(content, ETag=f'"{hash(content)}"', X_Repo_Commit="c" * 40, Accept_Ranges="bytes")
         if self.path.startswith("/api/models/me/tiny/tree/"):
-            return self.reply([{"type": "file", "path": n, "size": len(c), "oid": "a" * 40} for n, c in self.files.items()])
+            sizes = {name: len(content) for name, content in self.files.items()}
+            return self.reply([{"type": "file", "path": n, "size": s, "oid": "a" * 40} for n, s in sizes.items()])
         if self.path.startswith("/api/models/me/tiny"):
             siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
             return self.reply({"id": "me/tiny", "sha": "c" * 40, "siblings": siblings, "private": False, "tags": []})

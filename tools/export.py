@@ -249,7 +249,7 @@ def front_matter(name, run, licence):
     """Return the card's header. JSON is YAML, so that no name can break it."""
     header = {"license": licence, "library_name": "pytorch", "pipeline_tag": "object-detection", "inference": False,
               "tags": ["object-detection", "ssd", "ssd300", "vgg16"], "metrics": ["mAP"]}
-    if run["test"]:
+    if report.is_number(run["test"].get("map_area")):
         header["model-index"] = model_index(name, run)
     lines = [f"{key}: {json.dumps(value)}" for key, value in header.items() if value is not None]
     return "\n".join(["---", *lines, "---"])
@@ -278,7 +278,9 @@ def write_card(folder, name, run, plots, *, licence=None, data_licence=None, onn
     if onnx_check:
         parts += ["`model.onnx` needs numpy, pillow and onnxruntime only:", f"```python\n{EXAMPLE}```",
                   f"Compared with PyTorch when it was written: {onnx_check}."]
-    parts += ["## Measured", report.protocol(run), report.markdown_table(run["test"])]
+    figures = [("figure", "value"), *((n, f"{v:.4g}") for n, v in report.further_figures(run["test"]))]
+    parts += ["## Measured", report.protocol(run), report.markdown(report.table_rows(run["test"])),
+              report.markdown(figures)]
     parts += ["## Errors", "\n".join(f"* {line}" for line in report.in_words(run))]
     held_out = flags.get("val_split") or f"a seeded {flags.get('val_fraction')} of it"
     parts += ["## Training", f"Data: {report.data_name(flags)}; list {flags.get('train_split')} to train, {held_out} "

@@ -26,8 +26,14 @@ PLOTS = {
     "loss.png": "Losses of training and validation",
     "training.png": "Validation mAP, learning rate and speed",
     "predictions.png": "Test pictures: truth dashed, detections solid",
+    "mistakes.png": "The surest false detections and the largest objects that were missed",
     "augmentations.png": "Training pictures as the network sees them",
     "data.png": "Training data: classes, box sizes, what the anchors match",
+}
+ERROR_KINDS = {  # those of tools/analyze.py
+    "localisation": "have the right class and a loose box", "classification": "have the wrong class",
+    "both": "have the wrong class and a loose box", "duplicate": "are on an object found already",
+    "background": "are on nothing",
 }
 FEW_OBJECTS = 50  # a class with fewer of them is called uncertain
 MAX_IMAGE_WIDTH = 1600  # pixels of an embedded picture
@@ -39,6 +45,18 @@ MAX_IMAGE_WIDTH = 1600  # pixels of an embedded picture
 def is_number(value):
     """Whether a value from a record is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def dig(content, *keys):
+    """Return what lies below keys in nested dicts; an empty dict where one is missing."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return {} if content is None else content
+
+
+def with_voc(test):
+    """Return a measurement with the numbers by VOC's rules on top, wherever the record has them."""
+    return {**{k: v for k, v in test.items() if k not in ("voc", "checkpoint", "data", "split")}, **dig(test, "voc")}
 
 
 def read_json(path):
@@ -93,13 +111,11 @@ def read_run(source, plots=None):
     free = ssd.RESUME_MAY_CHANGE
     is_same = bool(run_flags) and all(run_flags.get(k) == v for k, v in flags.items() if k not in free)
     record = record if is_same else {}
-    test, evaluation = checkpoint.get("test") or {}, read_json(plots / "evaluation" / "evaluation.json")
-    if not test and record.get("chosen") == source.name:
-        test = record.get("test") or {}
-    if Path(str(evaluation.get("checkpoint"))).name == source.name and (
-        not test or evaluation.get("map_area") == test.get("map_area")
-    ):
-        test = {**test, **{k: v for k, v in evaluation.items() if k not in ("checkpoint", "data")}}
+    test = checkpoint.get("test") or (record.get("chosen") == source.name and record.get("test")) or {}
+    evaluation, test = read_json(plots / "evaluation" / "evaluation.json"), with_voc(test)
+    is_its_own, later = Path(str(evaluation.get("checkpoint"))).name == source.name, with_voc(evaluation)
+    if later.get("map_area") == test.get("map_area") if test else is_its_own:
+        test |= later
     pictures = [(plots / name, title) for name, title in PLOTS.items()] if is_same else []
     more = sorted((plots / "evaluation").glob("*.png")) if is_same else []
     pictures += [(p, p.stem.replace("_", " ")) for p in more if p.name != "precision_recall.png"]
@@ -143,7 +159,7 @@ def class_rows(test):
 def protocol(run):
     """Return how the test numbers were measured."""
     test, flags = run["test"], run["flags"]
-    if not test:
+    if not is_number(test.get("map_area")):
         return "Not yet measured on a test list."
     objects = sum(row.get("num_gt") or 0 for _, row in class_rows(test))
     thresh = flags.get("score_thresh")
@@ -164,16 +180,17 @@ def table_rows(test):
     return rows + [(n, str(r.get("num_gt")), text(r.get("ap_area")), text(r.get("ap11"))) for n, r in class_rows(test)]
 
 
-def markdown_table(test):
-    """Return the per-class table as Markdown, empty without a test."""
-    if not class_rows(test):
+def markdown(table):
+    """Return rows of text, header first, as a Markdown table, empty without a row."""
+    head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
+    if not rows:
         return ""
-    head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in table_rows(test)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def further_figures(test):
-    """Return [(name, value)] of every other number that a measurement recorded, names joined from nested keys."""
+    """Return [(name, value)] of the other numbers over all classes, names joined from nested keys."""
+    left_out = {"map_area", "map11", "per_class", "analysis", "confusion", "iou_thresh"}
     found = []
 
     def walk(value, names):
@@ -181,12 +198,32 @@ def further_figures(test):
             found.append((" ".join(names).replace("_", " "), value))
         elif isinstance(value, dict) and len(names) < 4:
             for key, inner in value.items():
-                walk(inner, [*names, str(key)])
+                if key not in left_out:
+                    walk(inner, [*names, str(key)])
 
-    for key, value in test.items():
-        if key not in ("map_area", "map11", "per_class"):
-            walk(value, [key])
+    walk(test, [])
     return found
+
+
+def analysis_in_words(test):
+    """Return sentences on what tools/analyze.py found, and on object sizes by COCO's rules; none if not recorded."""
+    lines, tide, thresh = [], dig(test, "analysis", "tide"), ssd.DRAW_SCORE_THRESH
+    counts = [(dig(tide, "confident", kind), text) for kind, text in ERROR_KINDS.items()]
+    if all(is_number(count) for count, _ in counts):
+        wrong = ", ".join(f"{count} {text}" for count, text in sorted(counts, reverse=True))
+        lines.append(f"Of the detections that score {thresh} or more, {wrong}; {dig(tide, 'confident', 'missed')} "
+                     "objects have no hit of that score.")
+    gains = [(value, kind) for kind, value in dig(tide, "gain", "mean").items() if kind in (*ERROR_KINDS, "missed")]
+    if gains and all(is_number(value) for value, _ in gains):
+        value, kind = max(gains)
+        lines.append(f"Repairing the {kind} errors alone would raise the mAP@.5 most, by {value:.4f}.")
+    sizes = [(size, dig(test, "coco", f"ap_{size}")) for size in ("small", "medium", "large")]
+    if all(is_number(ap) for _, ap in sizes):
+        lines.append("AP at IoU .5 to .95 by the object's size (COCO: up to 32x32, up to 96x96, larger): "
+                     + ", ".join(f"{size} {ap:.3f}" for size, ap in sizes) + ".")
+    if is_number(ece := dig(test, "analysis", "calibration", "ece")):
+        lines.append(f"A score differs from the share of hits it stands for by {ece:.3f} on average.")
+    return lines
 
 
 def in_words(run):
@@ -199,6 +236,7 @@ def in_words(run):
                      f"(AP {low['ap_area']:.3f}, {low['num_gt']} objects).")
     if few := [f"{name} ({row['num_gt']})" for name, row in rows if row["num_gt"] < FEW_OBJECTS]:
         lines.append(f"Fewer than {FEW_OBJECTS} test objects, so an uncertain figure: {', '.join(few)}.")
+    lines += analysis_in_words(test)
     val = run["val"].get("val_map_area")
     if is_number(val) and is_number(test.get("map_area")):
         gap = test["map_area"] - val
@@ -355,7 +393,7 @@ def changed_flags(flags):
 def sections(run):
     """Return [(title, HTML)] of a page, those without content left out."""
     pictures = {path.name: figure(path, title) for path, title in run["plots"]}
-    known = {Path(name).name for name in PLOTS}
+    known = {Path(name).name for name in PLOTS} - {"mistakes.png"}
     mistakes = "".join(fig for name, fig in pictures.items() if name not in known)
     words = "".join(f"<li>{html.escape(line)}</li>" for line in in_words(run))
     measured = html.escape(protocol(run)).replace("**", "")
