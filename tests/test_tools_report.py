@@ -130,15 +130,16 @@ def test_further_numbers_and_pictures_of_the_evaluation_are_shown(tiny_run, tmp_
     shutil.copy(folder / "plots" / "predictions.png", folder / "plots" / "evaluation" / "worst_mistakes.png")
     run = report.read_run(report.find_checkpoint(folder))
     figures = dict(report.further_figures(run["test"]))
-    assert figures.pop("new ap") == 0.4321
-    assert figures["coco ap"] == test["coco"]["ap"]
+    assert figures.pop("new AP") == "0.4321"
+    assert figures["COCO AP50"] == f"{test['coco']['ap50']:.4g}"
+    assert figures["number of images"] == "4"
     assert not {"new list", "new by small", "odd", "flag", "map area"} & figures.keys()
     page = Page(report.page(run))
-    assert "new ap\n0.4321\n" in page.text
+    assert "new AP\n0.4321\n" in page.text
     assert "worst mistakes" in page.text
     more["voc"]["map_area"] /= 2  # a later measurement by other flags is not this result
     (folder / "plots" / "evaluation" / "evaluation.json").write_text(json.dumps(more))
-    assert "new ap" not in dict(report.further_figures(report.read_run(report.find_checkpoint(folder))["test"]))
+    assert "new AP" not in dict(report.further_figures(report.read_run(report.find_checkpoint(folder))["test"]))
 
 
 def test_a_record_of_the_first_format_is_read(tiny_run):
@@ -157,7 +158,10 @@ def test_the_analysis_is_put_in_words():
     wrong, gain, sizes, ece = report.analysis_in_words(test)
     assert wrong.startswith("Of the detections that score 0.4 or more, 9 are on nothing, 5 have the right class and a")
     assert wrong.endswith("1 have the wrong class; 8 objects have no hit of that score.")
-    assert gain == "Repairing the missed errors alone would raise the mAP@.5 most, by 0.0300."
+    assert gain == "Finding what was missed would raise the mAP@.5 most, by 0.0300."
+    test["analysis"]["tide"]["gain"]["mean"]["background"] = 0.04
+    again = report.analysis_in_words(test)[1]
+    assert again == "Mending the detections that are on nothing would raise the mAP@.5 most, by 0.0400."
     assert sizes.endswith("small 0.100, medium 0.250, large 0.500.")
     assert "by 0.067 on average" in ece
     assert report.analysis_in_words({"analysis": [], "coco": {"ap_small": None}}) == []

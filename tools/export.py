@@ -278,7 +278,7 @@ def write_card(folder, name, run, plots, *, licence=None, data_licence=None, onn
     if onnx_check:
         parts += ["`model.onnx` needs numpy, pillow and onnxruntime only:", f"```python\n{EXAMPLE}```",
                   f"Compared with PyTorch when it was written: {onnx_check}."]
-    figures = [("figure", "value"), *((n, f"{v:.4g}") for n, v in report.further_figures(run["test"]))]
+    figures = [("figure", "value"), *report.further_figures(run["test"])]
     parts += ["## Measured", report.protocol(run), report.markdown(report.table_rows(run["test"])),
               report.markdown(figures)]
     parts += ["## Errors", "\n".join(f"* {line}" for line in report.in_words(run))]

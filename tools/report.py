@@ -12,6 +12,7 @@ import html
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -26,9 +27,16 @@ PLOTS = {
     "loss.png": "Losses of training and validation",
     "training.png": "Validation mAP, learning rate and speed",
     "predictions.png": "Test pictures: truth dashed, detections solid",
-    "mistakes.png": "The surest false detections and the largest objects that were missed",
     "augmentations.png": "Training pictures as the network sees them",
     "data.png": "Training data: classes, box sizes, what the anchors match",
+}
+MISTAKES = {  # shown with what is wrong; most are drawn by tools/analyze.py
+    "evaluation/confusion.png": "Confusion matrix on the test list",
+    "mistakes.png": "The surest false detections and the largest objects that were missed",
+    "evaluation/errors.png": "AP that repairing each kind of error would gain",
+    "evaluation/sizes.png": "AP and recall by the size of the object",
+    "evaluation/f1.png": "F1 over the score threshold",
+    "evaluation/calibration.png": "Share of hits over the score",
 }
 ERROR_KINDS = {  # those of tools/analyze.py
     "localisation": "have the right class and a loose box", "classification": "have the wrong class",
@@ -116,9 +124,9 @@ def read_run(source, plots=None):
     is_its_own, later = Path(str(evaluation.get("checkpoint"))).name == source.name, with_voc(evaluation)
     if later.get("map_area") == test.get("map_area") if test else is_its_own:
         test |= later
-    pictures = [(plots / name, title) for name, title in PLOTS.items()] if is_same else []
-    more = sorted((plots / "evaluation").glob("*.png")) if is_same else []
-    pictures += [(p, p.stem.replace("_", " ")) for p in more if p.name != "precision_recall.png"]
+    titles = {plots / name: title for name, title in (PLOTS | MISTAKES).items()}
+    titles |= {p: p.stem.replace("_", " ") for p in sorted((plots / "evaluation").glob("*.png")) if p not in titles}
+    pictures = titles.items() if is_same else ()
     return {
         "source": source, "config": checkpoint["config"], "classes": list(checkpoint["classes"]), "flags": flags,
         "epoch": (checkpoint.get("metrics") or {}).get("epoch"), "val": checkpoint.get("metrics") or {}, "test": test,
@@ -189,13 +197,15 @@ def markdown(table):
 
 
 def further_figures(test):
-    """Return [(name, value)] of the other numbers over all classes, names joined from nested keys."""
+    """Return [(name, number as text)] of the other numbers over all classes, names joined from nested keys."""
     left_out = {"map_area", "map11", "per_class", "analysis", "confusion", "iou_thresh"}
     found = []
 
     def walk(value, names):
         if is_number(value):
-            found.append((" ".join(names).replace("_", " "), value))
+            name = " ".join(names).replace("_", " ").replace("num ", "number of ")
+            name = re.sub(r"\b(coco|a[pr]\d*)\b", lambda m: m[0].upper(), name)
+            found.append((name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"))
         elif isinstance(value, dict) and len(names) < 4:
             for key, inner in value.items():
                 if key not in left_out:
@@ -216,7 +226,8 @@ def analysis_in_words(test):
     gains = [(value, kind) for kind, value in dig(tide, "gain", "mean").items() if kind in (*ERROR_KINDS, "missed")]
     if gains and all(is_number(value) for value, _ in gains):
         value, kind = max(gains)
-        lines.append(f"Repairing the {kind} errors alone would raise the mAP@.5 most, by {value:.4f}.")
+        what = f"Mending the detections that {ERROR_KINDS[kind]}" if kind in ERROR_KINDS else "Finding what was missed"
+        lines.append(f"{what} would raise the mAP@.5 most, by {value:.4f}.")
     sizes = [(size, dig(test, "coco", f"ap_{size}")) for size in ("small", "medium", "large")]
     if all(is_number(ap) for _, ap in sizes):
         lines.append("AP at IoU .5 to .95 by the object's size (COCO: up to 32x32, up to 96x96, larger): "
@@ -352,7 +363,7 @@ def embed(path):
 def figure(path, title):
     """Return a picture with its caption; one too wide for a phone scrolls sideways."""
     with Image.open(path) as image:
-        is_wide = image.width > 1.25 * image.height and image.width > 1000
+        is_wide = image.width > 1000
     text = html.escape(title, quote=True)
     return (f'<figure class="{"wide" if is_wide else "single"}"><img src="{embed(path)}" alt="{text}" loading="lazy">'
             f"<figcaption>{text}</figcaption></figure>")
@@ -393,12 +404,12 @@ def changed_flags(flags):
 def sections(run):
     """Return [(title, HTML)] of a page, those without content left out."""
     pictures = {path.name: figure(path, title) for path, title in run["plots"]}
-    known = {Path(name).name for name in PLOTS} - {"mistakes.png"}
+    known = {Path(name).name for name in PLOTS}
     mistakes = "".join(fig for name, fig in pictures.items() if name not in known)
     words = "".join(f"<li>{html.escape(line)}</li>" for line in in_words(run))
     measured = html.escape(protocol(run)).replace("**", "")
     changed, others = changed_flags(run["flags"])
-    more = [(name, f"{value:.5g}") for name, value in further_figures(run["test"])]
+    more = further_figures(run["test"])
     rest = f"<summary>{len(others)} flags at their defaults</summary>{table([('flag', 'value'), *others])}"
     curves = "".join(f"<div>{svg}</div>" for svg in charts(run["history"]))
     env = [("", ""), *run["environment"].items()]
