@@ -224,6 +224,16 @@ def test_the_folder_detects_as_the_checkpoint_does(hf_folder, tiny_run, tiny_voc
     assert (hf_folder / "plots" / "precision_recall.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_config_is_complete_and_names_no_folder_of_the_author(hf_folder, tiny_run, tiny_voc):
+    text = (hf_folder / "config.json").read_text(encoding="utf-8")
+    config = json.loads(text)
+    assert config["id2label"] == {"1": "angular", "2": "round"}
+    assert config["config"] == ssd.load_checkpoint(tiny_run.final)["config"]
+    assert (config["flags"]["data"], config["flags"]["epochs"]) == (tiny_voc.name, 2)
+    assert str(tiny_voc) not in text
+    assert str(tiny_run.output) not in text
+
+
 def test_the_card_tells_what_the_run_recorded(hf_folder, tiny_run):
     card = (hf_folder / "README.md").read_text(encoding="utf-8")
     test = ssd.load_checkpoint(tiny_run.final)["test"]["voc"]

@@ -303,7 +303,9 @@ def export_folder(checkpoint, model, run, folder, *, name, onnx_images=None, **l
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.contiguous() for key, value in checkpoint["model"].items()}
     ssd.write_atomically(folder / "model.safetensors", lambda to: safetensors.save_file(state, to, {"format": "pt"}))
-    flags = run["flags"]
+    local = ("evaluate", "predict", "weights", "resume", "output_dir", "data_root", "backbone_weights")
+    flags = {key: value for key, value in run["flags"].items() if key not in local}  # no folders of this machine
+    flags["data"] = report.data_name(flags)
     ssd.write_json(folder / "config.json", {
         "model_type": "ssd300", "format_version": checkpoint["format_version"], "config": checkpoint["config"],
         "classes": list(checkpoint["classes"]), "image_size": ssd.IMAGE_SIZE,

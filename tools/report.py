@@ -145,8 +145,10 @@ def data_name(flags):
 
 
 def command(run):
-    """Return the command that started the run."""
-    return f"python {run['environment'].get('command') or 'ssd_object_detection.py (flags not recorded)'}"
+    """Return the command that started the run, the program without its folder."""
+    recorded = run["environment"].get("command") or "ssd_object_detection.py (flags not recorded)"
+    program, *flags = str(recorded).split(" ")
+    return " ".join(("python", Path(program).name, *flags))
 
 
 def machine(run):
