@@ -26,11 +26,14 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import ctypes
 import datetime
 import functools
+import glob
+import importlib
 import itertools
 import json
 import math
@@ -56,7 +59,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision.ops import batched_nms, box_convert, box_iou
 from tqdm import tqdm
@@ -861,7 +864,7 @@ class SSD300(nn.Module):
         maps = self.feature_maps((images.float() - self.mean) / self.std)
         outputs = []
         for heads, last in ((self.cls_heads, self.num_classes + 1), (self.box_heads, 4)):
-            flat = [h(m).permute(0, 2, 3, 1).reshape(len(images), -1, last) for h, m in zip(heads, maps, strict=True)]
+            flat = [h(m).permute(0, 2, 3, 1).reshape(m.shape[0], -1, last) for h, m in zip(heads, maps, strict=True)]
             outputs.append(torch.cat(flat, dim=1).float())
         return tuple(outputs)
 
@@ -1866,9 +1869,14 @@ def draw_gallery(model, loader, classes, path, *, amp_dtype, title):
 # ---- 14. Inference ----
 
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
+HUB_FILES = ("config.json", "model.safetensors")  # what load_detector reads of a published model
+
+
 @dataclass
 class Detections:
-    """What was found in one image, best first. boxes_px (D, 4): xyxy in pixels of the original picture."""
+    """What was found in one image, best first. boxes_px (D, 4): xyxy in pixels of the upright picture."""
 
     boxes_px: np.ndarray
     labels: list
@@ -1885,78 +1893,266 @@ class Detections:
         return {"boxes_px": boxes_px, "labels": self.labels, "names": self.names, "scores": scores}
 
     def draw(self, image):
-        """Return a copy of a PIL image with the boxes, class names and scores drawn on it."""
+        """Return a PIL copy of an image, see `open_image`, with the boxes, class names and scores drawn on it."""
         captions = [f"{n} {s:.2f}" for n, s in zip(self.names, self.scores, strict=True)]
-        return draw_boxes(image.convert("RGB"), self.boxes_px, captions, [color_of(k) for k in self.labels])
+        return draw_boxes(open_image(image), self.boxes_px, captions, [color_of(k) for k in self.labels])
 
 
 def open_image(source):
-    """Return an RGB PIL image, turned upright by its EXIF tag, of a path, a PIL image or a uint8 array (H, W[, 3])."""
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8:
-            raise ValueError(f"an image array must be uint8, not {source.dtype}")
-        source = Image.fromarray(source)
-    elif not isinstance(source, Image.Image):
-        try:
-            with Image.open(source) as file:
-                source = ImageOps.exif_transpose(file)
-                source.load()
-        except (OSError, Image.DecompressionBombError) as error:
-            raise InputError(f"{source}: not readable as an image ({error})") from None
-    if source.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would cut at 255
-        source = Image.fromarray((np.asarray(source) / 257.0).clip(0, 255).astype(np.uint8))
-    return source.convert("RGB")
+    """Return an image as a new RGB PIL image, turned upright by its EXIF tag; transparency is left out.
+
+    source: a path, a PIL image, an array (H, W), (H, W, 1), RGB (H, W, 3) or RGBA (H, W, 4), or a tensor with the
+    channels first; arrays and tensors are uint8, or uint16 over its full range. Raises ValueError for another array,
+    InputError for an unreadable file.
+    """
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        pixels = source if isinstance(source, np.ndarray) else source.cpu().numpy()
+        pixels = np.moveaxis(pixels, 0, -1) if isinstance(source, torch.Tensor) and pixels.ndim == 3 else pixels
+        pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+        pixels = (pixels / 257).round().astype(np.uint8) if pixels.dtype == np.uint16 else pixels
+        if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,), (4,)) or pixels.ndim < 2 or pixels.size == 0:
+            raise ValueError("an image array must be uint8 (H, W), (H, W, 3) or (H, W, 4), a tensor uint8 (3, H, W); "
+                             f"this {type(source).__name__} is {source.dtype} {tuple(source.shape)}")
+        source = Image.fromarray(pixels)
+    try:
+        with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
+            upright = ImageOps.exif_transpose(image)
+    except Exception as error:  # whatever a broken file makes Pillow raise
+        raise InputError(f"{source}: not readable as an image ({' '.join(str(error).split())[:120]})") from None
+    if upright.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would cut at 255
+        upright = Image.fromarray((np.asarray(upright) / 257.0).clip(0, 255).round().astype(np.uint8))
+    return upright.convert("RGB")
+
+
+def ahead(function, items, *, threads=None, depth=16):
+    """Yield function(item) for each item, in order; threads, one a core up to 8, work up to `depth` items ahead."""
+    waiting = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 class Detector:
-    """A trained model with its class names; see `load_detector`."""
+    """A trained model with its class names; see `load_detector`. Several threads may share one."""
 
     def __init__(self, model, classes, amp_dtype=None):
         self.model, self.classes, self.amp_dtype = model.eval(), tuple(classes), amp_dtype
         self._resize = resize_transform()
 
-    @torch.inference_mode()
-    def predict(self, images, *, score_thresh=DRAW_SCORE_THRESH, batch_size=16, **settings):
-        """Detect objects in an image or a list of them: paths, PIL images or uint8 RGB arrays (H, W, 3) of any size.
+    def predict(self, images, **settings):
+        """Detect objects in an image or in several: a list, or an array or tensor of four dimensions.
 
-        settings: nms_iou_thresh, max_detections, see `detect`. Returns a Detections, or a list of them for a list.
-        Raises InputError that names an unreadable file.
+        An image is whatever `open_image` takes, of any size; settings: see `stream`. Returns a Detections, or a list
+        of them. Raises InputError that names an unreadable file.
         """
-        sources, results = list(images) if isinstance(images, (list, tuple)) else [images], []
-        device = self.model.anchors.device
-        for start in range(0, len(sources), batch_size):
-            opened = [open_image(s) for s in sources[start : start + batch_size]]
-            arrays = np.stack([self._resize(image=np.asarray(image))["image"] for image in opened])
-            batch = to_device({"images": torch.from_numpy(arrays).permute(0, 3, 1, 2)}, device)
-            with autocast(device, self.amp_dtype):
-                outputs = self.model(batch["images"])
-            found = detect(*outputs, self.model.anchors, score_thresh=score_thresh, **settings)
-            for image, (boxes, labels, scores) in zip(opened, found, strict=True):
-                boxes_px = boxes.cpu().numpy() * np.array(image.size * 2, dtype=np.float32)
-                names = [self.classes[k - 1] for k in labels.tolist()]
-                results.append(Detections(boxes_px, labels.tolist(), names, scores.tolist()))
-        return results if isinstance(images, (list, tuple)) else results[0]
+        is_many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+        results = []
+        for picture, found in self.stream(images if is_many else [images], **settings):
+            if found is None:
+                raise picture
+            results.append(found)
+        return results if is_many else results[0]
+
+    def stream(self, images, *, batch_size=8, classes=None, **settings):
+        """Yield (upright PIL image, Detections) for each of an iterable of images; (InputError, None) if unreadable.
+
+        Other threads open and shrink the next images while the network works. classes: names to report, None for
+        all; settings: score_thresh, nms_iou_thresh, max_detections, see `detect`.
+        """
+        labels, opened = self.labels_of(classes), ahead(self._open, images, depth=2 * batch_size)
+        for batch in iter(lambda: list(itertools.islice(opened, batch_size)), []):
+            readable = [pair for pair in batch if pair[1] is not None]
+            found = iter(self._detect(*zip(*readable, strict=True), labels, **settings) if readable else ())
+            yield from ((picture, None if array is None else next(found)) for picture, array in batch)
+
+    def labels_of(self, classes=None):
+        """Return the labels of class names, of all for None; raises InputError for a name the model does not know."""
+        if unknown := [name for name in classes or () if name not in self.classes]:
+            raise InputError(f"no class {', '.join(unknown)}: the model knows {', '.join(self.classes)}")
+        return [k for k, name in enumerate(self.classes, start=1) if classes is None or name in classes]
+
+    def _open(self, source):
+        try:
+            picture = open_image(source)
+        except InputError as error:
+            return error, None
+        return picture, self._resize(image=np.asarray(picture))["image"]
+
+    @torch.inference_mode()
+    def _detect(self, pictures, arrays, wanted, score_thresh=DRAW_SCORE_THRESH, max_detections=MAX_DETECTIONS, **more):
+        """Return the Detections of the wanted labels in pictures, of which arrays are 300x300 copies."""
+        anchors, results = self.model.anchors, []
+        batch = to_device({"images": torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)}, anchors.device)
+        with autocast(anchors.device, self.amp_dtype):
+            outputs = self.model(batch["images"])
+        found = detect(*outputs, anchors, score_thresh=score_thresh, max_detections=None, **more)
+        for picture, (boxes, labels, scores) in zip(pictures, found, strict=True):
+            keep = torch.isin(labels, labels.new_tensor(wanted)).nonzero()[:max_detections, 0]
+            boxes_px = boxes[keep].cpu().numpy() * np.array(picture.size * 2, dtype=np.float32)
+            labels = labels[keep].tolist()
+            names = [self.classes[k - 1] for k in labels]
+            results.append(Detections(boxes_px, labels, names, scores[keep].tolist()))
+        return results
 
 
-def load_detector(path, device="auto", amp="auto"):
-    """Return the Detector of a checkpoint file (.pth); device and amp as the flags of these names."""
-    checkpoint, device = load_checkpoint(path), pick_device(device)
-    return Detector(model_from_checkpoint(checkpoint, path, device), checkpoint["classes"], pick_amp_dtype(device, amp))
+def optional_import(name, purpose):
+    """Return a module that only some uses need; raises InputError that names the pip command if it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.split(".")[0]
+        raise InputError(f"{purpose} needs the package {package}: pip install {package}") from None
 
 
-def predict_files(detector, paths, folder, **settings):
-    """Detect in image files; writes a PNG for each and predictions.json into a folder."""
-    folder, report, taken = Path(folder), {}, set()
+def load_published(source):
+    """Return the checkpoint dict of a folder that `tools/export.py hf` wrote, or of a Hugging Face id OWNER/NAME."""
+    folder = Path(source)
+    if not folder.is_dir():
+        hub = optional_import("huggingface_hub", f"{source}: no such file, and as a Hugging Face id it")
+        try:
+            folder = Path(hub.snapshot_download(str(source), allow_patterns=HUB_FILES))
+        except Exception as error:  # no network, no such model, no access
+            raise InputError(f"{source}: no such file or folder, and no model to be had from the Hugging Face hub "
+                             f"({' '.join(str(error).split())[:160]})") from None
+    if missing := [name for name in HUB_FILES if not (folder / name).is_file()]:
+        raise InputError(f"{source}: lacks {' and '.join(missing)}, which tools/export.py hf writes")
+    reader = optional_import("safetensors.torch", f"{source}: reading model.safetensors")
+    try:
+        content = json.loads((folder / HUB_FILES[0]).read_text(encoding="utf-8"))
+        published = {name: content[name] for name in ("format_version", "config", "classes")}
+        return published | {"model": reader.load_file(folder / HUB_FILES[1])}
+    except Exception as error:  # whatever is wrong with a foreign file
+        raise InputError(f"{source}: not a model of this module ({type(error).__name__}: {error})") from None
+
+
+def load_detector(source, device="auto", precision="auto"):
+    """Return the Detector of a checkpoint (.pth), of a folder of `tools/export.py hf`, or of a Hugging Face id.
+
+    device and precision as the flags --device and --amp.
+    """
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and Path(source).suffix not in (".pth", ".pt")
+    published = Path(source).is_dir() or (is_hub_id and not Path(source).exists())
+    checkpoint, device = load_published(source) if published else load_checkpoint(source), pick_device(device)
+    model = model_from_checkpoint(checkpoint, source, device)
+    return Detector(model, checkpoint["classes"], pick_amp_dtype(device, precision))
+
+
+def find_inputs(arguments):
+    """Return the paths that files, folders and globs name (of the last two: images and videos by ending), each once."""
+    paths = []
+    for argument in arguments:
+        named, suffixes = Path(argument), IMAGE_SUFFIXES | VIDEO_SUFFIXES
+        there = named.iterdir() if named.is_dir() else map(Path, glob.glob(str(argument), recursive=True))
+        found = [named] if named.is_file() else sorted(p for p in there if p.suffix.lower() in suffixes and p.is_file())
+        if not found:
+            raise InputError(f"{argument}: {'no image or video in this folder' if named.is_dir() else 'no such file'}")
+        paths += found
+    return list(dict.fromkeys(paths))
+
+
+def boxes_as_stored(boxes_px, size, orientation):
+    """Return boxes (D, 4) of an upright picture of size (W, H) in the pixels of its file, turned by EXIF 1 to 8."""
+    x, y = boxes_px[:, 0::2], boxes_px[:, 1::2]
+    x = size[0] - x[:, ::-1] if orientation in (2, 3, 6, 7) else x
+    y = size[1] - y[:, ::-1] if orientation in (3, 4, 7, 8) else y
+    return np.stack((y, x) if orientation > 4 else (x, y), axis=2).reshape(-1, 4)
+
+
+def write_image_result(picture, found, path, target, *, save_crops=False, save_xml=False):
+    """Write a drawn picture; if asked for, crops/CLASS/*.png and Annotations/*.xml beside it. path: the source."""
+    found.draw(picture).save(target, quality=92, compress_level=2)
+    for number, (box, name) in enumerate(zip(found.boxes_px, found.names, strict=True) if save_crops else ()):
+        folder = target.parent / "crops" / re.sub(r"\W", "_", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        corners = *np.floor(box[:2]).tolist(), *np.ceil(box[2:]).tolist()
+        picture.crop(corners).save(folder / f"{target.stem}_{number}.png")
+    if save_xml:
+        with Image.open(path) as file:
+            shape, turned = (file.height, file.width, 3), file.getexif().get(ExifTags.Base.Orientation, 1)
+        boxes = to_voc_pixels(boxes_as_stored(found.boxes_px, picture.size, turned)).round().astype(int).tolist()
+        folder = target.parent / "Annotations"
+        folder.mkdir(exist_ok=True)
+        objects = list(zip(found.names, boxes, strict=True))
+        write_annotation(folder / f"{target.stem}.xml", path.name, shape, objects)
+
+
+def predict_video(detector, path, target, **settings):
+    """Detect in a video; writes its frames, drawn on, as MP4 without sound; returns {"fps", "frames"}.
+
+    Raises InputError for a video of which a tenth or more of the announced frames cannot be read.
+    """
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read at the first video: no chatter about broken ones
+    video, output = cv2.VideoCapture(str(path)), cv2.VideoWriter()
+    total, fps = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))), video.get(cv2.CAP_PROP_FPS) or 25.0
+
+    def read(_):
+        is_read, frame = video.read()
+        return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) if is_read else None
+
+    def write(pair):
+        (picture, found), codec = pair, cv2.VideoWriter.fourcc(*"mp4v")
+        if not (output.isOpened() or output.open(str(target), codec, fps, picture.size)):
+            raise OSError(f"{target}: not writable as a video")
+        output.write(cv2.cvtColor(np.asarray(found.draw(picture)), cv2.COLOR_RGB2BGR))
+        return found.to_dict()
+
+    try:  # one thread reads and one writes: frames keep their order
+        frames = itertools.takewhile(lambda frame: frame is not None, ahead(read, itertools.count(), threads=1))
+        written = ahead(write, detector.stream(frames, **settings), threads=1)
+        found = list(tqdm(written, path.name, total or None, unit="frame", disable=not sys.stderr.isatty()))
+    finally:
+        output.release()
+    if len(found) <= 0.9 * total:
+        target.unlink(missing_ok=True)
+        raise InputError(f"{path}: {len(found)} of {total} frames are readable as a video")
+    return {"fps": fps, "frames": found}
+
+
+def predict_files(detector, paths, folder, *, save_crops=False, save_xml=False, **settings):
+    """Detect in image and video files; writes a drawn copy of each and predictions.json into a folder.
+
+    JPEG stays JPEG, other images become PNG, videos MP4; reading, the network and writing overlap. settings: see
+    `Detector.stream`. Returns a line for each file that could not be read; raises InputError for a file in `folder`.
+    """
+    paths, folder, report, problems, targets = [Path(p) for p in paths], Path(folder), {}, [], {}
+    detector.labels_of(settings.get("classes"))
+    if inside := [p for p in paths if p.resolve().parent == folder.resolve()]:
+        raise InputError(f"{inside[0]} lies where the results go and might be overwritten: set --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
+    endings, taken = dict.fromkeys(VIDEO_SUFFIXES, ".mp4") | {".jpg": ".jpg", ".jpeg": ".jpg"}, set()
     for path in paths:
-        image = open_image(path)
-        found = report[str(path)] = detector.predict(image, **settings)
-        names = (f"{Path(path).stem}{f'_{n}' if n else ''}.png" for n in range(len(paths)))
+        names = (f"{path.stem}{f'_{n}' if n else ''}" for n in itertools.count())
         taken.add(name := next(n for n in names if n not in taken))
-        write_atomically(folder / name, functools.partial(found.draw(image).save, format="PNG"))
-        listed = ", ".join(f"{n} {s:.2f}" for n, s in zip(found.names, found.scores, strict=True))
-        print(f"{path}: {listed or 'nothing found'} -> {folder / name}")
-    write_json(folder / "predictions.json", {path: found.to_dict() for path, found in report.items()})
+        targets[path] = folder / (name + endings.get(path.suffix.lower(), ".png"))
+    images = [p for p in paths if p.suffix.lower() not in VIDEO_SUFFIXES]
+
+    def write(item):
+        path, (picture, found) = item
+        if found is not None:
+            write_image_result(picture, found, path, targets[path], save_crops=save_crops, save_xml=save_xml)
+        return item
+
+    try:
+        for path, (picture, found) in ahead(write, zip(images, detector.stream(images, **settings), strict=True)):
+            if found is None:
+                problems.append(str(picture))
+                continue
+            report[path] = found.to_dict()
+            listed = ", ".join(f"{n} {s:.2f}" for n, s in zip(found.names, found.scores, strict=True))
+            print(f"{path}: {listed or 'nothing found'} -> {targets[path]}")
+        for path in [p for p in paths if p not in images]:
+            try:
+                report[path] = predict_video(detector, path, targets[path], **settings)
+                print(f"{path}: {len(report[path]['frames'])} frames -> {targets[path]}")
+            except InputError as error:
+                problems.append(str(error))
+    finally:  # an interruption keeps what was found
+        write_json(folder / "predictions.json", {str(p): report[p] for p in paths if p in report})
+    return problems
 
 
 # ---- 15. Command line ----
@@ -2022,8 +2218,10 @@ def build_parser():
     add("--evaluate", metavar="FILE", help="measure a checkpoint on the test list, print the per-class table")
     add("--write-detections", metavar="DIR", help="with --evaluate: write the VOC devkit's comp4_det_*.txt files too")
     add("--score-detections", metavar="DIR", help="measure such files, of any program, on the test list of --data")
-    add("--predict", metavar="PATH", nargs="+", help="detect objects in image files (needs --weights)")
-    add("--weights", metavar="FILE", help="checkpoint for --predict")
+    add("--predict", metavar="PATH", nargs="+", help="detect in images, videos, folders and globs (needs --weights)")
+    add("--weights", metavar="FILE", help="for --predict: a checkpoint, an exported folder or a Hugging Face id")
+    add("--save-crops", action="store_true", help="with --predict: write each object found in an image as one, too")
+    add("--save-xml", action="store_true", help="with --predict: write an annotation in VOC's form for each image, too")
     add("--resume", metavar="FILE", nargs="?", const="auto",
         help="go on with an interrupted run; without FILE: OUTPUT_DIR/checkpoints/last.pth")
     add("--output-dir", metavar="DIR", default=".", help="where checkpoints/ and plots/ are written")
@@ -2031,7 +2229,7 @@ def build_parser():
     add = parser.add_argument_group("data").add_argument
     add("--data", default="voc2007", help="voc2007, voc0712, shapes (generated) or a folder in VOC layout")
     add("--data-root", metavar="DIR", default="data", help="where VOCdevkit and shapes are or will be")
-    add("--classes", type=class_list, help="names a,b,c (default: VOC's, or those of the training annotations)")
+    add("--classes", type=class_list, help="names a,b,c (default: VOC's, or those annotated; --predict: all)")
     add("--train-split", metavar="LIST", help=f"list below ImageSets/Main to train on ({by_data})")
     add("--val-split", metavar="LIST", help="list that chooses the best checkpoint (default: see --val-fraction)")
     add("--test-split", metavar="LIST", help=f"list to measure on once, at the end ({by_data})")
@@ -2136,6 +2334,8 @@ def parse_args(argv=None, saved=None):
         parser.error("--write-detections needs --evaluate")
     if bool(args.predict) != bool(args.weights):
         parser.error("--predict and --weights go together")
+    if (args.save_crops or args.save_xml) and not args.predict:
+        parser.error("--save-crops and --save-xml need --predict")
     fill_defaults(args)
     if args.pretrained and args.width != 1:
         parser.error(f"--pretrained needs --width 1: there are no ImageNet weights of width {args.width:g}")
@@ -2305,14 +2505,14 @@ def run_scoring(args):
 
 
 def run_prediction(args):
-    """Detect in the files named on the command line."""
-    missing = [p for p in args.predict if not Path(p).is_file()]
-    if missing:
-        raise InputError(f"{', '.join(missing)}: no such file")
+    """Detect in what the command line names; returns 1 if something could not be read, listed at the end, else 0."""
+    paths, folder = find_inputs(args.predict), Path(args.output_dir) / "plots" / "predictions"
     detector = load_detector(args.weights, args.device, args.amp)
-    folder = Path(args.output_dir) / "plots" / "predictions"
-    predict_files(detector, args.predict, folder, **detect_settings(args, DRAW_SCORE_THRESH))
-    return 0
+    problems = predict_files(detector, paths, folder, save_crops=args.save_crops, save_xml=args.save_xml,
+                             classes=args.classes, **detect_settings(args, DRAW_SCORE_THRESH))
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return int(bool(problems))
 
 
 def resume_args(argv, args):
@@ -2331,7 +2531,7 @@ def resume_args(argv, args):
 
 
 def main(argv=None):
-    """Run the command line; returns the exit code: 0 done, 2 a mistake to mend, 130 interrupted."""
+    """Run the command line; returns 0 done, 1 done but for unreadable files, 2 a mistake to mend, 130 interrupted."""
     args = parse_args(argv)
     try:
         if args.predict:

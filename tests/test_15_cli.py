@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -202,6 +203,7 @@ def test_a_typo_in_a_flag_is_refused_by_name(capsys):
     (["--evaluate", "a.pth", "--predict", "b.jpg", "--weights", "a.pth"], ["--evaluate", "--predict"]),
     (["--evaluate", "a.pth", "--resume"], ["--evaluate", "--resume"]),
     (["--predict", "b.jpg"], ["--predict", "--weights"]), (["--weights", "a.pth"], ["--predict", "--weights"]),
+    (["--save-crops"], ["--save-crops", "--predict"]), (["--evaluate", "a.pth", "--save-xml"], ["--save-xml"]),
     (["--pretrained", "--width", ".5"], ["--pretrained", "--width"]),
     (["--data", "shapes", "--pretrained"], ["--pretrained", "--width"]),
     (["--no-pretrained", "--backbone-weights", "vgg.pth"], ["--backbone-weights", "--no-pretrained"]),
@@ -240,11 +242,27 @@ def test_a_missing_checkpoint_is_one_line(fails, tmp_path):
     assert "none.pth" in fails(["--predict", tmp_path / "a.png", "--weights", tmp_path / "none.pth"])
 
 
-def test_a_missing_or_broken_picture_to_predict_is_one_line(fails, tiny_run, tmp_path):
+def test_a_missing_or_broken_picture_to_predict_is_one_line(fails, tiny_run, tmp_path, capfd):
     flags = ["--weights", tiny_run.final, "--device", "cpu", "--output-dir", tmp_path]
     assert "none.jpg" in fails(["--predict", tmp_path / "none.jpg", *flags])
     (tmp_path / "broken.jpg").write_text("no picture")
-    assert "broken.jpg" in fails(["--predict", tmp_path / "broken.jpg", *flags])
+    capfd.readouterr()
+    assert ssd.main(["--predict", str(tmp_path / "broken.jpg"), *map(str, flags)]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "broken.jpg" in line
+
+
+def test_what_cannot_be_predicted_is_one_line(fails, tiny_run, tmp_path):
+    picture, flags = tiny_run.data / "JPEGImages" / "test_0.jpg", ["--device", "cpu", "--output-dir", tmp_path]
+    (tmp_path / "empty").mkdir()
+    assert "no image or video" in fails(["--predict", tmp_path / "empty", "--weights", tiny_run.final, *flags])
+    assert "no class cat" in fails(["--predict", picture, "--weights", tiny_run.final, "--classes", "cat", *flags])
+    assert "lacks config.json" in fails(["--predict", picture, "--weights", tmp_path / "empty", *flags])
+    results = tmp_path / "plots" / "predictions"
+    results.mkdir(parents=True)
+    shutil.copy(picture, results)
+    assert "--output-dir" in fails(["--predict", results, "--weights", tiny_run.final, *flags])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -485,15 +503,35 @@ def test_predicting_writes_a_picture_each_and_one_report(tiny_run, tmp_path, cap
             "--amp", "off", "--score-thresh", "0", "--max-detections", "5"]
     assert ssd.main(argv) == 0
     folder = tmp_path / "plots" / "predictions"
-    assert {p.name for p in folder.iterdir()} == {"test_0.png", "test_1.png", "predictions.json"}
+    assert {p.name for p in folder.iterdir()} == {"test_0.jpg", "test_1.jpg", "predictions.json"}
     report = json.loads((folder / "predictions.json").read_text())
     detector = ssd.load_detector(tiny_run.final, "cpu", "off")
     for path, line in zip(pictures, capsys.readouterr().out.splitlines(), strict=True):
-        with Image.open(path) as image:
-            assert png(folder / f"{Path(path).stem}.png").shape == (image.height, image.width, 3)
+        with Image.open(path) as image, Image.open(folder / Path(path).name) as drawn:
+            assert (drawn.format, drawn.size) == ("JPEG", image.size)
         assert report[path] == detector.predict(path, score_thresh=0.0, max_detections=5).to_dict()
         assert len(report[path]["labels"]) == 5
         assert line.startswith(path)
+
+
+def test_predicting_goes_on_behind_what_cannot_be_read_and_says_so(tiny_run, tmp_path, capfd):
+    shutil.copytree(tiny_run.data / "JPEGImages", tmp_path / "in")
+    (tmp_path / "in" / "broken.png").write_text("no picture")
+    (tmp_path / "in" / "broken.mp4").write_text("no video")
+    argv = ["--predict", str(tmp_path / "in"), str(tmp_path / "in" / "test_*.jpg"), "--weights", str(tiny_run.final),
+            "--output-dir", str(tmp_path / "out"), "--device", "cpu", "--score-thresh", ".01", "--classes", "round",
+            "--save-crops", "--save-xml"]
+    assert ssd.main(argv) == 1
+    out, err = capfd.readouterr()
+    folder = tmp_path / "out" / "plots" / "predictions"
+    report = json.loads((folder / "predictions.json").read_text())
+    assert len(out.splitlines()) == len(report) == 16
+    assert {name for found in report.values() for name in found["names"]} == {"round"}
+    assert [line.split(":")[0] for line in err.splitlines()] == ["error"] * 2
+    assert all(f"broken.{ending}" in err for ending in ("png", "mp4"))
+    crops, annotations = list((folder / "crops" / "round").iterdir()), list((folder / "Annotations").iterdir())
+    assert len(crops) == sum(len(found["names"]) for found in report.values())
+    assert len(annotations) == 16
 
 
 def test_a_second_run_keeps_the_first_one_s_files(tiny_voc, flags_of, tmp_path, monkeypatch):
