@@ -331,12 +331,12 @@ def picture(tmp_path):
 
 
 @pytest.mark.parametrize(("box", "expected"), [([50, 30, 70, 50], (36, 16)), ([50, 0, 70, 20], (36, 0)),
-                                              ([190, 90, 200, 100], (152, 52)), ([0, 0, 200, 100], (0, 0))])
+                                              ([190, 90, 200, 100], (152, 52)), ([0, 0, 200, 100], (0, -50))])
 def test_crop_keeps_the_box_in_sight(picture, box, expected):
     image, scale, corner = analyze.crop(picture, [box], side=240)
     assert image.size == (240, 240)
     assert tuple(corner.tolist()) == expected  # in the middle, moved where it would reach beyond the picture
-    assert scale == pytest.approx(240 / (300 if box[2] - box[0] == 200 else 48))
+    assert scale == pytest.approx(240 / (200 if box[2] - box[0] == 200 else 48))  # never more than the picture
     ys, xs = np.nonzero(np.asarray(image)[..., 0] > 127)
     if len(xs):  # the white square is where its coordinates are shown
         shown = (np.array([50, 30, 70, 50]) - np.tile(corner, 2)) * scale

@@ -429,9 +429,10 @@ def crop(record, boxes_px, side=330):
     """Return (image, scale, corner): a square part of a picture around boxes, with context, enlarged to side pixels."""
     boxes_px, image = np.asarray(boxes_px), Image.fromarray(ssd.read_image(record.image_path))
     low, high = boxes_px[:, :2].min(axis=0), boxes_px[:, 2:].max(axis=0)
-    size = math.ceil(max(1.5 * (high - low).max(), 48.0))
-    corner = np.floor((low + high - size) / 2).astype(int).clip(0, np.maximum(np.array(image.size) - size, 0))
-    part = image.crop((*corner.tolist(), *(corner + size).tolist()))  # black beyond the picture's border
+    size = min(math.ceil(max(1.5 * (high - low).max(), 48.0)), max(image.size))
+    spare = np.array(image.size) - size  # negative where the picture is shorter: black on both sides
+    corner = np.where(spare < 0, spare // 2, np.clip((low + high - size) // 2, 0, spare.clip(min=0))).astype(int)
+    part = image.crop((*corner.tolist(), *(corner + size).tolist()))
     return part.resize((side, side), Image.Resampling.BICUBIC), side / size, corner
 
 
