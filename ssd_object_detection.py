@@ -33,6 +33,7 @@ import ctypes
 import datetime
 import functools
 import glob
+import hashlib
 import importlib
 import itertools
 import json
@@ -48,7 +49,7 @@ import urllib.error
 import xml.etree.ElementTree as ElementTree
 import xml.sax.saxutils
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # read when albumentations is imported: no network then
 
@@ -212,6 +213,7 @@ class Record:
     boxes_px: np.ndarray
     labels: np.ndarray  # (G,) int64, 1..K
     difficult: np.ndarray  # (G,) bool
+    digest: str = ""  # of the pixels
 
     @property
     def boxes(self):
@@ -232,25 +234,38 @@ class DataSplits:
 
 
 def read_split(root, split):
-    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt: the first word of each line, each id once."""
+    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt: the first word of each line, each id once.
+
+    Raises InputError if there is none, or for an id that leaves the data folder.
+    """
     path = Path(root) / "ImageSets" / "Main" / f"{split}.txt"
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))[:12])
         hint = f"lists there: {there}" if there else "is it a folder in VOC layout?"
         raise InputError(f"no image list {path}; {hint} (see --train-split, --val-split, --test-split)")
-    ids = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    ids = [line.split()[0] for line in text.splitlines() if line.strip()]
     if not ids:
         raise InputError(f"the image list {path} is empty")
+    for image_id in ids:
+        plain = PureWindowsPath(image_id)  # of both systems' separators
+        if plain.anchor or ".." in plain.parts:
+            raise InputError(f"the image list {path} names {image_id}, which leaves the data folder")
     return list(dict.fromkeys(ids))
 
 
 def find_image(root, image_id):
-    """Return the path of an image below ROOT/JPEGImages: .jpg first, else another usual ending."""
-    for suffix in (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp"):
-        path = Path(root) / "JPEGImages" / (image_id + suffix)
-        if path.is_file():
-            return str(path)
-    raise InputError(f"{Path(root) / 'JPEGImages' / image_id}.jpg: no such image, but a list names it")
+    """Return the path of an image below ROOT/JPEGImages: the first that exists of the usual endings, else .jpg."""
+    stem = os.path.join(root, "JPEGImages", image_id)
+    suffixes = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp")
+    return next((stem + suffix for suffix in suffixes if os.path.isfile(stem + suffix)), stem + ".jpg")
+
+
+class _PlainTree(ElementTree.TreeBuilder):
+    """Refuses a document type: without one no entity can be declared, so none is expanded or fetched."""
+
+    def doctype(self, name, pubid, system):
+        raise ElementTree.ParseError("it has a DOCTYPE")
 
 
 def parse_annotation(path):
@@ -259,10 +274,10 @@ def parse_annotation(path):
     Coordinates are as written: 1-based, corners included. Raises InputError that names the file and the object.
     """
     try:
-        root = ElementTree.parse(path).getroot()
+        root = ElementTree.parse(path, ElementTree.XMLParser(target=_PlainTree())).getroot()
     except FileNotFoundError:
         raise InputError(f"{path}: no such annotation file") from None
-    except (ElementTree.ParseError, UnicodeDecodeError) as error:
+    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # also of the encoding it names
         raise InputError(f"{path}: not readable as XML ({error})") from None
     try:
         width, height = (int(float(root.findtext(f"size/{side}"))) for side in ("width", "height"))
@@ -273,7 +288,7 @@ def parse_annotation(path):
         raise InputError(f"{path}: no usable <size> with <width> and <height>")
     objects = []
     for number, node in enumerate(root.iter("object"), start=1):
-        name = (node.findtext("name") or "").strip()
+        name = " ".join((node.findtext("name") or "").split())
         try:
             box = [float(node.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
         except (TypeError, ValueError):
@@ -284,48 +299,189 @@ def parse_annotation(path):
     return width, height, objects
 
 
-def parse_split(roots, split):
-    """Return [(image_id, image_path, annotation_path, width, height, objects)] of a list in each VOC root."""
-    parsed = []
-    for root in roots:
-        for image_id in read_split(root, split):
-            annotation = Path(root) / "Annotations" / f"{image_id}.xml"
-            parsed.append((image_id, find_image(root, image_id), str(annotation), *parse_annotation(annotation)))
-    return parsed
+def read_image(path):
+    """Return an image file as RGB uint8 (H, W, 3), as stored: annotations count pixels before any EXIF rotation."""
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        raise InputError(f"{path}: not readable as an image")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def make_records(parsed, classes, notes, *, only_listed=False):
-    """Turn what `parse_split` returns into Records: boxes clipped to the picture, those without area dropped.
+# The audit: every image and annotation of the lists is read before anything is spent on them.
 
-    classes: names, label 1 first. An object of another class raises InputError, or is left out if only_listed.
-    What was clipped, dropped or left out is counted in notes.
+AUDIT_VERSION = 1  # of audit.json
+# What it finds, and what is done about it. None: such an image stops the run, or is left out by --allow-bad-data.
+AUDIT_KINDS = {
+    "image missing": None, "image unreadable": None, "annotation missing": None, "annotation unreadable": None,
+    "image and annotation differ in size": None, "unknown class": None, "image also in the test list": None,
+    "image also in the validation list": "left out of training", "class not named by --classes": "left out",
+    "box beyond the picture": "clipped", "box reversed, without area or outside": "dropped",
+    "same box and class twice": "dropped", "object that no anchor overlaps by half": "kept",
+}
+
+
+def inspect_image(path):
+    """Return (width, height, digest of the pixels) of an image file that can be decoded to its end."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels: a decompression bomb")
+            image.draft("L", (1, 1))  # JPEG at an eighth of its size: half the time
+            image.load()  # unlike OpenCV it refuses a truncated file
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image, but a list names it") from None
+    except Exception as error:  # whatever a decoder meets in a damaged file
+        raise InputError(f"{path}: not readable as an image ({' '.join(str(error).split())[:120]})") from None
+    pixels = read_image(path)
+    return pixels.shape[1], pixels.shape[0], hashlib.sha1(pixels, usedforsecurity=False).hexdigest()
+
+
+def stamp_files(root, image_id):
+    """Return the paths of an image and its annotation, and their [time, size] each, None for one that is missing."""
+    paths = find_image(root, image_id), os.path.join(root, "Annotations", image_id + ".xml")
+    stamps = []
+    for path in paths:
+        try:
+            stat = os.stat(path)
+            stamps.append([stat.st_mtime_ns, stat.st_size])
+        except (OSError, ValueError):
+            stamps.append(None)
+    return paths, stamps
+
+
+def inspect(root, image_id):
+    """Return what the audit must know of an image and its annotation, as plain values.
+
+    {"stamps": of `stamp_files`, "image": of `inspect_image`, "annotation": of `parse_annotation`, "faults": [[kind,
+    message]]}; a part that cannot be read is missing and has a fault.
+    """
+    paths, stamps = stamp_files(root, image_id)
+    facts, faults = {"stamps": stamps}, []
+    for name, read, path, stamp in zip(("image", "annotation"), (inspect_image, parse_annotation), paths, stamps,
+                                       strict=True):
+        try:
+            facts[name] = read(path)
+        except InputError as error:
+            faults.append([f"{name} {'unreadable' if stamp else 'missing'}", str(error)])
+    if not faults and facts["image"][:2] != facts["annotation"][:2]:
+        (width, height, _), (its_width, its_height, _) = facts["image"], facts["annotation"]
+        faults.append(["image and annotation differ in size",
+                       f"{paths[0]} is {width}x{height} pixels, its annotation says {its_width}x{its_height}"])
+    return facts | {"faults": faults}
+
+
+def inspect_all(root, image_ids):
+    """Return {image_id: facts of `inspect`}, in parallel; files unchanged since ROOT/audit.json are not read again."""
+    facts = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        saved = json.loads((Path(root) / "audit.json").read_text(encoding="utf-8"))
+        facts = dict(saved["files"]) if saved["version"] == AUDIT_VERSION else {}
+    ids = [i for i in dict.fromkeys(image_ids) if facts.get(i, {}).get("stamps") != stamp_files(root, i)[1]]
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())  # decoding and hashing run beside each other
+    try:
+        found = pool.map(functools.partial(inspect, root), ids)
+        bar = tqdm(found, f"checking {root}", len(ids), leave=False, disable=not ids or not sys.stderr.isatty())
+        return facts | dict(zip(ids, bar, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def write_audit(root, files, findings):
+    """Write ROOT/audit.json, whole or not at all: counts and places of the findings, then the facts of each file."""
+    path, counts = Path(root) / "audit.json", {kind: len(places) for kind, places in findings.items()}
+    head = {"version": AUDIT_VERSION, "counts": counts, "findings": {k: list(v) for k, v in findings.items()}}
+    rows = ",\n".join(f"{json.dumps(image_id)}: {json.dumps(facts)}" for image_id, facts in files.items())
+    text = f'{json.dumps(head, indent=1)[:-2]},\n "files": {{\n{rows}\n}}}}\n'
+    with contextlib.suppress(OSError, ValueError):
+        if path.read_text(encoding="utf-8") == text:
+            return
+    try:
+        temporary = path.with_name(f".audit.{os.getpid()}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        print(f"warning: {path} was not written, so the next run reads all files again: {error}", file=sys.stderr)
+
+
+def audit_table(findings):
+    """Return the lines of the audit's table: how many, what, what was done about it, the first places."""
+    lines = []
+    for kind, remedy in AUDIT_KINDS.items():
+        if places := list(findings.get(kind, ())):
+            what, more = f"{kind}: {remedy or 'unusable'}", "; ..." if len(places) > 3 else ""
+            lines.append(f"{len(places):6d}  {what:<48}  {'; '.join(places[:3])}{more}")
+    return lines
+
+
+def best_anchor_iou(boxes):
+    """Return the highest IoU (N,) of boxes (N, 4), normalised xyxy, with any anchor.
+
+    Of a map's anchors of one shape, that of the cell which holds the box's centre overlaps the box most.
+    """
+    best, start, anchors = boxes.new_zeros(len(boxes)), 0, make_anchors()
+    for cells, ratios in zip(FEATURE_MAPS, ASPECT_RATIOS, strict=True):
+        count = 2 + 2 * len(ratios)
+        grid = anchors[start : (start := start + cells * cells * count)].view(cells, cells, count, 4)
+        x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2 * cells).long().clamp(0, cells - 1).unbind(1)
+        near = box_convert(grid[y, x], "cxcywh", "xyxy")  # (N, count, 4)
+        shared = torch.minimum(near[..., 2:], boxes[:, None, 2:]) - torch.maximum(near[..., :2], boxes[:, None, :2])
+        shared, area = shared.clamp(min=0).prod(-1), (boxes[:, 2:] - boxes[:, :2]).prod(-1, keepdim=True)
+        best = torch.maximum(best, (shared / (grid[y, x, :, 2:].prod(-1) + area - shared)).amax(dim=1))
+    return best
+
+
+def make_records(items, facts, classes, findings, *, only_listed=False):
+    """Return the Records of items (root, image_id), those that cannot be used left out; findings gathers the reasons.
+
+    facts: {root: what `inspect_all` returns}; classes: names, label 1 first; findings: {kind: {place: None}}. Boxes
+    are clipped to the picture, and those without area, repeated, or (only_listed) of another class left out.
     """
     label_of = {name: label for label, name in enumerate(classes, start=1)}
-    records, mended = [], collections.defaultdict(list)
-    for image_id, image_path, annotation, width, height, objects in parsed:
-        kept = []
+    records, unmatched = [], []
+    for root, image_id in items:
+        one, kept = facts[root][image_id], {}
+        bad = list(one["faults"])
+        width, height, objects = one.get("annotation", (0, 0, ()))
         for number, (name, (xmin, ymin, xmax, ymax), difficult) in enumerate(objects, start=1):
-            where = f"{Path(annotation).name} object {number} ({name})"
-            raw = np.array([xmin - 1, ymin - 1, xmax, ymax])  # 1-based and inclusive -> 0-based edges
-            box = np.clip(raw, 0, [width, height, width, height])
-            if name not in label_of:
-                if not only_listed:
-                    raise InputError(f"{annotation}: object {number} is of the unknown class {name!r}; known: "
-                                     f"{', '.join(classes)}")
-                mended["left out: class not named by --classes"].append(where)
-            elif xmax <= xmin or ymax <= ymin or (box[2:] <= box[:2]).any():
-                mended["dropped: box without area"].append(where)
+            place = f"{image_id}.xml object {number} ({name})"
+            raw = xmin - 1, ymin - 1, xmax, ymax  # 1-based and inclusive -> 0-based edges
+            box = tuple(min(max(v, 0), side) for v, side in zip(raw, (width, height) * 2, strict=True))
+            if name not in label_of and not only_listed:
+                bad.append(("unknown class", f"{place}; known: {', '.join(classes)}"))
+            elif name not in label_of:
+                findings["class not named by --classes"][place] = None
+            elif xmax <= xmin or ymax <= ymin or box[2] <= box[0] or box[3] <= box[1]:
+                findings["box reversed, without area or outside"][place] = None
+            elif (name, box) in kept:
+                findings["same box and class twice"][place] = None
             else:
-                if np.abs(raw - box).max() > 1:  # one pixel off is a 0-based annotation, not a mistake
-                    mended["clipped: box beyond the picture"].append(where)
-                kept.append((box, label_of[name], difficult))
-        boxes, labels, difficult = zip(*kept, strict=True) if kept else ((), (), ())
+                if max(abs(a - b) for a, b in zip(raw, box, strict=True)) > 1:  # one pixel off is a 0-based annotation, not a mistake
+                    findings["box beyond the picture"][place] = None
+                kept[name, box] = box, label_of[name], difficult, place
+        for kind, message in bad:
+            findings[kind][message] = None
+        if bad:
+            continue
+        boxes, labels, difficult, places = zip(*kept.values(), strict=True) if kept else ((), (), (), ())
         boxes_px = np.array(boxes, dtype=np.float32).reshape(-1, 4)
         labels, difficult = np.array(labels, dtype=np.int64), np.array(difficult, dtype=bool)
-        records.append(Record(image_id, image_path, width, height, boxes_px, labels, difficult))
-    for what, places in mended.items():
-        notes.append(f"{len(places)} object(s) {what}: {', '.join(places[:3])}{', ...' if len(places) > 3 else ''}")
+        records.append(Record(image_id, find_image(root, image_id), width, height, boxes_px, labels, difficult,
+                              one["image"][2]))
+        unmatched += places
+    if unmatched:
+        best = best_anchor_iou(torch.from_numpy(np.concatenate([r.boxes for r in records])))
+        few = best < 0.5
+        findings["object that no anchor overlaps by half"] |= {unmatched[i]: None for i in few.nonzero()[:, 0].tolist()}
     return records
+
+
+def drop_shared(records, held, kind, findings):
+    """Return the records whose pixels are not those of a held one; the others become findings of a kind."""
+    theirs = {r.digest: r.image_path for r in held}
+    shared = {f"{r.image_path} is {theirs[r.digest]}": None for r in records if r.digest in theirs}
+    if shared:
+        findings[kind] |= shared
+    return [r for r in records if r.digest not in theirs]
 
 
 # The generated data set: drawn shapes on textured, cluttered backgrounds.
@@ -489,17 +645,30 @@ def voc_roots(data, data_root, train_split, val_split, test_split):
     return [voc2007, voc2012] if data == "voc0712" else [voc2007]
 
 
+def finish_audit(facts, findings, allow_bad_data):
+    """Write each folder's audit.json; raises InputError, after the table, for images that cannot be used."""
+    for root, files in facts.items():
+        write_audit(root, files, findings)
+    bad = [place for kind, places in findings.items() if AUDIT_KINDS[kind] is None for place in places]
+    if bad and not allow_bad_data:
+        print(*audit_table(findings), sep="\n", flush=True)
+        raise InputError(f"{bad[0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}: see "
+                         f"{' and '.join(str(Path(root) / 'audit.json') for root in facts)}; mend the data, or leave "
+                         "such images out with --allow-bad-data")
+
+
 def load_data(
     data, *, data_root="data", classes=None, train_split="train", val_split=None, test_split=None,
-    val_fraction=0.1, seed=0,
+    val_fraction=0.1, seed=0, allow_bad_data=False,
 ):
     """Return the DataSplits of `data`: "voc2007", "voc0712", "shapes" or the path of a folder in VOC layout.
 
     Without val_split a seeded val_fraction of the training list is held out (0: nothing); without test_split the
-    test list is empty. classes None: the VOC classes, or those that the training list has. Raises InputError for
-    whatever is missing or malformed.
+    test list is empty. classes None: the VOC classes, or those that the training list has. Every file is audited;
+    ROOT/audit.json keeps what was found. Raises InputError for whatever is missing or malformed; allow_bad_data
+    leaves such images out instead.
     """
-    only_listed, notes = classes is not None, []
+    only_listed, findings = classes is not None, collections.defaultdict(dict)
     if data in ("voc2007", "voc0712"):
         name, classes = "pascal_voc", classes or VOC_CLASSES
         roots = voc_roots(data, data_root, train_split, val_split, test_split)
@@ -510,34 +679,28 @@ def load_data(
         elif not roots[0].is_dir():
             raise InputError(f"--data {data}: no such folder, and not voc2007, voc0712 or shapes")
         name = re.sub(r"\W+", "_", roots[0].resolve().name.lower()).strip("_") or "custom"
-    parsed = parse_split(roots, train_split)
-    found = sorted({name_ for item in parsed for name_, _, _ in item[5]})
+    train, val, test = ([(root, i) for root in where for i in read_split(root, split)] if split else []
+                        for split, where in ((train_split, roots), (val_split, roots[:1]), (test_split, roots[:1])))
+    facts = {root: inspect_all(root, [i for r, i in train + val + test if r == root]) for root in roots}
+    found = sorted({o[0] for root, i in train for o in facts[root][i].get("annotation", (0, 0, ()))[2]})
     classes = tuple(classes or found)
-    if not found:
-        raise InputError(f"the list {train_split} of {data} names no image with an object")
-    if only_listed and (absent := [c for c in classes if c not in found]):
-        raise InputError(f"--classes: list {train_split} has no {', '.join(absent)}; it has {', '.join(found)}")
-    records = functools.partial(make_records, classes=classes, notes=notes, only_listed=only_listed)
-    train, val = records(parsed), []
-    if val_split:
-        val = records(parse_split(roots[:1], val_split))
-    elif val_fraction > 0:
+    train, val, test = (make_records(items, facts, classes, findings, only_listed=only_listed)
+                        for items in (train, val, test))
+    if not val_split and val_fraction > 0:
         order = np.random.default_rng(seed).permutation(len(train)).tolist()
         held_out = set(order[: max(1, round(val_fraction * len(train)))])
         val = [r for i, r in enumerate(train) if i in held_out]
         train = [r for i, r in enumerate(train) if i not in held_out]
+    train, val = (drop_shared(part, test, "image also in the test list", findings) for part in (train, val))
+    train = drop_shared(train, val, "image also in the validation list", findings)
+    finish_audit(facts, findings, allow_bad_data)
+    if not found:
+        raise InputError(f"the list {train_split} of {data} names no image with an object")
+    if only_listed and (absent := [c for c in classes if c not in found]):
+        raise InputError(f"--classes: list {train_split} has no {', '.join(absent)}; it has {', '.join(found)}")
     if not train:
         raise InputError("nothing is left to train on: lower --val-fraction")
-    test = records(parse_split(roots[:1], test_split)) if test_split else []
-    return DataSplits(name, classes, train, val, test, notes)
-
-
-def read_image(path):
-    """Return an image file as RGB uint8 (H, W, 3), as stored: annotations count pixels before any EXIF rotation."""
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if image is None:
-        raise InputError(f"{path}: not readable as an image")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return DataSplits(name, classes, train, val, test, audit_table(findings))
 
 
 class VocDataset(torch.utils.data.Dataset):
@@ -1505,8 +1668,7 @@ def plot_data(records, classes):
     """Return data.png: objects per class, box sizes, and the share of objects that some anchor matches at IoU .5."""
     labels = np.concatenate([r.labels for r in records])
     boxes = torch.from_numpy(np.concatenate([r.boxes for r in records]))
-    anchors = box_convert(make_anchors(), "cxcywh", "xyxy")
-    best = torch.cat([box_iou(part, anchors).amax(dim=1) for part in boxes.split(512)] or [boxes.new_zeros(0)]).numpy()
+    best = best_anchor_iou(boxes).numpy()
     figure = Figure(figsize=(14, 4.6 + 0.1 * len(classes)), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     counts = np.bincount(labels, minlength=len(classes) + 1)[1:]
