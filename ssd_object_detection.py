@@ -420,13 +420,14 @@ def audit_table(findings):
 def best_anchor_iou(boxes):
     """Return the highest IoU (N,) of boxes (N, 4), normalised xyxy, with any anchor.
 
-    Of a map's anchors of one shape, that of the cell which holds the box's centre overlaps the box most.
+    Of a map's anchors of one shape, the one whose centre is nearest along both axes overlaps a box most.
     """
     best, start, anchors = boxes.new_zeros(len(boxes)), 0, make_anchors()
     for cells, ratios in zip(FEATURE_MAPS, ASPECT_RATIOS, strict=True):
         count = 2 + 2 * len(ratios)
         grid = anchors[start : (start := start + cells * cells * count)].view(cells, cells, count, 4)
-        x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2 * cells).long().clamp(0, cells - 1).unbind(1)
+        away = (boxes[:, :2, None] + boxes[:, 2:, None]) / 2 - grid[0, :, 0, 0]  # a row's centres are a column's too
+        x, y = away.abs().argmin(dim=2).unbind(1)
         near = box_convert(grid[y, x], "cxcywh", "xyxy")  # (N, count, 4)
         shared = torch.minimum(near[..., 2:], boxes[:, None, 2:]) - torch.maximum(near[..., :2], boxes[:, None, :2])
         shared, area = shared.clamp(min=0).prod(-1), (boxes[:, 2:] - boxes[:, :2]).prod(-1, keepdim=True)
@@ -1581,6 +1582,20 @@ def save_checkpoint(path, checkpoint, previous=None):
     write_atomically(path, write)
 
 
+def _read_checkpoint(path, resumable):
+    checkpoint = load_tensors(path, "a checkpoint")
+    if not isinstance(checkpoint, dict) or not {"format_version", "model", "config", "classes"} <= checkpoint.keys():
+        raise InputError(f"{path}: not a checkpoint of ssd_object_detection.py (it lacks model, config or classes)")
+    if checkpoint["format_version"] > FORMAT_VERSION:
+        raise InputError(f"{path}: written by a newer version (format {checkpoint['format_version']})")
+    if resumable and "train_state" not in checkpoint:
+        raise InputError(f"{path}: holds weights but no training state; resume from a last.pth")
+    if checkpoint["format_version"] == 1 and "train_state" in checkpoint:  # made at an epoch's end, torch's RNG alone
+        state = checkpoint["train_state"]
+        state |= {"totals": {}, "rng": {"torch": state["rng"]}}
+    return checkpoint
+
+
 def load_checkpoint(path, *, resumable=False):
     """Return a checkpoint's dict, one of an older format brought up to date.
 
@@ -1597,20 +1612,6 @@ def load_checkpoint(path, *, resumable=False):
                 error = InputError(f"{error}; the newest good one there is {other}")
                 break
         raise error from None
-
-
-def _read_checkpoint(path, resumable):
-    checkpoint = load_tensors(path, "a checkpoint")
-    if not isinstance(checkpoint, dict) or not {"format_version", "model", "config", "classes"} <= checkpoint.keys():
-        raise InputError(f"{path}: not a checkpoint of ssd_object_detection.py (it lacks model, config or classes)")
-    if checkpoint["format_version"] > FORMAT_VERSION:
-        raise InputError(f"{path}: written by a newer version (format {checkpoint['format_version']})")
-    if resumable and "train_state" not in checkpoint:
-        raise InputError(f"{path}: holds weights but no training state; resume from a last.pth")
-    if checkpoint["format_version"] == 1 and "train_state" in checkpoint:  # made at an epoch's end, torch's RNG alone
-        state = checkpoint["train_state"]
-        state |= {"totals": {}, "rng": {"torch": state["rng"]}}
-    return checkpoint
 
 
 def model_from_checkpoint(checkpoint, path="checkpoint", device="cpu"):
