@@ -5,7 +5,6 @@ same process, round by round in turn, so that a neighbour's load or a clock that
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -74,7 +73,7 @@ def peer_model(num_classes, device):
 
 
 def precisions(device):
-    """Return [(name, autocast dtype or None)] that the hardware computes itself: fp32, and bf16 or fp16 where it can."""
+    """Return [(name, autocast dtype or None)] that the hardware itself computes: fp32, and bf16 or fp16."""
     dtype = ssd.pick_amp_dtype(device)
     return [("fp32", None)] + ([(str(dtype).removeprefix("torch."), dtype)] if dtype is not None else [])
 

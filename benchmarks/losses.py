@@ -1,8 +1,8 @@
 """Matching, then the loss forward and backward, of one batch; against torchvision's SSD.
 
 Both get the ground truth of the same pictures and random outputs for their own anchors: 9,966 here, 8,732 there. The
-outputs are those of a network that calls most anchors background. `match` is the part that finds each anchor's label and
-box targets (torchvision: its matcher alone, whose targets are made in the loss).
+outputs are those of a network that calls most anchors background. `match` is the part that finds each anchor's label
+and box targets (torchvision: its matcher alone, whose targets are made in the loss).
 
     python benchmarks/losses.py
     python benchmarks/losses.py --data data/VOCdevkit/VOC2007 --json losses.json
@@ -11,11 +11,10 @@ box targets (torchvision: its matcher alone, whose targets are made in the loss)
 import functools
 import sys
 
-import torch
-from torchvision.ops import box_iou
-
 import common
+import torch
 from common import ssd
+from torchvision.ops import box_iou
 
 
 def peer_match(model, targets, anchors):
