@@ -195,24 +195,24 @@ def match_anchors(gt_boxes, gt_labels, anchors_xyxy, match_iou_thresh=0.5):
     still free (SSD section 2.2). Padding costs nothing on a CPU; on a GPU it is computed too, as counting would wait.
     """
     # Differs from paper: there two ground truths may prefer the same anchor, and one of them gets none.
-    (batch, num_gt), valid = gt_labels.shape, gt_labels > 0
-    matched_gt = gt_labels.new_full((batch, len(anchors_xyxy)), -1, dtype=torch.int64)
-    if num_gt == 0:
+    (batch, num_gt), num_anchors, valid = gt_labels.shape, len(anchors_xyxy), gt_labels > 0
+    matched_gt = gt_labels.new_full((batch, num_anchors), -1, dtype=torch.int64)
+    if batch * num_gt == 0:
         return matched_gt
     if valid.device.type == "cpu":
-        (gt, image), sizes = valid.t().nonzero(as_tuple=True), valid.sum(dim=0).tolist()
+        image, gt = valid.nonzero(as_tuple=True)
+        iou = _overlaps(gt_boxes[image, gt], anchors_xyxy)
+        row, anchor = (iou >= match_iou_thresh).nonzero(as_tuple=True)
+        place, value = image[row] * num_anchors + anchor, iou[row, anchor]
+        best_iou = iou.new_zeros(matched_gt.numel()).scatter_reduce_(0, place, value, "amax")
+        is_best = value == best_iou[place]
+        matched_gt.view(-1).scatter_reduce_(0, place[is_best], gt[row[is_best]], "amin", include_self=False)
     else:
-        gt = torch.arange(num_gt, device=valid.device).repeat_interleave(batch)
-        image, sizes = torch.arange(batch, device=valid.device).repeat(num_gt), [batch] * num_gt
-    iou = _overlaps(gt_boxes[image, gt], anchors_xyxy)
-    if valid.device.type != "cpu":
-        iou.masked_fill_(~valid[image, gt, None], -1.0)
-    best_iou = iou.new_full(matched_gt.shape, match_iou_thresh)
-    best_iou = best_iou.nextafter(torch.zeros_like(best_iou[:1]) - 1)  # what equals the threshold is above it
-    for number, (images, overlap) in enumerate(zip(image.split(sizes), iou.split(sizes), strict=True)):
-        best = best_iou[images]
-        matched_gt[images] = torch.where(overlap > best, number, matched_gt[images])
-        best_iou[images] = torch.maximum(overlap, best)
+        image = torch.arange(batch, device=valid.device).repeat_interleave(num_gt)
+        gt = torch.arange(num_gt, device=valid.device).repeat(batch)
+        iou = _overlaps(gt_boxes[image, gt], anchors_xyxy).masked_fill_(~valid.view(-1, 1), -1.0)
+        best_iou, best_gt = iou.view(batch, num_gt, num_anchors).max(dim=1)
+        matched_gt = best_gt.masked_fill(best_iou < match_iou_thresh, -1)
     _own_anchors(matched_gt, iou, valid, image, gt)
     return matched_gt
 
@@ -689,11 +689,9 @@ class SSDZoomOut(_BoxGeometry):
         return {"canvas": canvas, "size": size, "corner": corner}
 
     def apply(self, img, canvas, size, corner, **params):
-        out = np.empty((*canvas, 3), dtype=img.dtype)
-        out[:] = self.fill
         img = img if size == img.shape[:2] else cv2.resize(img, size[::-1], interpolation=cv2.INTER_AREA)
-        out[corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]] = img
-        return out
+        (top, left), (bottom, right) = corner, np.subtract(canvas, size) - corner
+        return cv2.copyMakeBorder(img, top, int(bottom), left, int(right), cv2.BORDER_CONSTANT, value=self.fill)
 
     def apply_to_bboxes(self, bboxes, canvas, size, corner, **params):
         out = bboxes.copy()
@@ -722,29 +720,31 @@ class SSDCrop(_BoxGeometry):
         height, width = params["shape"][:2]
         min_iou = self.py_random.choice(self.min_ious)
         boxes = np.asarray(data["bboxes"], dtype=np.float64)[:, :4].reshape(-1, 4) * [width, height, width, height]
-        for _ in range(0 if min_iou is None else self.trials):
-            w = max(1, round(width * self.py_random.uniform(self.min_scale, 1)))
-            h = max(1, round(height * self.py_random.uniform(self.min_scale, 1)))
-            x, y = self.py_random.randint(0, width - w), self.py_random.randint(0, height - h)
-            patch = np.array([x, y, x + w, y + h])
-            if 0.5 <= w / h <= 2 and (
-                len(boxes) == 0 or (self.centre_inside(boxes, patch).any() and self.iou(boxes, patch).max() >= min_iou)
-            ):
-                return {"patch": patch}
-        return {"patch": np.array([0, 0, width, height])}
+        if min_iou is None:
+            return {"patch": np.array([0, 0, width, height])}
+        drawn = self.random_generator.random((self.trials, 4))
+        size = np.maximum(1, np.round([width, height] * (self.min_scale + (1 - self.min_scale) * drawn[:, :2])))
+        corner = np.floor(([width, height] - size + 1) * drawn[:, 2:])
+        patches, aspect = np.concatenate((corner, corner + size), axis=1), size[:, 0] / size[:, 1]
+        fits = (aspect >= 0.5) & (aspect <= 2)
+        if len(boxes):
+            fits &= self.centre_inside(boxes, patches[:, None]).any(axis=1)
+            fits &= self.iou(boxes, patches[:, None]).max(axis=1) >= min_iou
+        return {"patch": patches[fits.argmax()].astype(int) if fits.any() else np.array([0, 0, width, height])}
 
     @staticmethod
     def centre_inside(boxes, patch):
-        """Whether each box (G, 4) has its centre strictly inside the patch (4,); bool (G,)."""
+        """Whether each box (G, 4) has its centre strictly inside a patch (4,) or (N, 1, 4); bool (G,) or (N, G)."""
         centre = (boxes[:, :2] + boxes[:, 2:4]) / 2
-        return ((centre > patch[:2]) & (centre < patch[2:])).all(axis=1)
+        return ((centre > patch[..., :2]) & (centre < patch[..., 2:])).all(axis=-1)
 
     @staticmethod
     def iou(boxes, patch):
-        """IoU of each box (G, 4) with the patch (4,); float (G,)."""
-        sides = np.minimum(boxes[:, 2:4], patch[2:]) - np.maximum(boxes[:, :2], patch[:2])
-        shared = sides.clip(min=0).prod(axis=1)
-        return shared / ((boxes[:, 2:4] - boxes[:, :2]).prod(axis=1) + (patch[2:] - patch[:2]).prod() - shared)
+        """IoU of each box (G, 4) with a patch (4,) or (N, 1, 4); float (G,) or (N, G)."""
+        sides = np.minimum(boxes[:, 2:4], patch[..., 2:]) - np.maximum(boxes[:, :2], patch[..., :2])
+        shared = sides.clip(min=0).prod(axis=-1)
+        area = (patch[..., 2:] - patch[..., :2]).prod(axis=-1)
+        return shared / ((boxes[:, 2:4] - boxes[:, :2]).prod(axis=1) + area - shared)
 
     def apply(self, img, patch, **params):
         return img[patch[1] : patch[3], patch[0] : patch[2]]
