@@ -34,12 +34,14 @@ import functools
 import itertools
 import json
 import math
+import mmap
 import os
 import platform
 import random
 import re
 import shutil
 import sys
+import tempfile
 import time
 import urllib.error
 import xml.etree.ElementTree as ElementTree
@@ -58,6 +60,8 @@ import torchvision
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import batched_nms, box_convert, box_iou
 from tqdm import tqdm
 
@@ -577,6 +581,66 @@ def read_image(path):
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
+def free_memory():
+    """Return the bytes that may still be taken on Linux: of the machine, or of the container if that is less."""
+    free, group = math.inf, Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free if math.isfinite(free) else 0
+
+
+class ImageCache:
+    """Decoded images of records, each decoded once, in a mapping that forked loader processes share and fill.
+
+    The mapping is anonymous memory, or with a folder a file there that has no name: nothing outlives the run.
+    """
+
+    def __init__(self, records, folder=None):
+        self.ends = np.cumsum([r.width * r.height * 3 for r in records])
+        size = self.size_of(records)
+        if folder is None:
+            mapping = mmap.mmap(-1, size)
+        else:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would kill the process
+                mapping = mmap.mmap(file.fileno(), size)
+        self.pixels = np.frombuffer(mapping, np.uint8)
+        self.is_there = self.pixels[size - len(records) :]
+
+    @staticmethod
+    def size_of(records):
+        """Return the bytes of the decoded images and of a flag for each."""
+        return sum(r.width * r.height * 3 + 1 for r in records)
+
+    def read(self, index, record, load):
+        """Return a copy of the image of a record; load() returns it the first time."""
+        size = record.width * record.height * 3
+        stored = self.pixels[self.ends[index] - size : self.ends[index]].reshape(record.height, record.width, 3)
+        if not self.is_there[index]:
+            stored[:] = load()
+            self.is_there[index] = 1  # last: another process never sees half an image
+        return stored.copy()
+
+
+def open_cache(records, kind, folder, *, processes=1):
+    """Return an ImageCache of records, or None, by --cache; says what it takes and why it takes less than asked for.
+
+    A kind that lacks room falls back: ram to disk, disk to off. processes: how many on this machine keep one each.
+    """
+    need = ImageCache.size_of(records) * processes
+    for place in {"ram": ("ram", "disk"), "disk": ("disk",), "off": ()}[kind]:
+        free = free_memory() if place == "ram" else shutil.disk_usage(folder).free
+        print(f"cache    {need / 2**30:.2f} GiB of decoded images in {place}, {free / 2**30:.1f} GiB free", flush=True)
+        try:
+            if need > 0.8 * free:
+                raise OSError("less than a fifth of what is free would be left")
+            return ImageCache(records, None if place == "ram" else folder)
+        except (OSError, AttributeError) as error:  # AttributeError: no posix_fallocate, so not Linux
+            print(f"warning: no cache in {place}: {error}", file=sys.stderr)
+    return None
+
+
 class VocDataset(torch.utils.data.Dataset):
     """Images with their boxes. An item is asked for by (index, epoch), and depends on (seed, epoch, index) alone.
 
@@ -584,19 +648,26 @@ class VocDataset(torch.utils.data.Dataset):
     (3, 300, 300) RGB, boxes float32 (G, 4) in [0, 1], labels int64 (G,), difficult bool (G,), index.
     """
 
-    def __init__(self, records, transform, seed=0):
-        self.records, self.transform, self.seed = records, transform, seed
+    def __init__(self, records, transform, seed=0, cache=None):
+        self.records, self.transform, self.seed, self.cache = records, transform, seed, cache
 
     def __len__(self):
         return len(self.records)
 
-    def __getitem__(self, key):
-        index, epoch = key if isinstance(key, tuple) else (key, 0)
-        record = self.records[index]
+    @staticmethod
+    def load(record):
+        """Return the decoded image of a record; InputError if it has not the size that its annotation states."""
         image = read_image(record.image_path)
         if image.shape[:2] != (record.height, record.width):
             raise InputError(f"{record.image_path} is {image.shape[1]}x{image.shape[0]} pixels, its annotation says "
                              f"{record.width}x{record.height}: correct the file or its <size>")
+        return image
+
+    def __getitem__(self, key):
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        record, cache = self.records[index], self.cache
+        load = functools.partial(self.load, record)
+        image = load() if cache is None else cache.read(index, record, load)
         # One generator for all steps: Compose(seed=...) would give each step the same stream, all their coins equal.
         rng = np.random.default_rng((self.seed, epoch, index))
         self.transform.set_random_state(rng, random.Random(int(rng.integers(2**63))))
@@ -629,11 +700,16 @@ def collate(samples):
 class EpochBatchSampler(torch.utils.data.Sampler):
     """Yield batches of (index, epoch) in an order that depends on (seed, epoch) alone; set `epoch` before use.
 
-    The last, smaller batch is dropped (batch norm, static shapes) unless it is the only one.
+    The last, smaller batch is dropped (batch norm, static shapes) unless it is the only one. Of several processes
+    each yields its part of the same batches: every world-th image from its rank on.
     """
 
-    def __init__(self, num_samples, batch_size, seed=0):
+    def __init__(self, num_samples, batch_size, seed=0, rank=0, world=1):
         self.num_samples, self.batch_size, self.seed, self.epoch = num_samples, min(batch_size, num_samples), seed, 0
+        self.rank, self.world = rank, world
+        if self.batch_size % world:
+            raise InputError(f"a batch of {self.batch_size} images cannot be shared by {world} processes: set "
+                             "--batch-size to a multiple of them")
 
     def __len__(self):
         return self.num_samples // self.batch_size
@@ -641,7 +717,7 @@ class EpochBatchSampler(torch.utils.data.Sampler):
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples).tolist()
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield [(index, self.epoch) for index in order[start : start + self.batch_size]]
+            yield [(i, self.epoch) for i in order[start + self.rank : start + self.batch_size : self.world]]
 
 
 def _init_worker(_):
@@ -649,11 +725,12 @@ def _init_worker(_):
     torch.set_num_threads(1)
 
 
-def make_loader(dataset, *, batch_size=1, workers=0, pin_memory=False, sampler=None):
-    """Return a DataLoader: in order and complete for evaluation, by `sampler` (an EpochBatchSampler) to train."""
-    how = {"batch_sampler": sampler} if sampler is not None else {"batch_size": batch_size}
+def make_loader(dataset, *, batch_size=1, workers=0, pin_memory=False, sampler=None, share=None):
+    """Return a DataLoader: in order for evaluation, complete or a share (indices), by an EpochBatchSampler to train."""
+    how = {"batch_sampler": sampler} if sampler is not None else {"batch_size": batch_size, "sampler": share}
     if workers:
         how.update(persistent_workers=True, prefetch_factor=4, worker_init_fn=_init_worker)
+        how.update({"multiprocessing_context": "fork"} if getattr(dataset, "cache", None) else {})  # else not shared
     return torch.utils.data.DataLoader(dataset, num_workers=workers, collate_fn=collate, pin_memory=pin_memory, **how)
 
 
@@ -965,6 +1042,27 @@ def autocast(device, amp_dtype):
     return torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
 
 
+def compile_model(model, images, amp_dtype=None):
+    """Return model compiled for batches of the shape of images (B, 3, H, W); where that fails, one warning and model.
+
+    A trial step pays for forward and backward now. Weights, gradients and batch norm's statistics stay as they were.
+    """
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        compiled = torch.compile(model, dynamic=False)
+        with autocast(images.device, amp_dtype):
+            sum(output.sum() for output in compiled(images)).backward()
+        return compiled
+    except Exception as error:  # of the compiler, of the C++ or Triton behind it
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        print(f"warning: not compiled, and so slower: {problem}", file=sys.stderr)
+        return model
+    finally:
+        model.zero_grad(set_to_none=True)
+        for buffer, value in saved:
+            buffer.copy_(value)
+
+
 def to_device(batch, device):
     """Copy a collated batch to a device without waiting for it; images in channels_last order."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
@@ -1011,17 +1109,29 @@ def mined_cross_entropy(cls_logits, labels, *, negatives_per_positive=3):
     return F.cross_entropy(logits.flatten(0, 1), labels.view(-1), reduction="none").view_as(labels) * chosen
 
 
+def average_over_processes(value):
+    """Return the mean of a float tensor, changed in place, over torchrun's processes; itself if there is only one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+        value /= torch.distributed.get_world_size()
+    return value
+
+
 def detection_loss(outputs, targets, *, loss="focal", alpha=-1.0, gamma=2.0, cls_weight=1.0, box_weight=1.0):
     """Return {"loss", "loss_cls", "loss_box"}: scalars, sums over the batch divided by its number of positives.
 
     outputs: cls_logits (B, A, K + 1), box_deltas (B, A, 4); targets: labels (B, A), box targets (B, A, 4). The box
     loss is smooth-L1 over positives (SSD Eq. 1 and 2). The divisor is at least B: a batch without an object has a
-    finite, moderate loss. Nothing here waits for the device.
+    finite, moderate loss. Under torchrun the positives are those of all processes, so that the mean of their gradients
+    is that of one process with the whole batch. Nothing here waits for the device.
     """
     (cls_logits, box_deltas), (labels, box_targets) = outputs, targets
     is_positive = labels > 0
     # Differs from paper: its loss of a batch without objects is 0, and of one with few it is large.
-    divisor = is_positive.sum().clamp(min=len(labels))
+    positives = is_positive.sum()
+    if torch.is_grad_enabled():  # the mean over processes, as their gradients are; evaluation has unequal batches
+        positives = average_over_processes(positives.float())
+    divisor = positives.clamp(min=len(labels))
     if loss == "focal":
         per_anchor = focal_loss(cls_logits, labels, alpha=alpha, gamma=gamma)
     else:
@@ -1352,6 +1462,12 @@ def evaluate(model, loader, *, amp_dtype=None, criterion=None, **settings):
             parts["scores"].append(scores.cpu().numpy())
             parts["boxes_px"].append(to_voc_pixels(boxes.cpu().numpy() * size))
     detections = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    if len(loader.sampler) < len(records):  # this process had a share of them
+        shares = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(shares, (detections, losses))
+        order = np.concatenate([d["image_ids"] for d, _ in shares]).argsort(kind="stable")
+        detections = {name: np.concatenate([d[name] for d, _ in shares])[order] for name in detections}
+        losses = {name: sum(part[name] for _, part in shares) for name in losses}
     return {**score_detections(detections, records, model.num_classes), **losses}
 
 
@@ -1391,8 +1507,19 @@ def class_table(result, coco, class_names):
 # ---- 11. Run records ----
 
 
+def process_rank():
+    """Return (rank, world): the number of this process among torchrun's, and how many they are; alone (0, 1)."""
+    distributed = torch.distributed
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
 def write_atomically(path, write):
-    """Call write(temporary path), flush it to disk and rename it to path: readers see the old file or the new one."""
+    """Call write(temporary path), flush it to disk and rename it to path: readers see the old file or the new one.
+
+    Under torchrun the first process alone writes.
+    """
+    if process_rank()[0] > 0:
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -1782,6 +1909,11 @@ class TrainState:
     best_map: float = -1.0
     best_epoch: int = 0
     history: list = field(default_factory=list)  # the rows of metrics.jsonl
+    network: object = None  # runs forward in training: the model, or what compiles or distributes it
+    ideal_s: float = 0.0  # seconds that an image's arithmetic would take at the GPU's full speed; 0 on a CPU
+
+    def __post_init__(self):
+        self.network = self.network or self.model
 
     def state_dict(self):
         """Return tensors and plain values only."""
@@ -1797,6 +1929,60 @@ class TrainState:
         for name in ("epoch", "step", "best_map", "best_epoch", "history"):
             setattr(self, name, state[name])
         torch.set_rng_state(state["rng"])
+
+
+def ideal_seconds(model, amp_dtype):
+    """Return the seconds that one training image takes a GPU which does nothing but multiply large matrices.
+
+    Three forward passes (a backward pass is two), counted by torch, at the measured speed of 8192^3 in this precision.
+    """
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(model).to("meta")(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta"))
+    side, rounds = 8192, 20
+    matrix = torch.zeros(side, side, device=model.anchors.device, dtype=amp_dtype or torch.float32)
+    for count in (3, rounds):  # the first ones warm up
+        torch.cuda.synchronize(matrix.device)
+        start = time.perf_counter()
+        for _ in range(count):
+            matrix @ matrix
+        torch.cuda.synchronize(matrix.device)
+    return 3 * counter.get_total_flops() * (time.perf_counter() - start) / (2 * side**3 * rounds)
+
+
+def speed(state, images, seconds, waited):
+    """Return {"images_per_s" of all processes, "data_wait", "memory_gb" at most so far} and on a GPU "utilisation"."""
+    device, memory = state.model.anchors.device, 0.0
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 2**30
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        memory = memory or int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    utilisation = {"utilisation": state.ideal_s * images / seconds} if state.ideal_s else {}
+    return {"images_per_s": images * process_rank()[1] / seconds, "data_wait": waited / seconds,
+            "memory_gb": memory, **utilisation}
+
+
+def speed_text(row):
+    """Return what `speed` found, for the bar and the log."""
+    share = f"  {row['utilisation']:.0%} of peak" if "utilisation" in row else ""
+    return f"{row['images_per_s']:.0f} img/s  wait {row['data_wait']:.0%}{share}  {row['memory_gb']:.1f} GB"
+
+
+def profile_steps(optimizer, count, path):
+    """Trace `count` training steps from the fourth on; then print the ten costliest operations and write the trace."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+
+    def finish(profiler):
+        hook.remove()
+        order = "self_device_time_total" if len(kinds) > 1 else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=45), flush=True)
+        write_atomically(path, lambda temporary: profiler.export_chrome_trace(str(temporary)))
+        print(f"{path}: {count} steps, to be opened in chrome://tracing or ui.perfetto.dev", flush=True)
+
+    plan = torch.profiler.schedule(skip_first=2, wait=0, warmup=1, active=count, repeat=1)
+    profiler = torch.profiler.profile(activities=kinds, schedule=plan, on_trace_ready=finish)
+    hook = optimizer.register_step_post_hook(lambda *_: profiler.step())
+    profiler.start()
 
 
 def optimize(state, loss, clip_grad):
@@ -1819,7 +2005,7 @@ def train_one_epoch(state, loader, criterion, recipe, *, amp_dtype=None):
     loader.batch_sampler.epoch = state.epoch
     totals, images, waited, start = collections.defaultdict(float), 0, 0.0, time.perf_counter()
     bar = tqdm(total=len(loader), desc=f"epoch {state.epoch + 1}/{recipe.epochs}", leave=False,
-               disable=not sys.stderr.isatty())
+               disable=not sys.stderr.isatty() or process_rank()[0] > 0)
     batches = iter(loader)
     for number in range(1, len(loader) + 1):
         before = time.perf_counter()
@@ -1829,7 +2015,7 @@ def train_one_epoch(state, loader, criterion, recipe, *, amp_dtype=None):
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         with autocast(device, amp_dtype):
-            outputs = state.model(batch["images"])
+            outputs = state.network(batch["images"])
         losses = criterion(outputs, batch)
         optimize(state, losses["loss"], recipe.clip_grad)
         for name, value in losses.items():
@@ -1841,13 +2027,13 @@ def train_one_epoch(state, loader, criterion, recipe, *, amp_dtype=None):
                 raise InputError(f"the loss is {loss} at step {state.step}: lower --lr, lengthen --warmup-epochs or "
                                  "set --amp off; the checkpoints of finished epochs are intact")
             left = (len(loader) * (recipe.epochs - state.epoch) - number) * seconds / number
-            bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} {images / seconds:.0f} img/s wait {waited / seconds:.0%} "
+            bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} {speed_text(speed(state, images, seconds, waited))} "
                                 f"eta {datetime.timedelta(seconds=round(left))}")
             bar.update(number - bar.n)
     bar.close()
     seconds = time.perf_counter() - start
-    means = {f"train_{name}": value.item() / len(loader) for name, value in totals.items()}
-    return {**means, "lr": lr, "phase": phase, "images_per_s": images / seconds, "data_wait": waited / seconds}
+    means = {f"train_{name}": average_over_processes(v).item() / len(loader) for name, v in totals.items()}
+    return {**means, "lr": lr, "phase": phase, **speed(state, images, seconds, waited)}
 
 
 def epoch_line(row, epochs, saved):
@@ -1857,7 +2043,7 @@ def epoch_line(row, epochs, saved):
 
     val = f"  val {losses('val_')}  mAP {row['val_map_area']:.4f}" if "val_loss" in row else ""
     return (f"epoch {row['epoch']:3d}/{epochs}  train {losses('train_')}{val}  lr {row['lr']:.2e} {row['phase']}  "
-            f"{row['seconds']:.1f} s  {row['images_per_s']:.0f} img/s  wait {row['data_wait']:.0%}  saved {saved}")
+            f"{row['seconds']:.1f} s  {speed_text(row)}  saved {saved}")
 
 
 def fit(state, loaders, recipe, *, amp_dtype, checkpoints, base, settings, redraw):
@@ -2013,7 +2199,8 @@ DATA_DEFAULTS = {"voc2007": _VOC, "voc0712": _VOC, "shapes": _FOLDER | _SHAPES, 
 PRETRAINED_DEFAULTS = {"batch_norm": False, "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4}  # SSD section 3.1
 SCRATCH_DEFAULTS = {"batch_norm": True, "optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05}
 DATA_FLAGS = ("data", "data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed")
-RESUME_MAY_CHANGE = {"resume", "device", "workers", "output_dir", "data_root", "patience"}
+RESUME_MAY_CHANGE = {"resume", "device", "workers", "output_dir", "data_root", "patience",
+                     "cache", "compile", "profile"}
 
 
 def _number(name, kind, accepts):
@@ -2079,6 +2266,8 @@ def build_parser():
     add("--test-split", metavar="LIST", help=f"list to measure on once, at the end ({by_data})")
     add("--val-fraction", type=below_one, default=0.1,
         help="seeded share of the training list held out where no --val-split is given; 0: train on everything")
+    add("--cache", choices=("off", "ram", "disk"), default="off",
+        help="keep training images decoded, in memory or in a nameless file below --data-root")
     add("--workers", type=natural_int,
         help="loader processes (default: one a core up to 16 beside a GPU, else 1, on two cores 0)")
 
@@ -2122,6 +2311,9 @@ def build_parser():
     add("--eval-interval", type=positive_int, default=1, help="epochs between validations")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--compile", action=switch, help="compile the network to train it faster (default: on CUDA)")
+    add("--profile", metavar="N", type=natural_int, default=0,
+        help="trace N training steps into OUTPUT_DIR/plots/profile.json, print the costliest operations; 0: none")
     add("--seed", type=natural_int, default=0, help="of weights, order, augmentation and the held-out share")
 
     add = parser.add_argument_group("detection").add_argument
@@ -2252,6 +2444,49 @@ def report(result, records, classes, folder, **about):
     return numbers, f"Test mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point)"
 
 
+@contextlib.contextmanager
+def joined_processes(args):
+    """Join the processes that torchrun started, if it did; each gets a device, and all but the first are silent."""
+    if "LOCAL_RANK" not in os.environ:
+        yield
+        return
+    if args.device in ("auto", "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if process_rank()[0] else sys.stdout):
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Let torchrun's first process do something, such as a download, before the others do it."""
+    rank, world = process_rank()
+    if rank > 0:
+        torch.distributed.barrier()
+    yield
+    if world > 1 and rank == 0:
+        torch.distributed.barrier()
+
+
+def make_network(state, *, compiled, amp_dtype, batch_size):
+    """Return what runs forward in training: the model, compiled if asked for, its gradients averaged by torchrun."""
+    model, device = state.model, state.model.anchors.device
+    if process_rank()[1] > 1 and device.type == "cuda":
+        # Few images a GPU make batch norm noisy, so its statistics are those of all. There is no such layer for CPUs.
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    network = model
+    if compiled:
+        images = torch.zeros(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8, device=device)
+        network = compile_model(model.train(), images.contiguous(memory_format=torch.channels_last), amp_dtype)
+    if process_rank()[1] > 1:
+        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    return network
+
+
 def run_training(args, resumed=None):
     """Train by the flags, measure once on the test list, save the final checkpoint; returns the exit code."""
     began, device = time.perf_counter(), pick_device(args.device)
@@ -2261,18 +2496,25 @@ def run_training(args, resumed=None):
     set_seed(args.seed)
     cv2.setNumThreads(0)
     checkpoints, plots = Path(args.output_dir) / "checkpoints", Path(args.output_dir) / "plots"
-    data = load_splits(args)
-    state, recipe, config = build_state(args, len(data.classes), device, resumed)
-    prepare_folders(checkpoints, plots, keep=resumed is not None)
+    rank, world = process_rank()
+    with first_process_first():
+        data = load_splits(args)
+    with first_process_first():
+        state, recipe, config = build_state(args, len(data.classes), device, resumed)
+    if rank == 0:
+        prepare_folders(checkpoints, plots, keep=resumed is not None)
     flags = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k != "given"}
     base = {"config": config, "classes": list(data.classes), "args": flags}
 
     steps = ("zoom_out", "crop", "color", "shadow", "noise", "blur")
-    train_set = VocDataset(data.train, build_transform(train=True, **{s: getattr(args, s) for s in steps}), args.seed)
-    sampler, plain = EpochBatchSampler(len(train_set), args.batch_size, args.seed), build_transform(train=False)
+    cache = open_cache(data.train, args.cache, args.data_root, processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    augment, plain = build_transform(train=True, **{s: getattr(args, s) for s in steps}), build_transform(train=False)
+    train_set = VocDataset(data.train, augment, args.seed, cache)
+    sampler = EpochBatchSampler(len(train_set), args.batch_size, args.seed, rank, world)
     make = functools.partial(make_loader, workers=args.workers, pin_memory=is_cuda)
     train_loader = make(train_set, sampler=sampler)
-    val_loader = make(VocDataset(data.val, plain), batch_size=args.batch_size) if data.val else None
+    share = range(rank, len(data.val), world) if len(data.val) >= world else None
+    val_loader = make(VocDataset(data.val, plain), batch_size=args.batch_size, share=share) if data.val else None
     gallery_loader = make_loader(VocDataset(spread(data.test or data.val or data.train, 12), plain), batch_size=12)
     gallery = functools.partial(draw_gallery, loader=gallery_loader, classes=data.classes,
                                 path=plots / "predictions.png", amp_dtype=amp_dtype)
@@ -2287,9 +2529,18 @@ def run_training(args, resumed=None):
         save_figure(plot_training(state.history), plots / "training.png")
         gallery(state.ema.model, title=f"After epoch {state.epoch}")
 
+    state.network = make_network(state, compiled=is_cuda if args.compile is None else args.compile, amp_dtype=amp_dtype,
+                                 batch_size=sampler.batch_size // world)
+    state.ideal_s = ideal_seconds(state.model, amp_dtype) if is_cuda else 0.0
+    if args.profile:
+        if args.profile + 3 > (steps := (recipe.epochs - state.epoch) * len(sampler)):
+            raise InputError(f"--profile {args.profile} needs {args.profile + 3} steps, this run has {steps}")
+        profile_steps(state.optimizer, args.profile, plots / "profile.json")
     settings = detect_settings(args, SCORE_THRESH)
     chosen = fit(state, (train_loader, val_loader), recipe, amp_dtype=amp_dtype, checkpoints=checkpoints, base=base,
-                 settings=settings, redraw=redraw)
+                 settings=settings, redraw=redraw if rank == 0 else lambda state: None)
+    if rank > 0:
+        return 0
     final = load_checkpoint(chosen)
     final.pop("train_state", None)
     model, summary = model_from_checkpoint(final, chosen, device), "no test list, so no test mAP: see --test-split"
@@ -2384,7 +2635,9 @@ def main(argv=None):
             return run_evaluation(parse_args(argv, saved), checkpoint)
         if args.score_detections:
             return run_scoring(args)
-        return run_training(*resume_args(argv, args)) if args.resume else run_training(args)
+        args, resumed = resume_args(argv, args) if args.resume else (args, None)
+        with joined_processes(args):
+            return run_training(args, resumed)
     except InputError as error:  # raised in a loader process it comes with that process's traceback before it
         print(f"error: {str(error).strip().splitlines()[-1].split('InputError: ')[-1]}", file=sys.stderr)
         return 2
