@@ -1,4 +1,6 @@
+import itertools
 import json
+import math
 import urllib.error
 
 import albumentations as A
@@ -732,7 +734,7 @@ def test_processes_share_the_batches_that_one_would_have(world):
     for number, batch in enumerate(whole):
         parts = [share[number] for share in shares]
         assert {len(part) for part in parts} == {6 // world}
-        assert sorted(sum(parts, [])) == sorted(batch)
+        assert sorted(itertools.chain(*parts)) == sorted(batch)
 
 
 def test_batch_that_processes_cannot_share_is_told():
@@ -741,5 +743,6 @@ def test_batch_that_processes_cannot_share_is_told():
 
 
 def test_loader_of_a_share_has_its_images_only(records):
-    loader = ssd.make_loader(ssd.VocDataset(records, ssd.build_transform(train=False)), batch_size=2, share=range(1, 6, 2))
+    dataset = ssd.VocDataset(records, ssd.build_transform(train=False))
+    loader = ssd.make_loader(dataset, batch_size=2, share=range(1, 6, 2))
     assert [b["indices"].tolist() for b in loader] == [[1, 3], [5]]
