@@ -159,6 +159,11 @@ def make_anchors(*, clip=False):
 # ---- 4. Matching ----
 
 
+def counting_is_free(tensor):
+    """Whether what is computed may depend on how many entries are true: on a GPU the host would wait for the number."""
+    return tensor.device.type == "cpu"
+
+
 def _overlaps(boxes, anchors_xyxy):
     """Return the IoU (R, A) of boxes (R, 4) and anchors: what torchvision's `box_iou` gives, in a fifth of its time."""
     (x1, y1, x2, y2), (left, top, right, bottom) = boxes.t()[..., None], anchors_xyxy.t().contiguous()
@@ -174,7 +179,7 @@ def _own_anchors(matched_gt, iou, valid, image, gt):
     choices = -1 - torch.arange(valid.shape[1], device=iou.device).expand_as(valid).clone()  # padding never agrees
     choices[image, gt] = torch.where(valid[image, gt], favourite, choices[image, gt])
     contested = torch.arange(len(valid), device=iou.device)
-    if iou.device.type == "cpu":  # a favourite nobody else wants is its owner's: only the other images take turns
+    if counting_is_free(iou):  # a favourite nobody else wants is its owner's: only the other images take turns
         matched_gt[image, favourite] = gt
         ordered = choices.sort(dim=1).values
         contested = contested[(ordered[:, 1:] == ordered[:, :-1]).any(dim=1)]
@@ -196,14 +201,14 @@ def match_anchors(gt_boxes, gt_labels, anchors_xyxy, match_iou_thresh=0.5):
     gt_boxes (B, G, 4): xyxy; gt_labels (B, G): 1..K, 0 marks padding; G may be 0. anchors_xyxy (A, 4).
     An anchor takes the ground truth of highest IoU if that is at least match_iou_thresh; besides, every ground
     truth owns one anchor that no other can take: they choose in turns, best overlap first, their best anchor
-    still free (SSD section 2.2). Padding costs nothing on a CPU; on a GPU it is computed too, as counting would wait.
+    still free (SSD section 2.2).
     """
     # Differs from paper: there two ground truths may prefer the same anchor, and one of them gets none.
     (batch, num_gt), num_anchors, valid = gt_labels.shape, len(anchors_xyxy), gt_labels > 0
     matched_gt = gt_labels.new_full((batch, num_anchors), -1, dtype=torch.int64)
     if batch * num_gt == 0:
         return matched_gt
-    if valid.device.type == "cpu":
+    if counting_is_free(valid):
         image, gt = valid.nonzero(as_tuple=True)
         iou = _overlaps(gt_boxes[image, gt], anchors_xyxy)
         row, anchor = (iou >= match_iou_thresh).nonzero(as_tuple=True)
@@ -227,7 +232,7 @@ def build_targets(gt_boxes, gt_labels, anchors_cxcywh, match_iou_thresh=0.5):
     labels, box_targets = torch.zeros_like(matched_gt), gt_boxes.new_zeros((*matched_gt.shape, 4))
     if gt_labels.shape[1] == 0:
         return labels, box_targets
-    if labels.device.type == "cpu":  # few anchors answer for an object
+    if counting_is_free(labels):  # few anchors answer for an object
         image, anchor = (matched_gt >= 0).nonzero(as_tuple=True)
         gt = matched_gt[image, anchor]
         labels[image, anchor] = gt_labels[image, gt]
@@ -774,7 +779,7 @@ class SSDZoomOut(_BoxGeometry):
         out = bboxes.copy()
         for axis in (0, 1):  # y, x
             columns = [1 - axis, 3 - axis]
-            out[:, columns] = (bboxes[:, columns] * size[axis] + corner[axis]) / canvas[axis]
+            out[:, columns] = ((bboxes[:, columns] * size[axis] + corner[axis]) / canvas[axis]).clip(0, 1)
         return out
 
 
@@ -833,6 +838,34 @@ class SSDCrop(_BoxGeometry):
         return np.column_stack((inside.clip(0, 1), out[:, 4:]))
 
 
+class Shadow(A.RandomShadow):
+    """albumentations' random shadow, painted in a tenth of its time."""
+
+    def apply(self, img, vertices_list, intensities, **params):
+        out = img.copy()
+        for vertices, intensity in zip(vertices_list, intensities, strict=True):
+            mask = cv2.fillPoly(np.zeros(img.shape[:2], np.uint8), [vertices], 1)
+            cv2.copyTo(cv2.convertScaleAbs(out, alpha=1 - float(intensity)), mask, out)
+        return out
+
+
+class Noise(A.ImageOnlyTransform):
+    """Gaussian noise of a standard deviation within std_range, cut from a table of two million numbers."""
+
+    def __init__(self, std_range, p=0.5):
+        super().__init__(p=p)
+        self.std_range = std_range
+        self.table = np.random.default_rng(0).standard_normal(2**21, dtype=np.float32)
+
+    def get_params_dependent_on_data(self, params, data):
+        start = self.py_random.randrange(len(self.table) - math.prod(params["shape"]) + 1)
+        return {"start": start, "std": 255 * self.py_random.uniform(*self.std_range)}
+
+    def apply(self, img, start, std, **params):
+        noise = self.table[start : start + img.size].reshape(img.shape)
+        return cv2.addWeighted(img, 1.0, noise, std, 0.0, dtype=cv2.CV_8U)
+
+
 def resize_transform():
     """Return the resize of training, evaluation and inference: area averaging to shrink, linear to enlarge."""
     return A.Resize(IMAGE_SIZE, IMAGE_SIZE, interpolation=cv2.INTER_LINEAR, area_for_downscale="image")
@@ -844,8 +877,8 @@ def build_transform(*, train, zoom_out=0.5, crop=1.0, color=0.5, shadow=0.2, noi
     The geometry comes first and ends at 300x300, so that the photometric steps see few pixels. Brightness within
     +-32/255, contrast and saturation .5 to 1.5, hue +-18 degrees, each at probability `color` (SSD section 2.2).
     """
-    options = {} if not train else {"filter_invalid_bboxes": True, "check_each_transform": False}
-    bbox_params = A.BboxParams(format="albumentations", label_fields=["rows"], clip=True, **options)
+    options = {"clip": True} if not train else {"check_each_transform": False}  # the steps keep boxes in [0, 1]
+    bbox_params = A.BboxParams(format="albumentations", label_fields=["rows"], **options)
     if not train:
         return A.Compose([resize_transform()], bbox_params=bbox_params)
     steps = [
@@ -857,8 +890,8 @@ def build_transform(*, train, zoom_out=0.5, crop=1.0, color=0.5, shadow=0.2, noi
         A.RandomBrightnessContrast(brightness_limit=0, contrast_limit=0.5, p=color),
         A.ColorJitter(brightness=(1, 1), contrast=(1, 1), saturation=(0.5, 1.5), hue=(0, 0), p=color),
         A.HueSaturationValue(hue_shift_limit=9, sat_shift_limit=0, val_shift_limit=0, p=color),  # 2 degrees each
-        A.RandomShadow(shadow_roi=(0, 0, 1, 1), num_shadows_limit=(1, 2), shadow_intensity_range=(0.3, 0.6), p=shadow),
-        A.GaussNoise(std_range=(0.01, 0.05), p=noise),  # 2.5 to 13 of 255: a camera in poor light
+        Shadow(shadow_roi=(0, 0, 1, 1), num_shadows_limit=(1, 2), shadow_intensity_range=(0.3, 0.6), p=shadow),
+        Noise(std_range=(0.01, 0.05), p=noise),  # 2.5 to 13 of 255: a camera in poor light
         A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.2), p=blur),
     ]
     return A.Compose(steps, bbox_params=bbox_params)
@@ -1093,16 +1126,16 @@ def mined_cross_entropy(cls_logits, labels, *, negatives_per_positive=3):
     An image keeps three negatives a positive (SSD section 2.2, "Hard negative mining"), ranked by their loss.
     """
     # Differs from paper: an image without objects keeps three negatives, so that it teaches background.
-    logits, is_positive, is_cpu = cls_logits.float(), labels > 0, labels.device.type == "cpu"
+    logits, is_positive, is_free = cls_logits.float(), labels > 0, counting_is_free(labels)
     budget = negatives_per_positive * is_positive.sum(dim=1, keepdim=True).clamp(min=1)
     with torch.no_grad():  # a negative's loss is the logarithm of 1 + this; image by image it stays in the cache
-        parts = [(x[..., 1:] - x[..., :1]).exp_().sum(dim=-1) for x in logits.split(1 if is_cpu else len(logits))]
+        parts = [(x[..., 1:] - x[..., :1]).exp_().sum(dim=-1) for x in logits.split(1 if is_free else len(logits))]
         hardness = torch.cat(parts).masked_fill_(is_positive, -1.0)
-        count = min(int(budget.max()), labels.shape[1]) if is_cpu else labels.shape[1]
+        count = min(int(budget.max()), labels.shape[1]) if is_free else labels.shape[1]
         order = hardness.topk(count, dim=1).indices
         is_hard = torch.arange(count, device=labels.device) < budget
         chosen = is_positive | torch.zeros_like(is_positive).scatter_(1, order, is_hard)
-    if is_cpu:  # few anchors have a loss
+    if is_free:  # few anchors have a loss
         rows = chosen.view(-1).nonzero()[:, 0]
         kept = F.cross_entropy(logits.flatten(0, 1)[rows], labels.view(-1)[rows], reduction="none")
         return torch.zeros_like(logits[..., 0]).masked_scatter(chosen, kept)
@@ -1136,7 +1169,7 @@ def detection_loss(outputs, targets, *, loss="focal", alpha=-1.0, gamma=2.0, cls
         per_anchor = focal_loss(cls_logits, labels, alpha=alpha, gamma=gamma)
     else:
         per_anchor = mined_cross_entropy(cls_logits, labels)
-    if labels.device.type == "cpu":  # only there a mask may choose: to count its rows a GPU would be waited for
+    if counting_is_free(labels):
         box = F.smooth_l1_loss(box_deltas[is_positive], box_targets[is_positive], reduction="sum")
     else:
         box = (F.smooth_l1_loss(box_deltas, box_targets, reduction="none").sum(dim=-1) * is_positive).sum()

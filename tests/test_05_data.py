@@ -684,21 +684,25 @@ def test_cached_images_are_decoded_once_and_stay_as_they_are(records, monkeypatc
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
 def test_loader_processes_fill_one_cache_together(records, kind, tmp_path, capsys):
-    cache = ssd.open_cache(records, kind, tmp_path)
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    cache = ssd.open_cache(records, kind, folder)
     assert f"GiB of decoded images in {kind}" in capsys.readouterr().out
     dataset = ssd.VocDataset(records, ssd.build_transform(train=False), cache=cache)
     assert len(list(ssd.make_loader(dataset, batch_size=2, workers=2))) == math.ceil(len(records) / 2)
     assert cache.is_there.tolist() == [1] * len(records)  # this process decoded none of them
     for index, record in enumerate(records):
         np.testing.assert_array_equal(cache.read(index, record, load=None), ssd.read_image(record.image_path))
-    assert list(tmp_path.iterdir()) == []  # the file on disk has no name
+    assert list(folder.iterdir()) == []  # the file on disk has no name
 
 
 def test_reading_from_the_cache_gives_copies(records):
     cache = ssd.ImageCache(records)
-    first = cache.read(0, records[0], lambda: ssd.read_image(records[0].image_path))
-    first[:] = 0
-    assert cache.read(0, records[0], load=None).any()
+    for _ in range(2):
+        image = cache.read(1, records[1], lambda: 7)
+        assert (image == 7).all()
+        image[:] = 0
+    assert not cache.read(0, records[0], lambda: 0).any()
 
 
 def test_cache_that_does_not_fit_falls_back_from_memory_to_disk_to_none(records, tmp_path, monkeypatch, capsys):
