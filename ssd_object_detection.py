@@ -1972,7 +1972,7 @@ def ideal_seconds(model, amp_dtype):
     with FlopCounterMode(display=False) as counter:
         copy.deepcopy(model).to("meta")(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta"))
     side, rounds = 8192, 20
-    matrix = torch.zeros(side, side, device=model.anchors.device, dtype=amp_dtype or torch.float32)
+    matrix = torch.randn(side, side, device=model.anchors.device, dtype=amp_dtype or torch.float32)
     for count in (3, rounds):  # the first ones warm up
         torch.cuda.synchronize(matrix.device)
         start = time.perf_counter()
