@@ -52,8 +52,9 @@ def make_cases(args, batch, num_classes, size):
                 network(part["images"])
             return ssd.detect(*own, model.anchors)
 
-    networks = {"": model} | ({" compiled": ssd.compile_model(model)} if args.compile else {})
     for name, dtype in common.precisions(device):
+        compiled = {" compiled": ssd.compile_model(model, part["images"], dtype)} if args.compile else {}
+        networks = {"": model} | compiled
         cases[f"torchvision {name}, batch {size}"] = functools.partial(run_peer, dtype)
         for how, network in networks.items():
             cases[f"SSD300 {name}{how}, batch {size}"] = functools.partial(run_own, dtype, network)

@@ -42,8 +42,10 @@ def peer_step(batch, num_classes, amp_dtype):
 def own_step(batch, num_classes, amp_dtype, compiled=False):
     """Return this project's step."""
     device = batch["images"].device
-    model = ssd.SSD300(num_classes, prior_prob=0.01).to(device, memory_format=torch.channels_last).train()
-    optimizer, network = sgd(model, fused=True), ssd.compile_model(model) if compiled else model
+    order = torch.contiguous_format if device.type == "cpu" and amp_dtype is None else torch.channels_last
+    model = ssd.SSD300(num_classes, prior_prob=0.01).to(device, memory_format=order).train()  # as `build_state` has it
+    optimizer = sgd(model, fused=True)
+    network = ssd.compile_model(model, batch["images"], amp_dtype) if compiled else model
 
     def step():
         with ssd.autocast(device, amp_dtype):
