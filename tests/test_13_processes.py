@@ -140,12 +140,10 @@ def test_compiled_network_gives_the_same_numbers(capfd):
         outputs = network(images)
         model.zero_grad()
         (outputs[0].square().sum() + outputs[1].sum()).backward()
-        results.append([*outputs, *(p.grad.clone() for p in model.parameters()), *model.buffers()])
-        results[-1] = [value.detach().clone() for value in results[-1]]
-    for mine, plain in zip(*results, strict=True):
-        assert (mine - plain).float().norm() <= 1e-4 * plain.float().norm() + 1e-5
-    for mine, plain in zip(results[0][:2], results[1][:2], strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
+        values = [*outputs, *model.buffers(), torch.cat([p.grad.flatten() for p in model.parameters()])]
+        results.append([value.detach().clone() for value in values])
+    for mine, plain in zip(*results, strict=True):  # the bias before a batch norm has a gradient of rounding only
+        assert (mine - plain).float().norm() <= 1e-5 * plain.float().norm()
 
 
 def test_network_that_cannot_be_compiled_runs_as_it_is_with_one_warning(monkeypatch, capfd):
