@@ -38,6 +38,7 @@ import importlib
 import itertools
 import json
 import math
+import mmap
 import os
 import platform
 import random
@@ -45,6 +46,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -65,7 +67,9 @@ import torchvision
 from matplotlib.figure import Figure
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torchvision.ops import batched_nms, box_convert, box_iou
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import batched_nms, box_convert
 from tqdm import tqdm
 
 # ---- 1. Constants ----
@@ -163,6 +167,42 @@ def make_anchors(*, clip=False):
 # ---- 4. Matching ----
 
 
+def counting_is_free(tensor):
+    """Whether what is computed may depend on how many entries are true: on a GPU the host would wait for the number."""
+    return tensor.device.type == "cpu"
+
+
+def _overlaps(boxes, anchors_xyxy):
+    """Return the IoU (R, A) of boxes (R, 4) and anchors: what torchvision's `box_iou` gives, in a fifth of its time."""
+    (x1, y1, x2, y2), (left, top, right, bottom) = boxes.t()[..., None], anchors_xyxy.t().contiguous()
+    width = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_(min=0)
+    shared = torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_(min=0).mul_(width)
+    union = torch.add((x2 - x1) * (y2 - y1), (right - left) * (bottom - top), out=width).sub_(shared)
+    return shared.div_(union)
+
+
+def _own_anchors(matched_gt, iou, valid, image, gt):
+    """Give every ground truth an anchor of its own, in place; rows of iou (R, A) are those of image and gt (R,)."""
+    best, favourite = iou.max(dim=1)
+    choices = -1 - torch.arange(valid.shape[1], device=iou.device).expand_as(valid).clone()  # padding never agrees
+    choices[image, gt] = torch.where(valid[image, gt], favourite, choices[image, gt])
+    contested = torch.arange(len(valid), device=iou.device)
+    if counting_is_free(iou):  # a favourite nobody else wants is its owner's: only the other images take turns
+        matched_gt[image, favourite] = gt
+        ordered = choices.sort(dim=1).values
+        contested = contested[(ordered[:, 1:] == ordered[:, :-1]).any(dim=1)]
+        if len(contested) == 0:
+            return
+    row, value = torch.zeros_like(choices), iou.new_full(valid.shape, -1.0)
+    row[image, gt], value[image, gt] = torch.arange(len(gt), device=iou.device), best
+    taken = torch.zeros_like(matched_gt[contested], dtype=torch.bool)
+    for number in value[contested].argsort(dim=1, descending=True, stable=True).unbind(dim=1):
+        anchor = iou[row[contested, number]].masked_fill(taken, -2.0).argmax(dim=1)
+        is_real = valid[contested, number]
+        matched_gt[contested, anchor] = torch.where(is_real, number, matched_gt[contested, anchor])
+        taken.scatter_(1, anchor[:, None], (is_real | taken.gather(1, anchor[:, None])[:, 0])[:, None])
+
+
 def match_anchors(gt_boxes, gt_labels, anchors_xyxy, match_iou_thresh=0.5):
     """Return matched_gt (B, A) int64: the ground truth that each anchor answers for, -1 for background.
 
@@ -172,34 +212,43 @@ def match_anchors(gt_boxes, gt_labels, anchors_xyxy, match_iou_thresh=0.5):
     still free (SSD section 2.2).
     """
     # Differs from paper: there two ground truths may prefer the same anchor, and one of them gets none.
-    batch, num_gt = gt_labels.shape
-    num_anchors = len(anchors_xyxy)
-    if num_gt == 0:
-        return gt_labels.new_full((batch, num_anchors), -1, dtype=torch.int64)
-    valid = gt_labels > 0
-    iou = box_iou(gt_boxes.reshape(-1, 4), anchors_xyxy).view(batch, num_gt, num_anchors)
-    iou = iou.masked_fill(~valid[..., None], -1.0)
-    best_iou, best_gt = iou.max(dim=1)
-    matched_gt = best_gt.masked_fill(best_iou < match_iou_thresh, -1)
-    taken = torch.zeros_like(matched_gt, dtype=torch.bool)
-    turns = iou.amax(dim=2).argsort(dim=1, descending=True, stable=True)
-    for gt in turns.split(1, dim=1):  # gt (B, 1)
-        overlaps = iou.gather(1, gt[..., None].expand(-1, -1, num_anchors))[:, 0].masked_fill(taken, -2.0)
-        anchor = overlaps.argmax(dim=1, keepdim=True)
-        is_real = valid.gather(1, gt)
-        matched_gt.scatter_(1, anchor, torch.where(is_real, gt, matched_gt.gather(1, anchor)))
-        taken.scatter_(1, anchor, is_real | taken.gather(1, anchor))
+    (batch, num_gt), num_anchors, valid = gt_labels.shape, len(anchors_xyxy), gt_labels > 0
+    matched_gt = gt_labels.new_full((batch, num_anchors), -1, dtype=torch.int64)
+    if batch * num_gt == 0:
+        return matched_gt
+    if counting_is_free(valid):
+        image, gt = valid.nonzero(as_tuple=True)
+        iou = _overlaps(gt_boxes[image, gt], anchors_xyxy)
+        row, anchor = (iou >= match_iou_thresh).nonzero(as_tuple=True)
+        place, value = image[row] * num_anchors + anchor, iou[row, anchor]
+        best_iou = iou.new_zeros(matched_gt.numel()).scatter_reduce_(0, place, value, "amax")
+        is_best = value == best_iou[place]
+        matched_gt.view(-1).scatter_reduce_(0, place[is_best], gt[row[is_best]], "amin", include_self=False)
+    else:
+        image = torch.arange(batch, device=valid.device).repeat_interleave(num_gt)
+        gt = torch.arange(num_gt, device=valid.device).repeat(batch)
+        iou = _overlaps(gt_boxes[image, gt], anchors_xyxy).masked_fill_(~valid.view(-1, 1), -1.0)
+        best_iou, best_gt = iou.view(batch, num_gt, num_anchors).max(dim=1)
+        matched_gt = best_gt.masked_fill(best_iou < match_iou_thresh, -1)
+    _own_anchors(matched_gt, iou, valid, image, gt)
     return matched_gt
 
 
 def build_targets(gt_boxes, gt_labels, anchors_cxcywh, match_iou_thresh=0.5):
     """Return labels (B, A) int64, 0 is background, and box targets (B, A, 4), zero where the label is 0."""
     matched_gt = match_anchors(gt_boxes, gt_labels, box_convert(anchors_cxcywh, "cxcywh", "xyxy"), match_iou_thresh)
+    labels, box_targets = torch.zeros_like(matched_gt), gt_boxes.new_zeros((*matched_gt.shape, 4))
     if gt_labels.shape[1] == 0:
-        return torch.zeros_like(matched_gt), gt_boxes.new_zeros((*matched_gt.shape, 4))
+        return labels, box_targets
+    if counting_is_free(labels):  # few anchors answer for an object
+        image, anchor = (matched_gt >= 0).nonzero(as_tuple=True)
+        gt = matched_gt[image, anchor]
+        labels[image, anchor] = gt_labels[image, gt]
+        box_targets[image, anchor] = encode(gt_boxes[image, gt], anchors_cxcywh[anchor])
+        return labels, box_targets
     is_positive, index = matched_gt >= 0, matched_gt.clamp(min=0)
-    labels = torch.where(is_positive, gt_labels.gather(1, index), 0)
     boxes = gt_boxes.gather(1, index[..., None].expand(-1, -1, 4))
+    labels = torch.where(is_positive, gt_labels.gather(1, index), 0)
     return labels, torch.where(is_positive[..., None], encode(boxes, anchors_cxcywh), 0.0)
 
 
@@ -711,6 +760,66 @@ def load_data(
     return DataSplits(name, classes, train, val, test, audit_table(findings))
 
 
+def free_memory():
+    """Return the bytes that may still be taken on Linux: of the machine, or of the container if that is less."""
+    free, group = math.inf, Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free if math.isfinite(free) else 0
+
+
+class ImageCache:
+    """Decoded images of records, each decoded once, in a mapping that forked loader processes share and fill.
+
+    The mapping is anonymous memory, or with a folder a file there that has no name: nothing outlives the run.
+    """
+
+    def __init__(self, records, folder=None):
+        self.ends = np.cumsum([r.width * r.height * 3 for r in records])
+        size = self.size_of(records)
+        if folder is None:
+            mapping = mmap.mmap(-1, size)
+        else:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would kill the process
+                mapping = mmap.mmap(file.fileno(), size)
+        self.pixels = np.frombuffer(mapping, np.uint8)
+        self.is_there = self.pixels[size - len(records) :]
+
+    @staticmethod
+    def size_of(records):
+        """Return the bytes of the decoded images and of a flag for each."""
+        return sum(r.width * r.height * 3 + 1 for r in records)
+
+    def read(self, index, record, load):
+        """Return a copy of the image of a record; load() returns it the first time."""
+        size = record.width * record.height * 3
+        stored = self.pixels[self.ends[index] - size : self.ends[index]].reshape(record.height, record.width, 3)
+        if not self.is_there[index]:
+            stored[:] = load()
+            self.is_there[index] = 1  # last: another process never sees half an image
+        return stored.copy()
+
+
+def open_cache(records, kind, folder, *, processes=1):
+    """Return an ImageCache of records, or None, by --cache; says what it takes and why it takes less than asked for.
+
+    A kind that lacks room falls back: ram to disk, disk to off. processes: how many on this machine keep one each.
+    """
+    need = ImageCache.size_of(records) * processes
+    for place in {"ram": ("ram", "disk"), "disk": ("disk",), "off": ()}[kind]:
+        free = free_memory() if place == "ram" else shutil.disk_usage(folder).free
+        print(f"cache    {need / 2**30:.2f} GiB of decoded images in {place}, {free / 2**30:.1f} GiB free", flush=True)
+        try:
+            if need > 0.8 * free:
+                raise OSError("less than a fifth of what is free would be left")
+            return ImageCache(records, None if place == "ram" else folder)
+        except (OSError, AttributeError) as error:  # AttributeError: no posix_fallocate, so not Linux
+            print(f"warning: no cache in {place}: {error}", file=sys.stderr)
+    return None
+
+
 class VocDataset(torch.utils.data.Dataset):
     """Images with their boxes. An item is asked for by (index, epoch), and depends on (seed, epoch, index) alone.
 
@@ -718,19 +827,26 @@ class VocDataset(torch.utils.data.Dataset):
     (3, 300, 300) RGB, boxes float32 (G, 4) in [0, 1], labels int64 (G,), difficult bool (G,), index.
     """
 
-    def __init__(self, records, transform, seed=0):
-        self.records, self.transform, self.seed = records, transform, seed
+    def __init__(self, records, transform, seed=0, cache=None):
+        self.records, self.transform, self.seed, self.cache = records, transform, seed, cache
 
     def __len__(self):
         return len(self.records)
 
-    def __getitem__(self, key):
-        index, epoch = key if isinstance(key, tuple) else (key, 0)
-        record = self.records[index]
+    @staticmethod
+    def load(record):
+        """Return the decoded image of a record; InputError if it has not the size that its annotation states."""
         image = read_image(record.image_path)
         if image.shape[:2] != (record.height, record.width):
             raise InputError(f"{record.image_path} is {image.shape[1]}x{image.shape[0]} pixels, its annotation says "
                              f"{record.width}x{record.height}: correct the file or its <size>")
+        return image
+
+    def __getitem__(self, key):
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        record, cache = self.records[index], self.cache
+        load = functools.partial(self.load, record)
+        image = load() if cache is None else cache.read(index, record, load)
         # One generator for all steps: Compose(seed=...) would give each step the same stream, all their coins equal.
         rng = np.random.default_rng((self.seed, epoch, index))
         self.transform.set_random_state(rng, random.Random(int(rng.integers(2**63))))
@@ -763,13 +879,17 @@ def collate(samples):
 class EpochBatchSampler(torch.utils.data.Sampler):
     """Yield batches of (index, epoch) in an order that depends on (seed, epoch) alone; set `epoch` before use.
 
-    The last, smaller batch is dropped (batch norm, static shapes) unless it is the only one. `first` is the batch
-    to begin with: a resumed epoch needs nothing else, no generator of the loader or its processes has a say.
+    The last, smaller batch is dropped (batch norm, static shapes) unless it is the only one. Of several processes
+    each yields its part of the same batches: every world-th image from its rank on. `first` is the batch to begin
+    with: a resumed epoch needs nothing else, no generator of the loader or its processes has a say.
     """
 
-    def __init__(self, num_samples, batch_size, seed=0):
+    def __init__(self, num_samples, batch_size, seed=0, rank=0, world=1):
         self.num_samples, self.batch_size, self.seed = num_samples, min(batch_size, num_samples), seed
-        self.epoch = self.first = 0
+        self.rank, self.world, self.epoch, self.first = rank, world, 0, 0
+        if self.batch_size % world:
+            raise InputError(f"a batch of {self.batch_size} images cannot be shared by {world} processes: set "
+                             "--batch-size to a multiple of them")
 
     def __len__(self):
         return self.num_samples // self.batch_size
@@ -777,7 +897,7 @@ class EpochBatchSampler(torch.utils.data.Sampler):
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples).tolist()
         for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
-            yield [(index, self.epoch) for index in order[start : start + self.batch_size]]
+            yield [(i, self.epoch) for i in order[start + self.rank : start + self.batch_size : self.world]]
 
 
 def _init_worker(_):
@@ -787,12 +907,13 @@ def _init_worker(_):
     torch.set_num_threads(1)
 
 
-def make_loader(dataset, *, batch_size=1, workers=0, pin_memory=False, sampler=None):
-    """Return a DataLoader: in order and complete for evaluation, by `sampler` (an EpochBatchSampler) to train."""
-    how = {"batch_sampler": sampler} if sampler is not None else {"batch_size": batch_size}
+def make_loader(dataset, *, batch_size=1, workers=0, pin_memory=False, sampler=None, share=None):
+    """Return a DataLoader: in order for evaluation, complete or a share (indices), by an EpochBatchSampler to train."""
+    how = {"batch_sampler": sampler} if sampler is not None else {"batch_size": batch_size, "sampler": share}
     how["generator"] = torch.Generator()  # else each pass would draw from torch's global one
     if workers:
         how.update(persistent_workers=True, prefetch_factor=4, worker_init_fn=_init_worker)
+        how.update({"multiprocessing_context": "fork"} if getattr(dataset, "cache", None) else {})  # else not shared
     return torch.utils.data.DataLoader(dataset, num_workers=workers, collate_fn=collate, pin_memory=pin_memory, **how)
 
 
@@ -828,17 +949,15 @@ class SSDZoomOut(_BoxGeometry):
         return {"canvas": canvas, "size": size, "corner": corner}
 
     def apply(self, img, canvas, size, corner, **params):
-        out = np.empty((*canvas, 3), dtype=img.dtype)
-        out[:] = self.fill
         img = img if size == img.shape[:2] else cv2.resize(img, size[::-1], interpolation=cv2.INTER_AREA)
-        out[corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]] = img
-        return out
+        (top, left), (bottom, right) = corner, np.subtract(canvas, size) - corner
+        return cv2.copyMakeBorder(img, top, int(bottom), left, int(right), cv2.BORDER_CONSTANT, value=self.fill)
 
     def apply_to_bboxes(self, bboxes, canvas, size, corner, **params):
         out = bboxes.copy()
         for axis in (0, 1):  # y, x
             columns = [1 - axis, 3 - axis]
-            out[:, columns] = (bboxes[:, columns] * size[axis] + corner[axis]) / canvas[axis]
+            out[:, columns] = ((bboxes[:, columns] * size[axis] + corner[axis]) / canvas[axis]).clip(0, 1)
         return out
 
 
@@ -861,29 +980,31 @@ class SSDCrop(_BoxGeometry):
         height, width = params["shape"][:2]
         min_iou = self.py_random.choice(self.min_ious)
         boxes = np.asarray(data["bboxes"], dtype=np.float64)[:, :4].reshape(-1, 4) * [width, height, width, height]
-        for _ in range(0 if min_iou is None else self.trials):
-            w = max(1, round(width * self.py_random.uniform(self.min_scale, 1)))
-            h = max(1, round(height * self.py_random.uniform(self.min_scale, 1)))
-            x, y = self.py_random.randint(0, width - w), self.py_random.randint(0, height - h)
-            patch = np.array([x, y, x + w, y + h])
-            if 0.5 <= w / h <= 2 and (
-                len(boxes) == 0 or (self.centre_inside(boxes, patch).any() and self.iou(boxes, patch).max() >= min_iou)
-            ):
-                return {"patch": patch}
-        return {"patch": np.array([0, 0, width, height])}
+        if min_iou is None:
+            return {"patch": np.array([0, 0, width, height])}
+        drawn = self.random_generator.random((self.trials, 4))
+        size = np.maximum(1, np.round([width, height] * (self.min_scale + (1 - self.min_scale) * drawn[:, :2])))
+        corner = np.floor(([width, height] - size + 1) * drawn[:, 2:])
+        patches, aspect = np.concatenate((corner, corner + size), axis=1), size[:, 0] / size[:, 1]
+        fits = (aspect >= 0.5) & (aspect <= 2)
+        if len(boxes):
+            fits &= self.centre_inside(boxes, patches[:, None]).any(axis=1)
+            fits &= self.iou(boxes, patches[:, None]).max(axis=1) >= min_iou
+        return {"patch": patches[fits.argmax()].astype(int) if fits.any() else np.array([0, 0, width, height])}
 
     @staticmethod
     def centre_inside(boxes, patch):
-        """Whether each box (G, 4) has its centre strictly inside the patch (4,); bool (G,)."""
+        """Whether each box (G, 4) has its centre strictly inside a patch (4,) or (N, 1, 4); bool (G,) or (N, G)."""
         centre = (boxes[:, :2] + boxes[:, 2:4]) / 2
-        return ((centre > patch[:2]) & (centre < patch[2:])).all(axis=1)
+        return ((centre > patch[..., :2]) & (centre < patch[..., 2:])).all(axis=-1)
 
     @staticmethod
     def iou(boxes, patch):
-        """IoU of each box (G, 4) with the patch (4,); float (G,)."""
-        sides = np.minimum(boxes[:, 2:4], patch[2:]) - np.maximum(boxes[:, :2], patch[:2])
-        shared = sides.clip(min=0).prod(axis=1)
-        return shared / ((boxes[:, 2:4] - boxes[:, :2]).prod(axis=1) + (patch[2:] - patch[:2]).prod() - shared)
+        """IoU of each box (G, 4) with a patch (4,) or (N, 1, 4); float (G,) or (N, G)."""
+        sides = np.minimum(boxes[:, 2:4], patch[..., 2:]) - np.maximum(boxes[:, :2], patch[..., :2])
+        shared = sides.clip(min=0).prod(axis=-1)
+        area = (patch[..., 2:] - patch[..., :2]).prod(axis=-1)
+        return shared / ((boxes[:, 2:4] - boxes[:, :2]).prod(axis=1) + area - shared)
 
     def apply(self, img, patch, **params):
         return img[patch[1] : patch[3], patch[0] : patch[2]]
@@ -893,6 +1014,34 @@ class SSDCrop(_BoxGeometry):
         out = bboxes[self.centre_inside(bboxes[:, :4] * sides, patch)]
         inside = (out[:, :4] * sides - np.tile(patch[:2], 2)) / np.tile(patch[2:] - patch[:2], 2)
         return np.column_stack((inside.clip(0, 1), out[:, 4:]))
+
+
+class Shadow(A.RandomShadow):
+    """albumentations' random shadow, painted in a tenth of its time."""
+
+    def apply(self, img, vertices_list, intensities, **params):
+        out = img.copy()
+        for vertices, intensity in zip(vertices_list, intensities, strict=True):
+            mask = cv2.fillPoly(np.zeros(img.shape[:2], np.uint8), [vertices], 1)
+            cv2.copyTo(cv2.convertScaleAbs(out, alpha=1 - float(intensity)), mask, out)
+        return out
+
+
+class Noise(A.ImageOnlyTransform):
+    """Gaussian noise of a standard deviation within std_range, cut from a table of two million numbers."""
+
+    def __init__(self, std_range, p=0.5):
+        super().__init__(p=p)
+        self.std_range = std_range
+        self.table = np.random.default_rng(0).standard_normal(2**21, dtype=np.float32)
+
+    def get_params_dependent_on_data(self, params, data):
+        start = self.py_random.randrange(len(self.table) - math.prod(params["shape"]) + 1)
+        return {"start": start, "std": 255 * self.py_random.uniform(*self.std_range)}
+
+    def apply(self, img, start, std, **params):
+        noise = self.table[start : start + img.size].reshape(img.shape)
+        return cv2.addWeighted(img, 1.0, noise, std, 0.0, dtype=cv2.CV_8U)
 
 
 def resize_transform():
@@ -906,8 +1055,8 @@ def build_transform(*, train, zoom_out=0.5, crop=1.0, color=0.5, shadow=0.2, noi
     The geometry comes first and ends at 300x300, so that the photometric steps see few pixels. Brightness within
     +-32/255, contrast and saturation .5 to 1.5, hue +-18 degrees, each at probability `color` (SSD section 2.2).
     """
-    options = {} if not train else {"filter_invalid_bboxes": True, "check_each_transform": False}
-    bbox_params = A.BboxParams(format="albumentations", label_fields=["rows"], clip=True, **options)
+    options = {"clip": True} if not train else {"check_each_transform": False}  # the steps keep boxes in [0, 1]
+    bbox_params = A.BboxParams(format="albumentations", label_fields=["rows"], **options)
     if not train:
         return A.Compose([resize_transform()], bbox_params=bbox_params)
     steps = [
@@ -919,8 +1068,8 @@ def build_transform(*, train, zoom_out=0.5, crop=1.0, color=0.5, shadow=0.2, noi
         A.RandomBrightnessContrast(brightness_limit=0, contrast_limit=0.5, p=color),
         A.ColorJitter(brightness=(1, 1), contrast=(1, 1), saturation=(0.5, 1.5), hue=(0, 0), p=color),
         A.HueSaturationValue(hue_shift_limit=9, sat_shift_limit=0, val_shift_limit=0, p=color),  # 2 degrees each
-        A.RandomShadow(shadow_roi=(0, 0, 1, 1), num_shadows_limit=(1, 2), shadow_intensity_range=(0.3, 0.6), p=shadow),
-        A.GaussNoise(std_range=(0.01, 0.05), p=noise),  # 2.5 to 13 of 255: a camera in poor light
+        Shadow(shadow_roi=(0, 0, 1, 1), num_shadows_limit=(1, 2), shadow_intensity_range=(0.3, 0.6), p=shadow),
+        Noise(std_range=(0.01, 0.05), p=noise),  # 2.5 to 13 of 255: a camera in poor light
         A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.2), p=blur),
     ]
     return A.Compose(steps, bbox_params=bbox_params)
@@ -1111,10 +1260,32 @@ def autocast(device, amp_dtype):
     return torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
 
 
+def compile_model(model, images, amp_dtype=None):
+    """Return model compiled for batches of the shape of images (B, 3, H, W); where that fails, one warning and model.
+
+    A trial step pays for forward and backward now. Weights, gradients and batch norm's statistics stay as they were.
+    """
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        compiled = torch.compile(model, dynamic=False)
+        with autocast(images.device, amp_dtype):
+            sum(output.sum() for output in compiled(images)).backward()
+        return compiled
+    except Exception as error:  # of the compiler, of the C++ or Triton behind it
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        print(f"warning: not compiled, and so slower: {problem}", file=sys.stderr)
+        return model
+    finally:
+        model.zero_grad(set_to_none=True)
+        for buffer, value in saved:
+            buffer.copy_(value)
+
+
 def to_device(batch, device):
-    """Copy a collated batch to a device without waiting for it; images in channels_last order."""
+    """Copy a collated batch to a device without waiting for it; images in channels_last order but on a CPU."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
+    if torch.device(device).type != "cpu":  # there the order of the weights decides
+        moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
     return moved
 
 
@@ -1141,11 +1312,28 @@ def mined_cross_entropy(cls_logits, labels, *, negatives_per_positive=3):
     An image keeps three negatives a positive (SSD section 2.2, "Hard negative mining"), ranked by their loss.
     """
     # Differs from paper: an image without objects keeps three negatives, so that it teaches background.
-    loss = F.cross_entropy(cls_logits.float().transpose(1, 2), labels, reduction="none")
-    is_positive = labels > 0
+    logits, is_positive, is_free = cls_logits.float(), labels > 0, counting_is_free(labels)
     budget = negatives_per_positive * is_positive.sum(dim=1, keepdim=True).clamp(min=1)
-    rank = loss.detach().masked_fill(is_positive, -1.0).argsort(dim=1, descending=True).argsort(dim=1)
-    return loss * (is_positive | (rank < budget))
+    with torch.no_grad():  # a negative's loss is the logarithm of 1 + this; image by image it stays in the cache
+        parts = [(x[..., 1:] - x[..., :1]).exp_().sum(dim=-1) for x in logits.split(1 if is_free else len(logits))]
+        hardness = torch.cat(parts).masked_fill_(is_positive, -1.0)
+        count = min(int(budget.max()), labels.shape[1]) if is_free else labels.shape[1]
+        order = hardness.topk(count, dim=1).indices
+        is_hard = torch.arange(count, device=labels.device) < budget
+        chosen = is_positive | torch.zeros_like(is_positive).scatter_(1, order, is_hard)
+    if is_free:  # few anchors have a loss
+        rows = chosen.view(-1).nonzero()[:, 0]
+        kept = F.cross_entropy(logits.flatten(0, 1)[rows], labels.view(-1)[rows], reduction="none")
+        return torch.zeros_like(logits[..., 0]).masked_scatter(chosen, kept)
+    return F.cross_entropy(logits.flatten(0, 1), labels.view(-1), reduction="none").view_as(labels) * chosen
+
+
+def average_over_processes(value):
+    """Return the mean of a float tensor, changed in place, over torchrun's processes; itself if there is only one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+        value /= torch.distributed.get_world_size()
+    return value
 
 
 def detection_loss(outputs, targets, *, loss="focal", alpha=-1.0, gamma=2.0, cls_weight=1.0, box_weight=1.0):
@@ -1153,18 +1341,25 @@ def detection_loss(outputs, targets, *, loss="focal", alpha=-1.0, gamma=2.0, cls
 
     outputs: cls_logits (B, A, K + 1), box_deltas (B, A, 4); targets: labels (B, A), box targets (B, A, 4). The box
     loss is smooth-L1 over positives (SSD Eq. 1 and 2). The divisor is at least B: a batch without an object has a
-    finite, moderate loss. Nothing here waits for the device.
+    finite, moderate loss. Under torchrun the positives are those of all processes, so that the mean of their gradients
+    is that of one process with the whole batch. Nothing here waits for the device.
     """
     (cls_logits, box_deltas), (labels, box_targets) = outputs, targets
     is_positive = labels > 0
     # Differs from paper: its loss of a batch without objects is 0, and of one with few it is large.
-    divisor = is_positive.sum().clamp(min=len(labels))
+    positives = is_positive.sum()
+    if torch.is_grad_enabled():  # the mean over processes, as their gradients are; evaluation has unequal batches
+        positives = average_over_processes(positives.float())
+    divisor = positives.clamp(min=len(labels))
     if loss == "focal":
         per_anchor = focal_loss(cls_logits, labels, alpha=alpha, gamma=gamma)
     else:
         per_anchor = mined_cross_entropy(cls_logits, labels)
-    box = F.smooth_l1_loss(box_deltas, box_targets, reduction="none").sum(dim=-1) * is_positive
-    loss_cls, loss_box = cls_weight * per_anchor.sum() / divisor, box_weight * box.sum() / divisor
+    if counting_is_free(labels):
+        box = F.smooth_l1_loss(box_deltas[is_positive], box_targets[is_positive], reduction="sum")
+    else:
+        box = (F.smooth_l1_loss(box_deltas, box_targets, reduction="none").sum(dim=-1) * is_positive).sum()
+    loss_cls, loss_box = cls_weight * per_anchor.sum() / divisor, box_weight * box / divisor
     return {"loss": loss_cls + loss_box, "loss_cls": loss_cls, "loss_box": loss_box}
 
 
@@ -1184,14 +1379,21 @@ def detect(
     """
     scores = F.softmax(cls_logits.float(), dim=-1)[..., 1:]
     boxes = decode(box_deltas.float(), anchors).clamp(0, 1)
-    top_scores, top_anchors = scores.topk(min(PRE_NMS_TOP_K, scores.shape[1]), dim=1)  # (B, T, K)
     results = []
-    for image_boxes, image_scores, anchor in zip(boxes, top_scores, top_anchors, strict=True):
-        rank, label = (image_scores >= score_thresh).nonzero(as_tuple=True)
-        candidates, score = image_boxes[anchor[rank, label]], image_scores[rank, label]
+    for image_boxes, image_scores in zip(boxes, scores, strict=True):
+        chosen = image_scores >= score_thresh
+        if chosen.sum(dim=0).amax() > PRE_NMS_TOP_K:
+            best = image_scores.topk(PRE_NMS_TOP_K, dim=0).indices
+            chosen &= torch.zeros_like(chosen).scatter_(0, best, True)
+        anchor, label = chosen.nonzero(as_tuple=True)
+        score, order = image_scores[anchor, label].sort(descending=True, stable=True)
+        candidates, label = image_boxes[anchor[order]], label[order] + 1
         whole = (candidates[:, 2:] > candidates[:, :2]).all(dim=1)  # cutting may leave no area
-        candidates, score, label = candidates[whole], score[whole], label[whole] + 1
-        keep = batched_nms(candidates, score, label, nms_iou_thresh)[:max_detections]
+        candidates, score, label = candidates[whole], score[whole], label[whole]
+        for count in (5 * max_detections, len(score)):  # mostly the best few are enough: NMS never looks down the list
+            keep = batched_nms(candidates[:count], score[:count], label[:count], nms_iou_thresh)[:max_detections]
+            if len(keep) == max_detections or count >= len(score):
+                break
         results.append((candidates[keep], label[keep], score[keep]))
     return results
 
@@ -1496,6 +1698,12 @@ def evaluate(model, loader, *, amp_dtype=None, criterion=None, **settings):
             parts["scores"].append(scores.cpu().numpy())
             parts["boxes_px"].append(to_voc_pixels(boxes.cpu().numpy() * size))
     detections = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    if len(loader.sampler) < len(records):  # this process had a share of them
+        shares = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(shares, (detections, losses))
+        order = np.concatenate([d["image_ids"] for d, _ in shares]).argsort(kind="stable")
+        detections = {name: np.concatenate([d[name] for d, _ in shares])[order] for name in detections}
+        losses = {name: sum(part[name] for _, part in shares) for name in losses}
     return {**score_detections(detections, records, model.num_classes), **losses}
 
 
@@ -1535,8 +1743,19 @@ def class_table(result, coco, class_names):
 # ---- 11. Run records ----
 
 
+def process_rank():
+    """Return (rank, world): the number of this process among torchrun's, and how many they are; alone (0, 1)."""
+    distributed = torch.distributed
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
 def write_atomically(path, write):
-    """Call write(temporary path), flush it to disk and rename it to path: readers see the old file or the new one."""
+    """Call write(temporary path), flush it to disk and rename it to path: readers see the old file or the new one.
+
+    Under torchrun the first process alone writes.
+    """
+    if process_rank()[0] > 0:
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -2059,6 +2278,11 @@ class TrainState:
     best_epoch: int = 0
     history: list = field(default_factory=list)  # the rows of metrics.jsonl
     totals: dict = field(default_factory=dict)  # of the unfinished epoch: sums of the losses, and "steps" not skipped
+    network: object = None  # runs forward in training: the model, or what compiles or distributes it
+    ideal_s: float = 0.0  # seconds that an image's arithmetic would take at the GPU's full speed; 0 on a CPU
+
+    def __post_init__(self):
+        self.network = self.network or self.model
 
     def state_dict(self):
         """Return tensors and plain values only."""
@@ -2081,6 +2305,60 @@ class TrainState:
         self.norms = NormGuard(self.model)
 
 
+def ideal_seconds(model, amp_dtype):
+    """Return the seconds that one training image takes a GPU which does nothing but multiply large matrices.
+
+    Three forward passes (a backward pass is two), counted by torch, at the measured speed of 8192^3 in this precision.
+    """
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(model).to("meta")(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta"))
+    side, rounds = 8192, 20
+    matrix = torch.randn(side, side, device=model.anchors.device, dtype=amp_dtype or torch.float32)
+    for count in (3, rounds):  # the first ones warm up
+        torch.cuda.synchronize(matrix.device)
+        start = time.perf_counter()
+        for _ in range(count):
+            matrix @ matrix
+        torch.cuda.synchronize(matrix.device)
+    return 3 * counter.get_total_flops() * (time.perf_counter() - start) / (2 * side**3 * rounds)
+
+
+def speed(state, images, seconds, waited):
+    """Return {"images_per_s" of all processes, "data_wait", "memory_gb" at most so far} and on a GPU "utilisation"."""
+    device, memory = state.model.anchors.device, 0.0
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 2**30
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        memory = memory or int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    utilisation = {"utilisation": state.ideal_s * images / seconds} if state.ideal_s else {}
+    return {"images_per_s": images * process_rank()[1] / seconds, "data_wait": waited / seconds,
+            "memory_gb": memory, **utilisation}
+
+
+def speed_text(row):
+    """Return what `speed` found, for the bar and the log."""
+    share = f"  {row['utilisation']:.0%} of peak" if "utilisation" in row else ""
+    return f"{row['images_per_s']:.0f} img/s  wait {row['data_wait']:.0%}{share}  {row['memory_gb']:.1f} GB"
+
+
+def profile_steps(optimizer, count, path):
+    """Trace `count` training steps from the fourth on; then print the ten costliest operations and write the trace."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+
+    def finish(profiler):
+        hook.remove()
+        order = "self_device_time_total" if len(kinds) > 1 else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=45), flush=True)
+        write_atomically(path, lambda temporary: profiler.export_chrome_trace(str(temporary)))
+        print(f"{path}: {count} steps, to be opened in chrome://tracing or ui.perfetto.dev", flush=True)
+
+    plan = torch.profiler.schedule(skip_first=2, wait=0, warmup=1, active=count, repeat=1)
+    profiler = torch.profiler.profile(activities=kinds, schedule=plan, on_trace_ready=finish)
+    hook = optimizer.register_step_post_hook(lambda *_: profiler.step())
+    profiler.start()
+
+
 def optimize(state, loss, clip_grad):
     """Take one optimizer step on a scalar loss: backward, unscale, clip the gradients' norm, step, average.
 
@@ -2093,7 +2371,9 @@ def optimize(state, loss, clip_grad):
     state.scaler.scale(loss).backward()
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad or math.inf)
-    ok = norm.isfinite() & loss.detach().isfinite()
+    ok = norm.isfinite()
+    if process_rank()[1] == 1:  # of several processes each has a loss of its own, but the norm is that of all
+        ok = ok & loss.detach().isfinite()
     if state.optimizer.defaults["fused"]:
         state.optimizer.grad_scale, state.optimizer.found_inf = None, (~ok).float()
         state.optimizer.step()
@@ -2159,7 +2439,7 @@ def train_one_epoch(state, loader, criterion, recipe, *, skips, amp_dtype=None, 
     state.model.train()
     images, waited, start = 0, 0.0, time.perf_counter()
     bar = tqdm(total=steps, initial=first, desc=f"epoch {state.epoch + 1}/{recipe.epochs}", leave=False,
-               disable=not sys.stderr.isatty())
+               disable=not sys.stderr.isatty() or process_rank()[0] > 0)
     batches = iter(loader if first < steps else ())
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         # torch raises from this signal, anywhere in a step; without it a dead process is told of by next(batches).
@@ -2171,7 +2451,7 @@ def train_one_epoch(state, loader, criterion, recipe, *, skips, amp_dtype=None, 
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, recipe, steps)[0]
         with autocast(device, amp_dtype):
-            outputs = state.model(batch["images"])
+            outputs = state.network(batch["images"])
         losses = criterion(outputs, batch)
         ok = optimize(state, losses["loss"], recipe.clip_grad)
         for name, value in {**losses, "steps": torch.ones_like(losses["loss"])}.items():
@@ -2182,16 +2462,17 @@ def train_one_epoch(state, loader, criterion, recipe, *, skips, amp_dtype=None, 
             skips.read()
             loss, seconds = (state.totals["loss"] / state.totals["steps"]).item(), time.perf_counter() - start
             left = (steps * (recipe.epochs - state.epoch) - number) * seconds / (number - first)
-            bar.set_postfix_str(f"loss {loss:.3f} lr {group['lr']:.1e} {images / seconds:.0f} img/s "
-                                f"wait {waited / seconds:.0%} eta {datetime.timedelta(seconds=round(left))}")
+            bar.set_postfix_str(f"loss {loss:.3f} lr {group['lr']:.1e} "
+                                f"{speed_text(speed(state, images, seconds, waited))} "
+                                f"eta {datetime.timedelta(seconds=round(left))}")
             bar.update(number - bar.n)
         between_steps()
     bar.close()
     seconds, (lr, phase) = time.perf_counter() - start, learning_rate(state.step - 1, recipe, steps)
     good = state.totals["steps"].item()
-    means = {f"train_{name}": (total / good).item() for name, total in state.totals.items() if name != "steps"}
-    return {**means, "lr": lr, "phase": phase, "skipped": steps - round(good), "images_per_s": images / seconds,
-            "data_wait": waited / seconds}
+    means = {f"train_{name}": average_over_processes(total / good).item()
+             for name, total in state.totals.items() if name != "steps"}
+    return {**means, "lr": lr, "phase": phase, "skipped": steps - round(good), **speed(state, images, seconds, waited)}
 
 
 def epoch_line(row, epochs, saved):
@@ -2201,7 +2482,7 @@ def epoch_line(row, epochs, saved):
 
     val = f"  val {losses('val_')}  mAP {row['val_map_area']:.4f}" if "val_loss" in row else ""
     return (f"epoch {row['epoch']:3d}/{epochs}  train {losses('train_')}{val}  lr {row['lr']:.2e} {row['phase']}  "
-            f"{row['seconds']:.1f} s  {row['images_per_s']:.0f} img/s  wait {row['data_wait']:.0%}  "
+            f"{row['seconds']:.1f} s  {speed_text(row)}  "
             f"{f'skipped {skipped} steps  ' if (skipped := row['skipped']) else ''}saved {saved}")
 
 
@@ -2607,7 +2888,8 @@ PRETRAINED_DEFAULTS = {"batch_norm": False, "optimizer": "sgd", "lr": 1e-3, "wei
 SCRATCH_DEFAULTS = {"batch_norm": True, "optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05}
 DATA_FLAGS = ("data", "data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed",
               "allow_bad_data")
-RESUME_MAY_CHANGE = {"resume", "device", "workers", "output_dir", "data_root", "patience", "save_minutes"}
+RESUME_MAY_CHANGE = {"resume", "device", "workers", "output_dir", "data_root", "patience", "save_minutes", "cache",
+                     "compile", "profile"}
 
 
 def _number(name, kind, accepts):
@@ -2677,6 +2959,8 @@ def build_parser():
     add("--val-fraction", type=below_one, default=0.1,
         help="seeded share of the training list held out where no --val-split is given; 0: train on everything")
     add("--allow-bad-data", action="store_true", help="leave out images that cannot be used, in place of stopping")
+    add("--cache", choices=("off", "ram", "disk"), default="off",
+        help="keep training images decoded, in memory or in a nameless file below --data-root")
     add("--workers", type=natural_int,
         help="loader processes (default: one a core up to 16 beside a GPU, else 1, on two cores 0)")
 
@@ -2724,6 +3008,9 @@ def build_parser():
         help="the same bits from the same flags on the same machine, where torch can; slower on a GPU")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--compile", action=switch, help="compile the network to train it faster (default: on CUDA)")
+    add("--profile", metavar="N", type=natural_int, default=0,
+        help="trace N training steps into OUTPUT_DIR/plots/profile.json, print the costliest operations; 0: none")
     add("--seed", type=natural_int, default=0, help="of weights, order, augmentation and the held-out share")
 
     add = parser.add_argument_group("detection").add_argument
@@ -2834,7 +3121,10 @@ def build_state(args, num_classes, device, resumed=None):
     model = SSD300(**config, prior_prob=args.prior_prob if args.loss == "focal" else None)
     if args.pretrained and resumed is None:
         load_backbone(model, fetch_backbone(args.backbone_weights, batch_norm=args.batch_norm))
-    model.freeze_blocks(args.freeze_blocks).to(device, memory_format=torch.channels_last)
+    # In channels_last order the backward pass of a wide network takes a CPU 1.7 times as long in float32.
+    is_plain = device.type == "cpu" and args.width > 0.5 and pick_amp_dtype(device, args.amp) is None
+    order = torch.contiguous_format if is_plain else torch.channels_last
+    model.freeze_blocks(args.freeze_blocks).to(device, memory_format=order)
     recipe = Recipe(**{name: getattr(args, name) for name in Recipe._fields})
     use_scaler = pick_amp_dtype(device, args.amp) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=use_scaler)
@@ -2860,64 +3150,146 @@ def report(result, records, classes, folder, **about):
     return numbers, f"Test mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point)"
 
 
+@contextlib.contextmanager
+def joined_processes(args):
+    """Join the processes that torchrun started, if it did; each gets a device, and all but the first are silent."""
+    if "LOCAL_RANK" not in os.environ:
+        yield
+        return
+    if args.device in ("auto", "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if process_rank()[0] else sys.stdout):
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Let torchrun's first process do something, such as a download, before the others do it."""
+    rank, world = process_rank()
+    if rank > 0:
+        torch.distributed.barrier()
+    yield
+    if world > 1 and rank == 0:
+        torch.distributed.barrier()
+
+
+def make_network(state, *, compiled, amp_dtype, batch_size):
+    """Return what runs forward in training: the model, compiled if asked for, its gradients averaged by torchrun."""
+    model, device = state.model, state.model.anchors.device
+    if process_rank()[1] > 1 and device.type == "cuda":
+        # Few images a GPU make batch norm noisy, so its statistics are those of all. There is no such layer for CPUs.
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    network = model
+    if compiled:
+        images = torch.zeros(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8, device=device)
+        network = compile_model(model.train(), images.contiguous(memory_format=torch.channels_last), amp_dtype)
+    if process_rank()[1] > 1:
+        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    return network
+
+
+def prepare_speed(args, state, *, amp_dtype, batch_size, steps):
+    """Set up by the flags what makes training fast and what measures it; batch_size of a process, steps of the run."""
+    is_cuda = state.model.anchors.device.type == "cuda"
+    torch.backends.cudnn.benchmark = is_cuda  # the shapes stay the same
+    compiled = is_cuda if args.compile is None else args.compile
+    state.network = make_network(state, compiled=compiled, amp_dtype=amp_dtype, batch_size=batch_size)
+    state.ideal_s = ideal_seconds(state.model, amp_dtype) if is_cuda else 0.0
+    if args.profile + 3 > steps and args.profile:
+        raise InputError(f"--profile {args.profile} needs {args.profile + 3} steps, this run has {steps}")
+    if args.profile:
+        profile_steps(state.optimizer, args.profile, Path(args.output_dir) / "plots" / "profile.json")
+
+
+def make_loaders(args, data, *, pin_memory):
+    """Return the loaders of training, of validation (None if nothing is held out) and of the gallery's images."""
+    rank, world = process_rank()
+    cache = open_cache(data.train, args.cache, args.data_root, processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    steps = ("zoom_out", "crop", "color", "shadow", "noise", "blur")
+    augment, plain = build_transform(train=True, **{s: getattr(args, s) for s in steps}), build_transform(train=False)
+    make = functools.partial(make_loader, workers=args.workers, pin_memory=pin_memory)
+    sampler = EpochBatchSampler(len(data.train), args.batch_size, args.seed, rank, world)
+    train_loader, val_loader = make(VocDataset(data.train, augment, args.seed, cache), sampler=sampler), None
+    if data.val:
+        share = range(rank, len(data.val), world) if len(data.val) >= world else None
+        val_loader = make(VocDataset(data.val, plain), batch_size=args.batch_size, share=share)
+    return train_loader, val_loader, make_gallery_loader(data.test or data.val or data.train)
+
+
+def make_gallery_loader(records):
+    """Return the loader of twelve images, evenly spread, for `draw_gallery`."""
+    return make_loader(VocDataset(spread(records, 12), build_transform(train=False)), batch_size=12)
+
+
+def finish_training(args, data, chosen, gallery, *, device, amp_dtype):
+    """Measure the chosen checkpoint on the test list and save it as the final one; returns (path, content, summary)."""
+    final = load_checkpoint(chosen)
+    final.pop("train_state", None)
+    model, summary = model_from_checkpoint(final, chosen, device), "no test list, so no test mAP: see --test-split"
+    gallery(model, title=f"{chosen.name}, epoch {final['metrics']['epoch']}")
+    path = chosen.with_name(f"ssd_{data.name}_final.pth")
+    if data.test:
+        loader = make_loader(VocDataset(data.test, build_transform(train=False)), batch_size=args.batch_size,
+                             workers=args.workers, pin_memory=device.type == "cuda")
+        result = evaluate(model, loader, amp_dtype=amp_dtype, **detect_settings(args, SCORE_THRESH))
+        final["test"], summary = report(result, data.test, data.classes, Path(args.output_dir) / "plots" / "evaluation",
+                                        checkpoint=str(path), data=args.data, split=args.test_split)
+    save_checkpoint(path, final)
+    return path, final, summary
+
+
 def run_training(args, stop, resumed=None):
     """Train by the flags, measure once on the test list, save the final checkpoint; returns the exit code.
 
     resumed: the checkpoint to go on from. stop: StopSignals.
     """
     began, device = time.perf_counter(), pick_device(args.device)
-    amp_dtype, is_cuda = pick_amp_dtype(device, args.amp), device.type == "cuda"
+    amp_dtype, is_cuda, (rank, world) = pick_amp_dtype(device, args.amp), device.type == "cuda", process_rank()
     if not is_cuda:
         keep_freed_memory()
     set_seed(args.seed, deterministic=args.deterministic)
     cv2.setNumThreads(0)
     checkpoints, plots = Path(args.output_dir) / "checkpoints", Path(args.output_dir) / "plots"
-    data = load_splits(args)
+    with first_process_first():
+        data = load_splits(args)
     digest = hashlib.sha1("".join(r.digest for r in data.train).encode(), usedforsecurity=False).hexdigest()
     if resumed is not None and (resumed["classes"], resumed.get("data", digest)) != (list(data.classes), digest):
         raise InputError(f"{args.data} has other classes or training images than the run to resume, which knew the "
                          f"classes {', '.join(resumed['classes'])}")
-    state, recipe, config = build_state(args, len(data.classes), device, resumed)
-    prepare_folders(checkpoints, plots, keep=resumed is not None)
+    with first_process_first():
+        state, recipe, config = build_state(args, len(data.classes), device, resumed)
+    if rank == 0:
+        prepare_folders(checkpoints, plots, keep=resumed is not None)
     flags = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k != "given"}
     base = {"config": config, "classes": list(data.classes), "args": flags, "data": digest}
-
-    steps = ("zoom_out", "crop", "color", "shadow", "noise", "blur")
-    train_set = VocDataset(data.train, build_transform(train=True, **{s: getattr(args, s) for s in steps}), args.seed)
-    sampler, plain = EpochBatchSampler(len(train_set), args.batch_size, args.seed), build_transform(train=False)
-    make = functools.partial(make_loader, workers=args.workers, pin_memory=is_cuda)
-    train_loader = make(train_set, sampler=sampler)
-    val_loader = make(VocDataset(data.val, plain), batch_size=args.batch_size) if data.val else None
-    gallery_loader = make_loader(VocDataset(spread(data.test or data.val or data.train, 12), plain), batch_size=12)
-    gallery = functools.partial(draw_gallery, loader=gallery_loader, classes=data.classes,
-                                path=plots / "predictions.png", amp_dtype=amp_dtype)
-    print_header(args, data, state.model, amp_dtype=amp_dtype, steps=len(sampler))
+    train_loader, val_loader, gallery_loader = make_loaders(args, data, pin_memory=is_cuda)
+    print_header(args, data, state.model, amp_dtype=amp_dtype, steps=len(train_loader))
     record = {"flags": flags, "environment": environment(device), "classes": list(data.classes), "notes": data.notes}
     write_json(checkpoints / "run.json", record)
-    save_figure(plot_augmentations(train_set, data.classes), plots / "augmentations.png")
+    save_figure(plot_augmentations(train_loader.dataset, data.classes), plots / "augmentations.png")
     save_figure(plot_data(data.train, data.classes), plots / "data.png")
+    gallery = functools.partial(draw_gallery, loader=gallery_loader, classes=data.classes,
+                                path=plots / "predictions.png", amp_dtype=amp_dtype)
 
     def redraw(state):
         save_figure(plot_losses(state.history), plots / "loss.png")
         save_figure(plot_training(state.history), plots / "training.png")
         gallery(state.ema.model, title=f"After epoch {state.epoch}")
 
-    settings = detect_settings(args, SCORE_THRESH)
-    saver = Saver(state, checkpoints, base, args.save_minutes)
-    chosen = fit(state, (train_loader, val_loader), recipe, amp_dtype=amp_dtype, saver=saver, settings=settings,
-                 redraw=redraw, stop=stop)
-    final = load_checkpoint(chosen)
-    final.pop("train_state", None)
-    model, summary = model_from_checkpoint(final, chosen, device), "no test list, so no test mAP: see --test-split"
-    gallery(model, title=f"{chosen.name}, epoch {final['metrics']['epoch']}")
-    path = checkpoints / f"ssd_{data.name}_final.pth"
-    if data.test:
-        test_loader = make(VocDataset(data.test, plain), batch_size=args.batch_size)
-        result = evaluate(model, test_loader, amp_dtype=amp_dtype, **settings)
-        final["test"], summary = report(result, data.test, data.classes, plots / "evaluation", checkpoint=str(path),
-                                        data=args.data, split=args.test_split)
+    prepare_speed(args, state, amp_dtype=amp_dtype, batch_size=train_loader.batch_sampler.batch_size // world,
+                  steps=(recipe.epochs - state.epoch) * len(train_loader))
+    chosen = fit(state, (train_loader, val_loader), recipe, amp_dtype=amp_dtype,
+                 saver=Saver(state, checkpoints, base, args.save_minutes), settings=detect_settings(args, SCORE_THRESH),
+                 redraw=redraw if rank == 0 else lambda state: None, stop=stop)
+    if rank > 0:
+        return 0
+    path, final, summary = finish_training(args, data, chosen, gallery, device=device, amp_dtype=amp_dtype)
     seconds = time.perf_counter() - began
-    save_checkpoint(path, final)
     write_json(checkpoints / "run.json", record | {"test": final.get("test"), "chosen": chosen.name, "wall_s": seconds})
     print(f"{summary}\n{path}\nwall time {datetime.timedelta(seconds=round(seconds))}")
     return 0
@@ -2942,8 +3314,7 @@ def run_evaluation(args, checkpoint):
         write_devkit_files(folder, args.test_split, result["detections"], data.test, data.classes)
     _, summary = report(result, data.test, data.classes, plots / "evaluation", checkpoint=args.evaluate,
                         data=args.data, split=args.test_split)
-    gallery = make_loader(VocDataset(spread(data.test, 12), plain), batch_size=12)
-    draw_gallery(model, gallery, data.classes, plots / "predictions.png", amp_dtype=amp_dtype,
+    draw_gallery(model, make_gallery_loader(data.test), data.classes, plots / "predictions.png", amp_dtype=amp_dtype,
                  title=Path(args.evaluate).name)
     print(summary)
     return 0
@@ -3025,7 +3396,8 @@ def main(argv=None):
             if args.audit:
                 return run_audit(args)
             args, checkpoint = resume_args(argv, args) if args.resume else (args, None)
-            return run_training(args, stop, checkpoint)
+            with joined_processes(args):
+                return run_training(args, stop, checkpoint)
     except InputError as error:  # raised in a loader process it comes with that process's traceback before it
         print(f"error: {str(error).strip().splitlines()[-1].split('InputError: ')[-1]}", file=sys.stderr)
         return 2

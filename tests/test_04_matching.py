@@ -116,6 +116,20 @@ def test_images_of_a_batch_do_not_affect_one_another():
     assert (together[1] == -1).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(coarse_boxes(), min_size=1, max_size=4), st.integers(1, 3), st.booleans())
+def test_what_a_gpu_computes_is_the_same(images, copies, is_flipped):
+    # Repeated boxes want the same anchors; flipped, the padding comes first.
+    gt_boxes, gt_labels = padded([boxes * copies for boxes in images])
+    gt_boxes, gt_labels = (t.flip(1) if is_flipped else t for t in (gt_boxes.float(), gt_labels))
+    plain = ssd.build_targets(gt_boxes, gt_labels, ANCHORS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssd, "counting_is_free", lambda tensor: False)
+        dense = ssd.build_targets(gt_boxes, gt_labels, ANCHORS)
+    assert torch.equal(plain[0], dense[0])
+    assert torch.equal(plain[1], dense[1])
+
+
 def test_no_ground_truth_makes_every_anchor_background():
     matched = ssd.match_anchors(torch.zeros(3, 0, 4), torch.zeros(3, 0, dtype=torch.int64), ANCHORS_XYXY)
     assert matched.shape == (3, 9966)

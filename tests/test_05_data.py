@@ -1,4 +1,6 @@
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -832,3 +834,88 @@ def test_exif_rotation_is_ignored(tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "a.jpg", exif=exif)
     assert ssd.read_image(tmp_path / "a.jpg").shape == (6, 8, 3)
     assert cv2.imread(str(tmp_path / "a.jpg")).shape == (8, 6, 3)  # else the test tests nothing
+
+
+# -- Decoded images kept
+
+
+def test_cached_images_are_decoded_once_and_stay_as_they_are(records, monkeypatch):
+    plain = ssd.VocDataset(records, ssd.build_transform(train=True), seed=3)
+    expected = [plain[i, 1] for i in range(len(records))]
+    cached = ssd.VocDataset(records, ssd.build_transform(train=True), seed=3, cache=ssd.ImageCache(records))
+    for epoch in (0, 1):
+        found = [cached[i, epoch] for i in range(len(records))]
+        monkeypatch.setattr(ssd, "read_image", lambda path: pytest.fail("decoded again"))
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["boxes"], other["boxes"])
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_loader_processes_fill_one_cache_together(records, kind, tmp_path, capsys):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    cache = ssd.open_cache(records, kind, folder)
+    assert f"GiB of decoded images in {kind}" in capsys.readouterr().out
+    dataset = ssd.VocDataset(records, ssd.build_transform(train=False), cache=cache)
+    assert len(list(ssd.make_loader(dataset, batch_size=2, workers=2))) == math.ceil(len(records) / 2)
+    assert cache.is_there.tolist() == [1] * len(records)  # this process decoded none of them
+    for index, record in enumerate(records):
+        np.testing.assert_array_equal(cache.read(index, record, load=None), ssd.read_image(record.image_path))
+    assert list(folder.iterdir()) == []  # the file on disk has no name
+
+
+def test_reading_from_the_cache_gives_copies(records):
+    cache = ssd.ImageCache(records)
+    for _ in range(2):
+        image = cache.read(1, records[1], lambda: 7)
+        assert (image == 7).all()
+        image[:] = 0
+    assert not cache.read(0, records[0], lambda: 0).any()
+
+
+def test_cache_that_does_not_fit_falls_back_from_memory_to_disk_to_none(records, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ssd, "free_memory", lambda: 10)
+    assert ssd.open_cache(records, "ram", tmp_path) is not None
+    captured = capsys.readouterr()
+    assert "in ram" in captured.out
+    assert "in disk" in captured.out
+    assert len(captured.err.splitlines()) == 1
+    monkeypatch.setattr(ssd.shutil, "disk_usage", lambda folder: ssd.shutil._ntuple_diskusage(10, 5, 5))
+    assert ssd.open_cache(records, "ram", tmp_path) is None
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    assert ssd.open_cache(records, "off", tmp_path) is None
+    assert capsys.readouterr().out == ""
+
+
+def test_cache_counts_every_process_that_keeps_one(records, tmp_path, monkeypatch):
+    size = ssd.ImageCache.size_of(records)
+    assert size == sum(r.width * r.height * 3 + 1 for r in records)
+    monkeypatch.setattr(ssd, "free_memory", lambda: 3 * size)
+    monkeypatch.setattr(ssd.shutil, "disk_usage", lambda folder: ssd.shutil._ntuple_diskusage(10, 5, 5))
+    assert ssd.open_cache(records, "ram", tmp_path, processes=2) is not None
+    assert ssd.open_cache(records, "ram", tmp_path, processes=3) is None
+
+
+# -- Several processes
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+def test_processes_share_the_batches_that_one_would_have(world):
+    whole = list(ssd.EpochBatchSampler(20, 6, seed=7))
+    shares = [list(ssd.EpochBatchSampler(20, 6, seed=7, rank=rank, world=world)) for rank in range(world)]
+    for number, batch in enumerate(whole):
+        parts = [share[number] for share in shares]
+        assert {len(part) for part in parts} == {6 // world}
+        assert sorted(itertools.chain(*parts)) == sorted(batch)
+
+
+def test_batch_that_processes_cannot_share_is_told():
+    with pytest.raises(ssd.InputError, match="batch of 6 images cannot be shared by 4 processes"):
+        ssd.EpochBatchSampler(20, 6, world=4)
+
+
+def test_loader_of_a_share_has_its_images_only(records):
+    dataset = ssd.VocDataset(records, ssd.build_transform(train=False))
+    loader = ssd.make_loader(dataset, batch_size=2, share=range(1, 6, 2))
+    assert [b["indices"].tolist() for b in loader] == [[1, 3], [5]]

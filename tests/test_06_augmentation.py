@@ -91,7 +91,7 @@ def test_training_pipeline_has_the_documented_steps():
     names = [name.split("_")[1] for name in STEPS]
     assert names[:4] == ["SSDZoomOut", "SSDCrop", "HorizontalFlip", "Resize"]
     assert set(names[4:]) == {
-        "RandomBrightnessContrast", "ColorJitter", "HueSaturationValue", "RandomShadow", "GaussNoise", "GaussianBlur"
+        "RandomBrightnessContrast", "ColorJitter", "HueSaturationValue", "Shadow", "Noise", "GaussianBlur"
     }
 
 
@@ -355,6 +355,44 @@ def test_zoom_out_canvas_has_at_most_twice_the_networks_resolution():
         assert max(out.shape) <= 601
         side = (after[0, 2:] - after[0, :2]) * out.shape[1::-1]
         assert side[0] / side[1] == pytest.approx(0.8, abs=0.02)  # the picture keeps its shape
+
+
+# -- Shadow and noise
+
+
+def test_shadow_is_that_of_albumentations():
+    options = {"shadow_roi": (0, 0, 1, 1), "num_shadows_limit": (1, 2), "shadow_intensity_range": (0.3, 0.6), "p": 1}
+    image = noise(120, 90)
+    for seed in range(10):
+        mine, theirs = (run(t, image, np.zeros((0, 4)), seed)[0] for t in (ssd.Shadow(**options),
+                                                                           A.RandomShadow(**options)))
+        assert np.abs(mine.astype(int) - theirs).max() <= 2  # theirs cuts fractions off, twice where shadows overlap
+        assert (mine < image).mean() > 0.02
+
+
+def test_noise_has_the_distribution_of_albumentations():
+    image = np.full((300, 300, 3), 128, np.uint8)
+    for std in (0.01, 0.03, 0.05):
+        mine, theirs = (run(t, image, np.zeros((0, 4)), 5)[0].astype(float) - 128
+                        for t in (ssd.Noise((std, std), p=1), A.GaussNoise((std, std), p=1)))
+        for out in (mine, theirs):
+            assert abs(out.mean()) < 0.6
+            assert out.std() == pytest.approx(255 * std, abs=0.05 if out is mine else 0.5)  # theirs cuts fractions off
+            assert abs((out**4).mean() / out.var() ** 2 - 3) < (0.1 if out is mine else 1)  # of a Gaussian: 3
+            assert abs(np.corrcoef(out[:, 1:].ravel(), out[:, :-1].ravel())[0, 1]) < 0.02
+            assert abs(np.corrcoef(out[..., 0].ravel(), out[..., 1].ravel())[0, 1]) < 0.02
+
+
+def test_noise_saturates_and_differs_from_picture_to_picture():
+    stds = []
+    for value in (0, 255):
+        image = np.full((300, 300, 3), value, np.uint8)
+        out = [run(ssd.Noise((0.01, 0.05), p=1), image, np.zeros((0, 4)), seed)[0].astype(int) for seed in range(20)]
+        assert all(0.3 < (o == value).mean() < 0.7 for o in out)  # what would lie outside stays at the end
+        stds += [np.abs(o - value).max() for o in out]
+        assert not any(np.array_equal(out[0], o) for o in out[1:])
+    assert min(stds) < 22
+    assert max(stds) > 45
 
 
 # -- Resize and evaluation

@@ -191,6 +191,21 @@ def test_divisor_is_never_below_the_number_of_images():
     torch.testing.assert_close(losses["loss_cls"], ssd.focal_loss(logits, labels).sum() / 3)
 
 
+@pytest.mark.parametrize("loss", ["focal", "multibox"])
+def test_what_a_gpu_computes_is_the_same(loss, monkeypatch):
+    results = []
+    for is_free in (True, False):
+        monkeypatch.setattr(ssd, "counting_is_free", lambda tensor, is_free=is_free: is_free)
+        logits, labels = random_case(4, 40, 3, (30, 0, 5, 1))  # 30 of 40: fewer negatives than three a positive
+        logits = logits.detach().clone().requires_grad_()
+        deltas = torch.linspace(-3, 3, 4 * 40 * 4).view(4, 40, 4).requires_grad_()
+        losses = ssd.detection_loss((logits, deltas), (labels, torch.zeros(4, 40, 4)), loss=loss)
+        losses["loss"].backward()
+        results.append([*losses.values(), logits.grad, deltas.grad])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
 # -- Learning
 
 

@@ -146,6 +146,17 @@ def test_detection_agrees_with_a_loop_over_classes(seed):
         torch.testing.assert_close(boxes, torch.tensor([e[2] for e in expected]))
 
 
+@pytest.mark.parametrize("most", [5, 30, 80, 400])
+def test_what_is_kept_does_not_depend_on_how_many_are_asked_for(most):
+    generator = torch.Generator().manual_seed(1)
+    anchors = ssd.make_anchors()[torch.randperm(9966, generator=generator)[:600]]
+    logits, deltas = 2 * torch.randn(1, 600, 4, generator=generator), torch.randn(1, 600, 4, generator=generator)
+    few, every = (ssd.detect(logits, deltas, anchors, nms_iou_thresh=0.1, max_detections=n)[0] for n in (most, 10_000))
+    assert len(every[0]) > 80  # far fewer than a fifth of 1,800 candidates: the best 5 * most are not always enough
+    for one, other in zip(few, every, strict=True):
+        assert torch.equal(one, other[:most])
+
+
 def test_extreme_outputs_give_valid_boxes():
     anchors = ssd.make_anchors()[:50]
     deltas = torch.randn(1, 50, 4, generator=torch.Generator().manual_seed(0)) * 1000
