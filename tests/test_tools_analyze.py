@@ -257,12 +257,13 @@ def test_sizes_by_hand():
     records = [record("0", 1000, 1000), record("1", 100, 100)]
     small, large, other = [1, 1, 50, 50], [101, 101, 600, 600], [1, 1, 50, 50]
     truth = [(0, 1, small, False), (0, 1, large, False), (1, 2, other, False), (1, 2, [61, 61, 90, 90], True)]
-    found = [(0, 1, 0.9, [701, 701, 750, 750]), (0, 1, 0.8, small), (1, 2, 0.7, other), (1, 2, 0.6, other)]
+    found = [(0, 1, 0.9, [701, 701, 750, 750]), (0, 1, 0.8, small), (1, 2, 0.7, other), (1, 2, 0.6, other),
+             (0, 1, 0.95, [451, 451, 950, 950]), (1, 2, 0.95, [91, 1, 95, 5])]
     det, gt = arrays(found, truth)
     sizes = analyze.analyze_sizes(det, gt, analyze.find_errors(det, gt, 2), records, ("cat", "dog"))
     rows = {row["low"]: row for row in sizes["relative"]}
     assert [row["objects"] for row in sizes["relative"]] == [1, 0, 0, 2, 0, 0]
-    # The false detection has the relative size .05: it counts there and nowhere else.
+    # The false detections have the relative sizes .05, .5 and .05: each counts among objects of its size alone.
     assert (rows[0.0]["ap"], rows[0.0]["recall"]) == (0.5, 1)
     assert (rows[0.37]["ap"], rows[0.37]["recall"]) == (0.5, 0.5)  # cat 0, dog 1
     assert math.isnan(rows[0.1]["ap"])
