@@ -26,11 +26,15 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import ctypes
 import datetime
 import functools
+import glob
+import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -40,14 +44,17 @@ import platform
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import xml.etree.ElementTree as ElementTree
 import xml.sax.saxutils
+import zipfile
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # read when albumentations is imported: no network then
 
@@ -58,11 +65,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.ops import batched_nms, box_convert, box_iou
+from torchvision.ops import batched_nms, box_convert
 from tqdm import tqdm
 
 # ---- 1. Constants ----
@@ -92,7 +99,8 @@ SCORE_THRESH, NMS_IOU_THRESH, MAX_DETECTIONS = 0.01, 0.45, 200  # SSD section 2.
 PRE_NMS_TOP_K = 400  # per class: the authors' released Caffe code
 DRAW_SCORE_THRESH = 0.4  # detections below it are left out of pictures
 
-FORMAT_VERSION = 1  # of a checkpoint
+FORMAT_VERSION = 2  # of a checkpoint; `load_checkpoint` reads the older ones too
+MAX_SKIPPED_STEPS = 3  # in a row, for a loss or gradient that is not finite, before a run stops
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324", "#808000", "#000075")
 
 
@@ -258,6 +266,7 @@ class Record:
     boxes_px: np.ndarray
     labels: np.ndarray  # (G,) int64, 1..K
     difficult: np.ndarray  # (G,) bool
+    digest: str = ""  # of the pixels
 
     @property
     def boxes(self):
@@ -278,25 +287,38 @@ class DataSplits:
 
 
 def read_split(root, split):
-    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt: the first word of each line, each id once."""
+    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt: the first word of each line, each id once.
+
+    Raises InputError if there is none, or for an id that leaves the data folder.
+    """
     path = Path(root) / "ImageSets" / "Main" / f"{split}.txt"
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))[:12])
         hint = f"lists there: {there}" if there else "is it a folder in VOC layout?"
         raise InputError(f"no image list {path}; {hint} (see --train-split, --val-split, --test-split)")
-    ids = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    ids = [line.split()[0] for line in text.splitlines() if line.strip()]
     if not ids:
         raise InputError(f"the image list {path} is empty")
+    for image_id in ids:
+        plain = PureWindowsPath(image_id)  # of both systems' separators
+        if plain.anchor or ".." in plain.parts:
+            raise InputError(f"the image list {path} names {image_id}, which leaves the data folder")
     return list(dict.fromkeys(ids))
 
 
 def find_image(root, image_id):
-    """Return the path of an image below ROOT/JPEGImages: .jpg first, else another usual ending."""
-    for suffix in (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp"):
-        path = Path(root) / "JPEGImages" / (image_id + suffix)
-        if path.is_file():
-            return str(path)
-    raise InputError(f"{Path(root) / 'JPEGImages' / image_id}.jpg: no such image, but a list names it")
+    """Return the path of an image below ROOT/JPEGImages: the first that exists of the usual endings, else .jpg."""
+    stem = os.path.join(root, "JPEGImages", image_id)
+    suffixes = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp")
+    return next((stem + suffix for suffix in suffixes if os.path.isfile(stem + suffix)), stem + ".jpg")
+
+
+class _PlainTree(ElementTree.TreeBuilder):
+    """Refuses a document type: without one no entity can be declared, so none is expanded or fetched."""
+
+    def doctype(self, name, pubid, system):
+        raise ElementTree.ParseError("it has a DOCTYPE")
 
 
 def parse_annotation(path):
@@ -305,10 +327,10 @@ def parse_annotation(path):
     Coordinates are as written: 1-based, corners included. Raises InputError that names the file and the object.
     """
     try:
-        root = ElementTree.parse(path).getroot()
+        root = ElementTree.parse(path, ElementTree.XMLParser(target=_PlainTree())).getroot()
     except FileNotFoundError:
         raise InputError(f"{path}: no such annotation file") from None
-    except (ElementTree.ParseError, UnicodeDecodeError) as error:
+    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # also of the encoding it names
         raise InputError(f"{path}: not readable as XML ({error})") from None
     try:
         width, height = (int(float(root.findtext(f"size/{side}"))) for side in ("width", "height"))
@@ -319,7 +341,7 @@ def parse_annotation(path):
         raise InputError(f"{path}: no usable <size> with <width> and <height>")
     objects = []
     for number, node in enumerate(root.iter("object"), start=1):
-        name = (node.findtext("name") or "").strip()
+        name = " ".join((node.findtext("name") or "").split())
         try:
             box = [float(node.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
         except (TypeError, ValueError):
@@ -330,48 +352,191 @@ def parse_annotation(path):
     return width, height, objects
 
 
-def parse_split(roots, split):
-    """Return [(image_id, image_path, annotation_path, width, height, objects)] of a list in each VOC root."""
-    parsed = []
-    for root in roots:
-        for image_id in read_split(root, split):
-            annotation = Path(root) / "Annotations" / f"{image_id}.xml"
-            parsed.append((image_id, find_image(root, image_id), str(annotation), *parse_annotation(annotation)))
-    return parsed
+def read_image(path):
+    """Return an image file as RGB uint8 (H, W, 3), as stored: annotations count pixels before any EXIF rotation."""
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        raise InputError(f"{path}: not readable as an image")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def make_records(parsed, classes, notes, *, only_listed=False):
-    """Turn what `parse_split` returns into Records: boxes clipped to the picture, those without area dropped.
+# The audit: every image and annotation of the lists is read before anything is spent on them.
 
-    classes: names, label 1 first. An object of another class raises InputError, or is left out if only_listed.
-    What was clipped, dropped or left out is counted in notes.
+AUDIT_VERSION = 1  # of audit.json
+# What it finds, and what is done about it. None: such an image stops the run, or is left out by --allow-bad-data.
+AUDIT_KINDS = {
+    "image missing": None, "image unreadable": None, "annotation missing": None, "annotation unreadable": None,
+    "image and annotation differ in size": None, "unknown class": None, "image also in the test list": None,
+    "image also in the validation list": "left out of training", "class not named by --classes": "left out",
+    "box beyond the picture": "clipped", "box reversed, without area or outside": "dropped",
+    "same box and class twice": "dropped", "object that no anchor overlaps by half": "kept",
+}
+
+
+def inspect_image(path):
+    """Return (width, height, digest of the pixels) of an image file that can be decoded to its end."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels: a decompression bomb")
+            image.draft("L", (1, 1))  # JPEG at an eighth of its size: half the time
+            image.load()  # unlike OpenCV it refuses a truncated file
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image, but a list names it") from None
+    except Exception as error:  # whatever a decoder meets in a damaged file
+        raise InputError(f"{path}: not readable as an image ({' '.join(str(error).split())[:120]})") from None
+    pixels = read_image(path)
+    return pixels.shape[1], pixels.shape[0], hashlib.sha1(pixels, usedforsecurity=False).hexdigest()
+
+
+def stamp_files(root, image_id):
+    """Return the paths of an image and its annotation, and their [time, size] each, None for one that is missing."""
+    paths = find_image(root, image_id), os.path.join(root, "Annotations", image_id + ".xml")
+    stamps = []
+    for path in paths:
+        try:
+            stat = os.stat(path)
+            stamps.append([stat.st_mtime_ns, stat.st_size])
+        except (OSError, ValueError):
+            stamps.append(None)
+    return paths, stamps
+
+
+def inspect(root, image_id):
+    """Return what the audit must know of an image and its annotation, as plain values.
+
+    {"stamps": of `stamp_files`, "image": of `inspect_image`, "annotation": of `parse_annotation`, "faults": [[kind,
+    message]]}; a part that cannot be read is missing and has a fault.
+    """
+    paths, stamps = stamp_files(root, image_id)
+    facts, faults = {"stamps": stamps}, []
+    for name, read, path, stamp in zip(("image", "annotation"), (inspect_image, parse_annotation), paths, stamps,
+                                       strict=True):
+        try:
+            facts[name] = read(path)
+        except InputError as error:
+            faults.append([f"{name} {'unreadable' if stamp else 'missing'}", str(error)])
+    if not faults and facts["image"][:2] != facts["annotation"][:2]:
+        (width, height, _), (its_width, its_height, _) = facts["image"], facts["annotation"]
+        faults.append(["image and annotation differ in size",
+                       f"{paths[0]} is {width}x{height} pixels, its annotation says {its_width}x{its_height}"])
+    return facts | {"faults": faults}
+
+
+def inspect_all(root, image_ids):
+    """Return {image_id: facts of `inspect`}, in parallel; files unchanged since ROOT/audit.json are not read again."""
+    facts = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        saved = json.loads((Path(root) / "audit.json").read_text(encoding="utf-8"))
+        facts = dict(saved["files"]) if saved["version"] == AUDIT_VERSION else {}
+    ids = [i for i in dict.fromkeys(image_ids) if facts.get(i, {}).get("stamps") != stamp_files(root, i)[1]]
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())  # decoding and hashing run beside each other
+    try:
+        found = pool.map(functools.partial(inspect, root), ids)
+        bar = tqdm(found, f"checking {root}", len(ids), leave=False, disable=not ids or not sys.stderr.isatty())
+        return facts | dict(zip(ids, bar, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def write_audit(root, files, findings):
+    """Write ROOT/audit.json, whole or not at all: counts and places of the findings, then the facts of each file."""
+    path, counts = Path(root) / "audit.json", {kind: len(places) for kind, places in findings.items()}
+    head = {"version": AUDIT_VERSION, "counts": counts, "findings": {k: list(v) for k, v in findings.items()}}
+    rows = ",\n".join(f"{json.dumps(image_id)}: {json.dumps(facts)}" for image_id, facts in files.items())
+    text = f'{json.dumps(head, indent=1)[:-2]},\n "files": {{\n{rows}\n}}}}\n'
+    with contextlib.suppress(OSError, ValueError):
+        if path.read_text(encoding="utf-8") == text:
+            return
+    try:
+        temporary = path.with_name(f".audit.{os.getpid()}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        print(f"warning: {path} was not written, so the next run reads all files again: {error}", file=sys.stderr)
+
+
+def audit_table(findings):
+    """Return the lines of the audit's table: how many, what, what was done about it, the first places."""
+    lines = []
+    for kind, remedy in AUDIT_KINDS.items():
+        if places := list(findings.get(kind, ())):
+            what, more = f"{kind}: {remedy or 'unusable'}", "; ..." if len(places) > 3 else ""
+            lines.append(f"{len(places):6d}  {what:<48}  {'; '.join(places[:3])}{more}")
+    return lines
+
+
+def best_anchor_iou(boxes):
+    """Return the highest IoU (N,) of boxes (N, 4), normalised xyxy, with any anchor.
+
+    Of a map's anchors of one shape, the one whose centre is nearest along both axes overlaps a box most.
+    """
+    best, start, anchors = boxes.new_zeros(len(boxes)), 0, make_anchors()
+    for cells, ratios in zip(FEATURE_MAPS, ASPECT_RATIOS, strict=True):
+        count = 2 + 2 * len(ratios)
+        grid = anchors[start : (start := start + cells * cells * count)].view(cells, cells, count, 4)
+        away = (boxes[:, :2, None] + boxes[:, 2:, None]) / 2 - grid[0, :, 0, 0]  # a row's centres are a column's too
+        x, y = away.abs().argmin(dim=2).unbind(1)
+        near = box_convert(grid[y, x], "cxcywh", "xyxy")  # (N, count, 4)
+        shared = torch.minimum(near[..., 2:], boxes[:, None, 2:]) - torch.maximum(near[..., :2], boxes[:, None, :2])
+        shared, area = shared.clamp(min=0).prod(-1), (boxes[:, 2:] - boxes[:, :2]).prod(-1, keepdim=True)
+        best = torch.maximum(best, (shared / (grid[y, x, :, 2:].prod(-1) + area - shared)).amax(dim=1))
+    return best
+
+
+def make_records(items, facts, classes, findings, *, only_listed=False):
+    """Return the Records of items (root, image_id), those that cannot be used left out; findings gathers the reasons.
+
+    facts: {root: what `inspect_all` returns}; classes: names, label 1 first; findings: {kind: {place: None}}. Boxes
+    are clipped to the picture, and those without area, repeated, or (only_listed) of another class left out.
     """
     label_of = {name: label for label, name in enumerate(classes, start=1)}
-    records, mended = [], collections.defaultdict(list)
-    for image_id, image_path, annotation, width, height, objects in parsed:
-        kept = []
+    records, unmatched = [], []
+    for root, image_id in items:
+        one, kept = facts[root][image_id], {}
+        bad = list(one["faults"])
+        width, height, objects = one.get("annotation", (0, 0, ()))
         for number, (name, (xmin, ymin, xmax, ymax), difficult) in enumerate(objects, start=1):
-            where = f"{Path(annotation).name} object {number} ({name})"
-            raw = np.array([xmin - 1, ymin - 1, xmax, ymax])  # 1-based and inclusive -> 0-based edges
-            box = np.clip(raw, 0, [width, height, width, height])
-            if name not in label_of:
-                if not only_listed:
-                    raise InputError(f"{annotation}: object {number} is of the unknown class {name!r}; known: "
-                                     f"{', '.join(classes)}")
-                mended["left out: class not named by --classes"].append(where)
-            elif xmax <= xmin or ymax <= ymin or (box[2:] <= box[:2]).any():
-                mended["dropped: box without area"].append(where)
+            place = f"{image_id}.xml object {number} ({name})"
+            raw = xmin - 1, ymin - 1, xmax, ymax  # 1-based and inclusive -> 0-based edges
+            box = tuple(min(max(v, 0), side) for v, side in zip(raw, (width, height) * 2, strict=True))
+            if name not in label_of and not only_listed:
+                bad.append(("unknown class", f"{place} is of the class {name!r}; known: {', '.join(classes)}"))
+            elif name not in label_of:
+                findings["class not named by --classes"][place] = None
+            elif xmax <= xmin or ymax <= ymin or box[2] <= box[0] or box[3] <= box[1]:
+                findings["box reversed, without area or outside"][place] = None
+            elif (name, box) in kept:
+                findings["same box and class twice"][place] = None
             else:
-                if np.abs(raw - box).max() > 1:  # one pixel off is a 0-based annotation, not a mistake
-                    mended["clipped: box beyond the picture"].append(where)
-                kept.append((box, label_of[name], difficult))
-        boxes, labels, difficult = zip(*kept, strict=True) if kept else ((), (), ())
+                # One pixel off is a 0-based annotation, not a mistake.
+                if max(abs(a - b) for a, b in zip(raw, box, strict=True)) > 1:
+                    findings["box beyond the picture"][place] = None
+                kept[name, box] = box, label_of[name], difficult, place
+        for kind, message in bad:
+            findings[kind][message] = None
+        if bad:
+            continue
+        boxes, labels, difficult, places = zip(*kept.values(), strict=True) if kept else ((), (), (), ())
         boxes_px = np.array(boxes, dtype=np.float32).reshape(-1, 4)
         labels, difficult = np.array(labels, dtype=np.int64), np.array(difficult, dtype=bool)
-        records.append(Record(image_id, image_path, width, height, boxes_px, labels, difficult))
-    for what, places in mended.items():
-        notes.append(f"{len(places)} object(s) {what}: {', '.join(places[:3])}{', ...' if len(places) > 3 else ''}")
+        records.append(Record(image_id, find_image(root, image_id), width, height, boxes_px, labels, difficult,
+                              one["image"][2]))
+        unmatched += places
+    if unmatched:
+        best = best_anchor_iou(torch.from_numpy(np.concatenate([r.boxes for r in records])))
+        few = best < 0.5
+        findings["object that no anchor overlaps by half"] |= {unmatched[i]: None for i in few.nonzero()[:, 0].tolist()}
     return records
+
+
+def drop_shared(records, held, kind, findings):
+    """Return the records whose pixels are not those of a held one; the others become findings of a kind."""
+    theirs = {r.digest: r.image_path for r in held}
+    shared = {f"{r.image_path} is {theirs[r.digest]}": None for r in records if r.digest in theirs}
+    if shared:
+        findings[kind] |= shared
+    return [r for r in records if r.digest not in theirs]
 
 
 # The generated data set: drawn shapes on textured, cluttered backgrounds.
@@ -535,17 +700,32 @@ def voc_roots(data, data_root, train_split, val_split, test_split):
     return [voc2007, voc2012] if data == "voc0712" else [voc2007]
 
 
+def finish_audit(facts, findings, allow_bad_data):
+    """Write each folder's audit.json; raises InputError, after the table, for images that cannot be used."""
+    for root, files in facts.items():
+        write_audit(root, files, findings)
+    bad = [place for kind, places in findings.items() if AUDIT_KINDS[kind] is None for place in places]
+    if bad and allow_bad_data:
+        print(f"--allow-bad-data leaves out {len(bad)} image(s), such as: {bad[0]}", flush=True)
+    elif bad:
+        print(*audit_table(findings), sep="\n", flush=True)
+        raise InputError(f"{bad[0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}: see "
+                         f"{' and '.join(str(Path(root) / 'audit.json') for root in facts)}; mend the data, or leave "
+                         "such images out with --allow-bad-data")
+
+
 def load_data(
     data, *, data_root="data", classes=None, train_split="train", val_split=None, test_split=None,
-    val_fraction=0.1, seed=0,
+    val_fraction=0.1, seed=0, allow_bad_data=False,
 ):
     """Return the DataSplits of `data`: "voc2007", "voc0712", "shapes" or the path of a folder in VOC layout.
 
     Without val_split a seeded val_fraction of the training list is held out (0: nothing); without test_split the
-    test list is empty. classes None: the VOC classes, or those that the training list has. Raises InputError for
-    whatever is missing or malformed.
+    test list is empty. classes None: the VOC classes, or those that the training list has. Every file is audited;
+    ROOT/audit.json keeps what was found. Raises InputError for whatever is missing or malformed; allow_bad_data
+    leaves such images out instead.
     """
-    only_listed, notes = classes is not None, []
+    only_listed, findings = classes is not None, collections.defaultdict(dict)
     if data in ("voc2007", "voc0712"):
         name, classes = "pascal_voc", classes or VOC_CLASSES
         roots = voc_roots(data, data_root, train_split, val_split, test_split)
@@ -556,34 +736,28 @@ def load_data(
         elif not roots[0].is_dir():
             raise InputError(f"--data {data}: no such folder, and not voc2007, voc0712 or shapes")
         name = re.sub(r"\W+", "_", roots[0].resolve().name.lower()).strip("_") or "custom"
-    parsed = parse_split(roots, train_split)
-    found = sorted({name_ for item in parsed for name_, _, _ in item[5]})
+    train, val, test = ([(root, i) for root in where for i in read_split(root, split)] if split else []
+                        for split, where in ((train_split, roots), (val_split, roots[:1]), (test_split, roots[:1])))
+    facts = {root: inspect_all(root, [i for r, i in train + val + test if r == root]) for root in roots}
+    found = sorted({o[0] for root, i in train for o in facts[root][i].get("annotation", (0, 0, ()))[2]})
     classes = tuple(classes or found)
-    if not found:
-        raise InputError(f"the list {train_split} of {data} names no image with an object")
-    if only_listed and (absent := [c for c in classes if c not in found]):
-        raise InputError(f"--classes: list {train_split} has no {', '.join(absent)}; it has {', '.join(found)}")
-    records = functools.partial(make_records, classes=classes, notes=notes, only_listed=only_listed)
-    train, val = records(parsed), []
-    if val_split:
-        val = records(parse_split(roots[:1], val_split))
-    elif val_fraction > 0:
+    train, val, test = (make_records(items, facts, classes, findings, only_listed=only_listed)
+                        for items in (train, val, test))
+    if not val_split and val_fraction > 0:
         order = np.random.default_rng(seed).permutation(len(train)).tolist()
         held_out = set(order[: max(1, round(val_fraction * len(train)))])
         val = [r for i, r in enumerate(train) if i in held_out]
         train = [r for i, r in enumerate(train) if i not in held_out]
+    train, val = (drop_shared(part, test, "image also in the test list", findings) for part in (train, val))
+    train = drop_shared(train, val, "image also in the validation list", findings)
+    finish_audit(facts, findings, allow_bad_data)
+    if not found:
+        raise InputError(f"the list {train_split} of {data} names no image with an object")
+    if only_listed and (absent := [c for c in classes if c not in found]):
+        raise InputError(f"--classes: list {train_split} has no {', '.join(absent)}; it has {', '.join(found)}")
     if not train:
         raise InputError("nothing is left to train on: lower --val-fraction")
-    test = records(parse_split(roots[:1], test_split)) if test_split else []
-    return DataSplits(name, classes, train, val, test, notes)
-
-
-def read_image(path):
-    """Return an image file as RGB uint8 (H, W, 3), as stored: annotations count pixels before any EXIF rotation."""
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if image is None:
-        raise InputError(f"{path}: not readable as an image")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return DataSplits(name, classes, train, val, test, audit_table(findings))
 
 
 def free_memory():
@@ -705,13 +879,14 @@ def collate(samples):
 class EpochBatchSampler(torch.utils.data.Sampler):
     """Yield batches of (index, epoch) in an order that depends on (seed, epoch) alone; set `epoch` before use.
 
-    The last, smaller batch is dropped (batch norm, static shapes) unless it is the only one. Of several processes
-    each yields its part of the same batches: every world-th image from its rank on.
+    The last, smaller batch is dropped (batch norm, static shapes) unless it is the only one. `first` is the batch
+    to begin with: a resumed epoch needs nothing else, no generator of the loader or its processes has a say. Of
+    several processes each yields its part of the same batches: every world-th image from its rank on.
     """
 
     def __init__(self, num_samples, batch_size, seed=0, rank=0, world=1):
-        self.num_samples, self.batch_size, self.seed, self.epoch = num_samples, min(batch_size, num_samples), seed, 0
-        self.rank, self.world = rank, world
+        self.num_samples, self.batch_size, self.seed = num_samples, min(batch_size, num_samples), seed
+        self.epoch, self.first, self.rank, self.world = 0, 0, rank, world
         if self.batch_size % world:
             raise InputError(f"a batch of {self.batch_size} images cannot be shared by {world} processes: set "
                              "--batch-size to a multiple of them")
@@ -721,11 +896,13 @@ class EpochBatchSampler(torch.utils.data.Sampler):
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples).tolist()
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
+        for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield [(i, self.epoch) for i in order[start + self.rank : start + self.batch_size : self.world]]
 
 
 def _init_worker(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends the run
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
@@ -733,6 +910,7 @@ def _init_worker(_):
 def make_loader(dataset, *, batch_size=1, workers=0, pin_memory=False, sampler=None, share=None):
     """Return a DataLoader: in order for evaluation, complete or a share (indices), by an EpochBatchSampler to train."""
     how = {"batch_sampler": sampler} if sampler is not None else {"batch_size": batch_size, "sampler": share}
+    how["generator"] = torch.Generator()  # else each pass would draw from torch's global one
     if workers:
         how.update(persistent_workers=True, prefetch_factor=4, worker_init_fn=_init_worker)
         how.update({"multiprocessing_context": "fork"} if getattr(dataset, "cache", None) else {})  # else not shared
@@ -1011,16 +1189,23 @@ class SSD300(nn.Module):
         maps = self.feature_maps((images.float() - self.mean) / self.std)
         outputs = []
         for heads, last in ((self.cls_heads, self.num_classes + 1), (self.box_heads, 4)):
-            flat = [h(m).permute(0, 2, 3, 1).reshape(len(images), -1, last) for h, m in zip(heads, maps, strict=True)]
+            flat = [h(m).permute(0, 2, 3, 1).reshape(m.shape[0], -1, last) for h, m in zip(heads, maps, strict=True)]
             outputs.append(torch.cat(flat, dim=1).float())
         return tuple(outputs)
 
 
 def load_tensors(path, what):
-    """Return what torch.save wrote into a file, as data only; raises InputError if it is missing or something else."""
+    """Return what torch.save wrote into a file, as data only; raises InputError if it is missing or something else.
+
+    Each part of the file has a CRC-32, which torch.load does not look at.
+    """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file ({what})")
     try:
+        if zipfile.is_zipfile(path):  # torch's older format is none
+            with zipfile.ZipFile(path) as parts:
+                if (part := parts.testzip()) is not None:
+                    raise ValueError(f"damaged: the checksum of {part} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler meets in a foreign file
         problem = (str(error) or "it is empty").splitlines()[0][:120]
@@ -1284,6 +1469,22 @@ def overlap_pairs(det_keys, det_boxes, gt_keys, gt_boxes, *, extra=0.0, is_crowd
     return det, gt, shared / (det_area + rest)
 
 
+def assign_voc(det, gt, iou_thresh=0.5):
+    """Return is_hit and is_ignored, bool (N,), by the rules of `evaluate_voc`; what is neither is false.
+
+    det, gt: what `check_detections` returns, det in score order.
+    """
+    rows, targets, iou = overlap_pairs(det["keys"], det["boxes_px"], gt["keys"], gt["boxes_px"], extra=1)
+    best = np.lexsort((targets, -iou, rows))
+    best = best[np.unique(rows[best], return_index=True)[1]]
+    best = best[iou[best] >= iou_thresh]
+    is_hit, is_ignored = np.zeros((2, len(det["keys"])), dtype=bool)
+    is_ignored[rows[best]] = gt["difficult"][targets[best]]
+    best = best[~gt["difficult"][targets[best]]]
+    is_hit[rows[best[np.unique(targets[best], return_index=True)[1]]]] = True
+    return is_hit, is_ignored
+
+
 def evaluate_voc(detections, truth, num_classes, iou_thresh=0.5):
     """Score detections by the VOC2007 devkit's rules: {label: {"ap_area", "ap11", "recall", "precision", ...}}.
 
@@ -1297,15 +1498,9 @@ def evaluate_voc(detections, truth, num_classes, iou_thresh=0.5):
     """
     det, gt = check_detections(detections, truth, num_classes)
     order = np.argsort(-det["scores"], kind="stable")
-    labels, scores = det["labels"][order], det["scores"][order]
-    rows, targets, iou = overlap_pairs(det["keys"][order], det["boxes_px"][order], gt["keys"], gt["boxes_px"], extra=1)
-    best = np.lexsort((targets, -iou, rows))
-    best = best[np.unique(rows[best], return_index=True)[1]]
-    best = best[iou[best] >= iou_thresh]
-    is_ignored, is_hit = np.zeros(len(order), dtype=bool), np.zeros(len(order), dtype=bool)
-    is_ignored[rows[best]] = gt["difficult"][targets[best]]
-    best = best[~gt["difficult"][targets[best]]]
-    is_hit[rows[best[np.unique(targets[best], return_index=True)[1]]]] = True
+    det = {name: column[order] for name, column in det.items()}
+    labels, scores = det["labels"], det["scores"]
+    is_hit, is_ignored = assign_voc(det, gt, iou_thresh)
     results = {}
     for label in range(1, num_classes + 1):
         counted = np.flatnonzero((labels == label) & ~is_ignored)
@@ -1587,19 +1782,55 @@ def write_json(path, content):
     write_text(path, to_json(content, indent=1))
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint: a dict of tensors and plain values, format_version first."""
-    write_atomically(path, lambda temporary: torch.save({"format_version": FORMAT_VERSION, **checkpoint}, temporary))
+def save_checkpoint(path, checkpoint, previous=None):
+    """Write a checkpoint: a dict of tensors and plain values, format_version first; OSError if that fails.
+
+    previous: the name under which the file that it replaces is kept.
+    """
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            try:
+                torch.save({"format_version": FORMAT_VERSION, **checkpoint}, file)
+            except RuntimeError as error:  # what torch makes of a failing write
+                raise OSError(*(getattr(error.__context__, "args", None) or (str(error).splitlines()[0],))) from None
+        if previous is not None:
+            with contextlib.suppress(OSError):  # there is none yet, or the file system has no hard links
+                Path(previous).unlink(missing_ok=True)
+                os.link(path, previous)
+
+    write_atomically(path, write)
 
 
-def load_checkpoint(path):
-    """Return a checkpoint's dict; raises InputError if the file is missing, damaged or no checkpoint of this module."""
+def _read_checkpoint(path, resumable):
     checkpoint = load_tensors(path, "a checkpoint")
     if not isinstance(checkpoint, dict) or not {"format_version", "model", "config", "classes"} <= checkpoint.keys():
         raise InputError(f"{path}: not a checkpoint of ssd_object_detection.py (it lacks model, config or classes)")
     if checkpoint["format_version"] > FORMAT_VERSION:
         raise InputError(f"{path}: written by a newer version (format {checkpoint['format_version']})")
+    if resumable and "train_state" not in checkpoint:
+        raise InputError(f"{path}: holds weights but no training state; resume from a last.pth")
+    if checkpoint["format_version"] == 1 and "train_state" in checkpoint:  # made at an epoch's end, torch's RNG alone
+        state = checkpoint["train_state"]
+        state |= {"totals": {}, "rng": {"torch": state["rng"]}}
     return checkpoint
+
+
+def load_checkpoint(path, *, resumable=False):
+    """Return a checkpoint's dict, one of an older format brought up to date.
+
+    Raises InputError if the file is missing, damaged or no checkpoint of this module (resumable: of a run to go on
+    with), and names the newest good one beside it.
+    """
+    try:
+        return _read_checkpoint(path, resumable)
+    except InputError as error:
+        others = [p for p in Path(path).parent.glob("*.pth") if p.is_file() and p != Path(path)]
+        for other in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True):
+            with contextlib.suppress(InputError):
+                _read_checkpoint(other, resumable)
+                error = InputError(f"{error}; the newest good one there is {other}")
+                break
+        raise error from None
 
 
 def model_from_checkpoint(checkpoint, path="checkpoint", device="cpu"):
@@ -1612,11 +1843,80 @@ def model_from_checkpoint(checkpoint, path="checkpoint", device="cpu"):
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
-def set_seed(seed):
-    """Seed Python's, NumPy's and torch's generators; data order and augmentation have their own (see VocDataset)."""
+def set_seed(seed, *, deterministic=False):
+    """Seed Python's, NumPy's and torch's generators; data order and augmentation have their own (see VocDataset).
+
+    deterministic: torch takes the algorithms that give the same bits each time, and warns where it has none.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cudnn.deterministic = deterministic
+
+
+def get_rng():
+    """Return the states of Python's, NumPy's, torch's and each CUDA device's generators as plain values and tensors.
+
+    Loader processes have none worth saving: a sample depends on (seed, epoch, index) alone, see VocDataset.
+    """
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+            "cuda": cuda}
+
+
+def set_rng(states):
+    """Go back to what `get_rng` returned, as far as it is there and there are devices for it."""
+    torch.set_rng_state(states["torch"])
+    if "python" in states:
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+    for device, state in zip(range(torch.cuda.device_count()), states.get("cuda", []), strict=False):
+        torch.cuda.set_rng_state(state, device)
+
+
+class StopSignals:
+    """While entered, SIGINT (Ctrl-C) and SIGTERM (a machine that is taken away) raise KeyboardInterrupt.
+
+    Within `waiting` they only set `signum`, and the exception is raised by `check` or at the end of the block. A second
+    signal ends the process at once: the files are whole then too, since each is renamed when it is complete.
+    """
+
+    def __init__(self):
+        self.signum, self.waits, self.before = 0, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
+            self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def handle(self, signum, frame):
+        self.signum = signum
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+        print("\nstopping; a second signal ends at once", file=sys.stderr, flush=True)
+        if not self.waits:
+            self.check()
+
+    def check(self):
+        if self.signum:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def waiting(self):
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+        self.check()
 
 
 def environment(device):
@@ -1635,6 +1935,8 @@ def prepare_folders(checkpoints, plots, *, keep):
     try:
         for folder in (checkpoints, plots):
             folder.mkdir(parents=True, exist_ok=True)
+        for path in checkpoints.glob(".*.tmp"):  # a run that was killed while it wrote
+            path.unlink()
         earlier = [p for p in checkpoints.iterdir() if p.suffix in (".pth", ".jsonl", ".json")]
         if keep or not any(p.suffix == ".pth" for p in earlier):
             return
@@ -1712,8 +2014,7 @@ def plot_data(records, classes):
     """Return data.png: objects per class, box sizes, and the share of objects that some anchor matches at IoU .5."""
     labels = np.concatenate([r.labels for r in records])
     boxes = torch.from_numpy(np.concatenate([r.boxes for r in records]))
-    anchors = box_convert(make_anchors(), "cxcywh", "xyxy")
-    best = torch.cat([box_iou(part, anchors).amax(dim=1) for part in boxes.split(512)] or [boxes.new_zeros(0)]).numpy()
+    best = best_anchor_iou(boxes).numpy()
     figure = Figure(figsize=(14, 4.6 + 0.1 * len(classes)), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     counts = np.bincount(labels, minlength=len(classes) + 1)[1:]
@@ -1894,7 +2195,10 @@ def make_optimizer(model, recipe):
               {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
     fused = params[0].device.type in ("cpu", "cuda")
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
+        optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
+        for p in params if recipe.momentum else ():  # torch leaves it uninitialised if the first step is skipped
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=fused)
 
 
@@ -1927,6 +2231,25 @@ class Ema:
             mine.copy_(theirs)
 
 
+class NormGuard:
+    """Keeps the statistics of a model's batch norms as the last good step left them: the forward pass changes them
+    before anybody knows whether its loss is finite."""
+
+    def __init__(self, model):
+        self.buffers = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+        self.good = self.flat()
+
+    def flat(self):
+        """Return all statistics as one vector."""
+        return torch.cat([b.flatten() for b in self.buffers]) if self.buffers else torch.zeros(0)
+
+    def settle(self, ok):
+        """Keep the present statistics if ok, a bool scalar on the device, else go back to the good ones."""
+        if self.buffers:
+            self.good = torch.where(ok, self.flat(), self.good)
+            torch._foreach_copy_(self.buffers, list(self.good.split([b.numel() for b in self.buffers])))
+
+
 def make_criterion(anchors, recipe):
     """Return criterion(outputs, batch) -> {"loss", "loss_cls", "loss_box"}, see `detection_loss`."""
     def criterion(outputs, batch):
@@ -1939,17 +2262,22 @@ def make_criterion(anchors, recipe):
 
 @dataclass
 class TrainState:
-    """What a run carries from step to step; `state_dict` is what last.pth keeps of it beside the averaged weights."""
+    """What a run carries from step to step; `state_dict` is what last.pth keeps of it beside the averaged weights.
+
+    It can be saved between any two steps: batch order and augmentation follow from epoch and step.
+    """
 
     model: SSD300
     ema: Ema
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    epoch: int = 0  # epochs finished
-    step: int = 0  # optimizer steps finished
+    norms: NormGuard
+    epoch: int = 0  # epochs finished, their validation included
+    step: int = 0  # batches trained on, the skipped ones included
     best_map: float = -1.0
     best_epoch: int = 0
     history: list = field(default_factory=list)  # the rows of metrics.jsonl
+    totals: dict = field(default_factory=dict)  # of the unfinished epoch: sums of the losses, and "steps" not skipped
     network: object = None  # runs forward in training: the model, or what compiles or distributes it
     ideal_s: float = 0.0  # seconds that an image's arithmetic would take at the GPU's full speed; 0 on a CPU
 
@@ -1959,17 +2287,22 @@ class TrainState:
     def state_dict(self):
         """Return tensors and plain values only."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        plain = {name: getattr(self, name) for name in ("epoch", "step", "best_map", "best_epoch", "history")}
-        return {**parts, **plain, "rng": torch.get_rng_state()}
+        plain = {name: getattr(self, name) for name in ("epoch", "step", "best_map", "best_epoch", "history", "totals")}
+        return {**parts, **plain, "rng": get_rng()}
 
     def load_state_dict(self, state, averaged):
-        """Go back to a saved state; averaged: the weights of the average."""
-        for name in ("model", "optimizer", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
-        self.ema.model.load_state_dict(averaged)
-        for name in ("epoch", "step", "best_map", "best_epoch", "history"):
-            setattr(self, name, state[name])
-        torch.set_rng_state(state["rng"])
+        """Go back to a saved state; averaged: the weights of the average. ValueError if it is of another network."""
+        try:
+            for name in ("model", "optimizer", "scaler"):
+                getattr(self, name).load_state_dict(state[name])
+            self.ema.model.load_state_dict(averaged)
+            for name in ("epoch", "step", "best_map", "best_epoch", "history"):
+                setattr(self, name, state[name])
+            self.totals = {name: value.to(self.model.anchors.device) for name, value in state["totals"].items()}
+            set_rng(state["rng"])
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"the training state does not fit: {' '.join(str(error).split())[:300]}") from None
+        self.norms = NormGuard(self.model)
 
 
 def ideal_seconds(model, amp_dtype):
@@ -2027,54 +2360,117 @@ def profile_steps(optimizer, count, path):
 
 
 def optimize(state, loss, clip_grad):
-    """Take one optimizer step on a scalar loss: backward, unscale, clip the gradients' norm, step, average."""
+    """Take one optimizer step on a scalar loss: backward, unscale, clip the gradients' norm, step, average.
+
+    Returns whether the step was taken, a bool scalar on the device: it is skipped if the loss or the gradients' norm
+    is not finite. Weights, moments, statistics and average then stay as they were.
+    """
+    # Reading `ok` here would stall the device in every step. So the skip happens there: a fused optimizer's kernels
+    # do nothing where `found_inf` is 1, as for GradScaler, whose own step is left out since it sets that too.
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
-    if clip_grad:
-        state.scaler.unscale_(state.optimizer)
-        torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
-    state.scaler.step(state.optimizer)
+    state.scaler.unscale_(state.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad or math.inf)
+    ok = norm.isfinite() & loss.detach().isfinite()
+    if state.optimizer.defaults["fused"]:
+        state.optimizer.grad_scale, state.optimizer.found_inf = None, (~ok).float()
+        state.optimizer.step()
+    elif ok:  # other devices have to wait
+        state.optimizer.step()
     state.scaler.update()
+    state.norms.settle(ok)
     state.step += 1
     state.ema.update(state.step)
+    return ok
 
 
-def train_one_epoch(state, loader, criterion, recipe, *, amp_dtype=None):
-    """Train for one pass over the loader; returns the means of the losses, lr, phase, images_per_s and data_wait."""
-    device = state.model.anchors.device
+class NotFiniteError(InputError):
+    """The loss or its gradient was not finite in several steps in a row."""
+
+
+class SkipLog:
+    """Names the steps that `optimize` skipped, and stops the run after `limit` in a row.
+
+    report: the file that then says what these steps were shown. `read` is to be called now and then: only there the
+    host waits for the device.
+    """
+
+    def __init__(self, records, report, limit):
+        self.records, self.report, self.limit, self.pending, self.in_a_row = records, report, limit, [], []
+
+    def add(self, step, batch, losses, ok):
+        """Keep what may have to be told of a step."""
+        told = {name: batch[name] for name in ("indices", "gt_labels", "gt_boxes")}
+        self.pending.append((ok, step, told, {name: value.detach() for name, value in losses.items()}))
+
+    def read(self):
+        """Tell of the skipped ones among the steps added since; raises NotFiniteError."""
+        flags = torch.stack([one[0] for one in self.pending]).tolist()
+        for ok, (_, step, batch, losses) in zip(flags, self.pending, strict=True):
+            if ok:
+                self.in_a_row = []
+                continue
+            losses = {name: repr(value.item()) for name, value in losses.items()}
+            images = [{"image": self.records[i].image_id, "labels": labels[labels > 0].tolist(),
+                       "boxes": boxes[labels > 0].tolist()} for i, labels, boxes in zip(
+                          batch["indices"].tolist(), batch["gt_labels"], batch["gt_boxes"], strict=True)]
+            self.in_a_row.append({"step": step, "losses": losses, "images": images})
+            print(f"warning: step {step} skipped, its gradient is not finite ({losses}); images: "
+                  f"{', '.join(image['image'] for image in images)}", file=sys.stderr)
+        self.pending = []
+        if len(self.in_a_row) >= self.limit:
+            write_json(self.report, self.in_a_row)
+            raise NotFiniteError(
+                f"{len(self.in_a_row)} steps in a row, up to {step}, had no finite loss and gradient "
+                f"({self.in_a_row[-1]['losses']}): lower --lr, lengthen --warmup-epochs or set --amp off; "
+                f"{self.report} says what they were shown; the weights saved are from before")
+
+
+def train_one_epoch(state, loader, criterion, recipe, *, skips, amp_dtype=None, between_steps=lambda: None):
+    """Train to the end of an epoch; returns the means of the losses, lr, phase, skipped, images_per_s and data_wait.
+
+    It begins where state.step stands. skips: a SkipLog. between_steps() is called after each step.
+    """
+    device, steps = state.model.anchors.device, len(loader)
+    sampler, first = loader.batch_sampler, state.step - state.epoch * steps
+    sampler.epoch, sampler.first = state.epoch, first
     state.model.train()
-    loader.batch_sampler.epoch = state.epoch
-    totals, images, waited, start = collections.defaultdict(float), 0, 0.0, time.perf_counter()
-    bar = tqdm(total=len(loader), desc=f"epoch {state.epoch + 1}/{recipe.epochs}", leave=False,
+    images, waited, start = 0, 0.0, time.perf_counter()
+    bar = tqdm(total=steps, initial=first, desc=f"epoch {state.epoch + 1}/{recipe.epochs}", leave=False,
                disable=not sys.stderr.isatty() or process_rank()[0] > 0)
-    batches = iter(loader)
-    for number in range(1, len(loader) + 1):
+    batches = iter(loader if first < steps else ())
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        # torch raises from this signal, anywhere in a step; without it a dead process is told of by next(batches).
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in range(first + 1, steps + 1):
         before = time.perf_counter()
         batch = to_device(next(batches), device)
         waited += time.perf_counter() - before
-        lr, phase = learning_rate(state.step, recipe, len(loader))
         for group in state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(state.step, recipe, steps)[0]
         with autocast(device, amp_dtype):
             outputs = state.network(batch["images"])
         losses = criterion(outputs, batch)
-        optimize(state, losses["loss"], recipe.clip_grad)
-        for name, value in losses.items():
-            totals[name] += value.detach()
+        ok = optimize(state, losses["loss"], recipe.clip_grad)
+        for name, value in {**losses, "steps": torch.ones_like(losses["loss"])}.items():
+            state.totals[name] = state.totals.get(name, 0.0) + torch.where(ok, value.detach(), 0.0)
+        skips.add(state.step, batch, losses, ok)
         images += len(batch["images"])
-        if number % 10 == 0 or number == len(loader):  # the only place that waits for the device
-            loss, seconds = totals["loss"].item() / number, time.perf_counter() - start
-            if not math.isfinite(loss):
-                raise InputError(f"the loss is {loss} at step {state.step}: lower --lr, lengthen --warmup-epochs or "
-                                 "set --amp off; the checkpoints of finished epochs are intact")
-            left = (len(loader) * (recipe.epochs - state.epoch) - number) * seconds / number
-            bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} {speed_text(speed(state, images, seconds, waited))} "
+        if number % 10 == 0 or number == steps:  # the only place that waits for the device
+            skips.read()
+            loss, seconds = (state.totals["loss"] / state.totals["steps"]).item(), time.perf_counter() - start
+            left = (steps * (recipe.epochs - state.epoch) - number) * seconds / (number - first)
+            bar.set_postfix_str(f"loss {loss:.3f} lr {group['lr']:.1e} "
+                                f"{speed_text(speed(state, images, seconds, waited))} "
                                 f"eta {datetime.timedelta(seconds=round(left))}")
             bar.update(number - bar.n)
+        between_steps()
     bar.close()
-    seconds = time.perf_counter() - start
-    means = {f"train_{name}": average_over_processes(v).item() / len(loader) for name, v in totals.items()}
-    return {**means, "lr": lr, "phase": phase, **speed(state, images, seconds, waited)}
+    seconds, (lr, phase) = time.perf_counter() - start, learning_rate(state.step - 1, recipe, steps)
+    good = state.totals["steps"].item()
+    means = {f"train_{name}": average_over_processes(total / good).item() for name, total in state.totals.items()
+             if name != "steps"}
+    return {**means, "lr": lr, "phase": phase, "skipped": steps - round(good), **speed(state, images, seconds, waited)}
 
 
 def epoch_line(row, epochs, saved):
@@ -2084,41 +2480,97 @@ def epoch_line(row, epochs, saved):
 
     val = f"  val {losses('val_')}  mAP {row['val_map_area']:.4f}" if "val_loss" in row else ""
     return (f"epoch {row['epoch']:3d}/{epochs}  train {losses('train_')}{val}  lr {row['lr']:.2e} {row['phase']}  "
-            f"{row['seconds']:.1f} s  {speed_text(row)}  saved {saved}")
+            f"{row['seconds']:.1f} s  {speed_text(row)}  "
+            f"{f'skipped {skipped} steps  ' if (skipped := row['skipped']) else ''}saved {saved}")
 
 
-def fit(state, loaders, recipe, *, amp_dtype, checkpoints, base, settings, redraw):
+class Saver:
+    """Writes a run's checkpoints into a folder; what cannot be written is `waiting`, and tried again with the next.
+
+    base: what every checkpoint holds beside weights and metrics. minutes: see `save_when_due`; 0 is never.
+    """
+
+    def __init__(self, state, folder, base, minutes):
+        self.state, self.folder, self.base, self.minutes = state, folder, base, minutes
+        self.waiting, self.saved_at = {}, time.monotonic()
+
+    def save(self, name, previous=None, **more):
+        """Write a checkpoint of the averaged weights, and those that wait."""
+        metrics = self.state.history[-1] if self.state.history else {}
+        weights = self.state.ema.model.state_dict()
+        self.waiting[name] = {**self.base, "model": weights, "metrics": metrics, **more}, previous
+        for name, (checkpoint, previous) in list(self.waiting.items()):
+            try:
+                save_checkpoint(self.folder / name, checkpoint, previous)
+                del self.waiting[name]
+            except OSError as error:
+                self.waiting[name] = copy.deepcopy((checkpoint, previous))  # the weights will move on
+                print(f"warning: {self.folder / name} was not written, the next save tries again: {error}",
+                      file=sys.stderr)
+
+    def save_last(self):
+        """Write last.pth, from which a run can go on; the one before becomes previous.pth."""
+        self.save("last.pth", self.folder / "previous.pth", train_state=self.state.state_dict())
+        self.saved_at = time.monotonic()
+
+    def save_when_due(self):
+        """Write last.pth if the last time was `minutes` ago."""
+        if 0 < 60 * self.minutes <= time.monotonic() - self.saved_at:
+            self.save_last()
+
+
+def fit(state, loaders, recipe, *, amp_dtype, saver, settings, redraw, stop):
     """Train until the epochs or the patience run out, writing checkpoints and metrics.jsonl after every epoch.
 
-    loaders: training, and validation or None. base: what every checkpoint holds beside weights and metrics.
-    settings: of `detect`. redraw(state) draws the plots. Returns the path of the checkpoint to test: best.pth, or
-    last.pth if nothing was held out.
+    loaders: training, and validation or None. settings: of `detect`. redraw(state) draws the plots. A signal (stop:
+    StopSignals) or an error ends the run after last.pth is written. Returns the path of the checkpoint to test:
+    best.pth, or last.pth if nothing was held out. Raises InputError if in the end a checkpoint cannot be written.
     """
-    train_loader, val_loader = loaders
+    (train_loader, val_loader), folder = loaders, saver.folder
     criterion = make_criterion(state.model.anchors, recipe)
+    limit = 25 if state.scaler.is_enabled() else min(MAX_SKIPPED_STEPS, len(train_loader))  # float16 seeks its scale
+    skips = SkipLog(train_loader.dataset.records, folder / "nonfinite.json", limit)
+
+    def between_steps():
+        stop.check()
+        saver.save_when_due()
+
     while state.epoch < recipe.epochs:
-        start, saved = time.perf_counter(), "last"
-        row = train_one_epoch(state, train_loader, criterion, recipe, amp_dtype=amp_dtype)
-        state.epoch += 1
-        if val_loader is not None and (state.epoch == recipe.epochs or state.epoch % recipe.eval_interval == 0):
-            result = evaluate(state.ema.model, val_loader, amp_dtype=amp_dtype, criterion=criterion, **settings)
-            row |= {f"val_{name}": result[name] for name in ("loss", "loss_cls", "loss_box", "map_area", "map11")}
-            if state.best_epoch == 0 or row["val_map_area"] > state.best_map:
-                best_map = -1.0 if math.isnan(row["val_map_area"]) else row["val_map_area"]  # NaN: no object to find
-                state.best_map, state.best_epoch, saved = best_map, state.epoch, "last, best"
-        row = {"epoch": state.epoch, "step": state.step, **row, "seconds": round(time.perf_counter() - start, 3)}
-        state.history.append(row)
-        checkpoint = {**base, "model": state.ema.model.state_dict(), "metrics": row}
-        if saved != "last":
-            save_checkpoint(checkpoints / "best.pth", checkpoint)
-        save_checkpoint(checkpoints / "last.pth", {**checkpoint, "train_state": state.state_dict()})
-        write_text(checkpoints / "metrics.jsonl", "".join(to_json(r) + "\n" for r in state.history))
-        print(epoch_line(row, recipe.epochs, saved), flush=True)
-        redraw(state)
         if val_loader is not None and 0 < recipe.patience * recipe.eval_interval <= state.epoch - state.best_epoch:
             print(f"stopped early: no better validation mAP in {recipe.patience} evaluations (--patience)")
             break
-    return checkpoints / ("last.pth" if val_loader is None else "best.pth")
+        start, saved, epoch = time.perf_counter(), "last", state.epoch + 1
+        try:
+            with stop.waiting():
+                row = train_one_epoch(state, train_loader, criterion, recipe, skips=skips, amp_dtype=amp_dtype,
+                                      between_steps=between_steps)
+            if val_loader is not None and (epoch == recipe.epochs or epoch % recipe.eval_interval == 0):
+                result = evaluate(state.ema.model, val_loader, amp_dtype=amp_dtype, criterion=criterion, **settings)
+                row |= {f"val_{name}": result[name] for name in ("loss", "loss_cls", "loss_box", "map_area", "map11")}
+        except BaseException as error:
+            if not isinstance(error, NotFiniteError):  # the last good checkpoint is of before its first skipped step
+                state.norms.settle(torch.zeros((), dtype=torch.bool, device=state.model.anchors.device))
+                saver.save_last()
+            stop.check()  # a signal explains a loader process that died
+            raise
+        row = {"epoch": epoch, "step": state.step, **row, "seconds": round(time.perf_counter() - start, 3)}
+        with stop.waiting():
+            state.epoch, state.totals = epoch, {}
+            state.history.append(row)
+            if "val_map_area" in row and (state.best_epoch == 0 or row["val_map_area"] > state.best_map):
+                best_map = -1.0 if math.isnan(row["val_map_area"]) else row["val_map_area"]  # NaN: no object to find
+                state.best_map, state.best_epoch, saved = best_map, epoch, "last, best"
+                saver.save("best.pth")
+            saver.save_last()
+            with contextlib.suppress(OSError):  # the rows are in last.pth, and written again after the next epoch
+                write_text(folder / "metrics.jsonl", "".join(to_json(r) + "\n" for r in state.history))
+            print(epoch_line(row, recipe.epochs, "nothing" if saver.waiting else saved), flush=True)
+        redraw(state)
+    if saver.waiting:
+        saver.save_last()
+    if saver.waiting:
+        raise InputError(f"the training is over, but {' and '.join(saver.waiting)} could not be written to {folder}")
+    return folder / ("last.pth" if val_loader is None else "best.pth")
 
 
 def draw_gallery(model, loader, classes, path, *, amp_dtype, title):
@@ -2135,9 +2587,14 @@ def draw_gallery(model, loader, classes, path, *, amp_dtype, title):
 # ---- 14. Inference ----
 
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
+HUB_FILES = ("config.json", "model.safetensors")  # what load_detector reads of a published model
+
+
 @dataclass
 class Detections:
-    """What was found in one image, best first. boxes_px (D, 4): xyxy in pixels of the original picture."""
+    """What was found in one image, best first. boxes_px (D, 4): xyxy in pixels of the upright picture."""
 
     boxes_px: np.ndarray
     labels: list
@@ -2154,78 +2611,266 @@ class Detections:
         return {"boxes_px": boxes_px, "labels": self.labels, "names": self.names, "scores": scores}
 
     def draw(self, image):
-        """Return a copy of a PIL image with the boxes, class names and scores drawn on it."""
+        """Return a PIL copy of an image, see `open_image`, with the boxes, class names and scores drawn on it."""
         captions = [f"{n} {s:.2f}" for n, s in zip(self.names, self.scores, strict=True)]
-        return draw_boxes(image.convert("RGB"), self.boxes_px, captions, [color_of(k) for k in self.labels])
+        return draw_boxes(open_image(image), self.boxes_px, captions, [color_of(k) for k in self.labels])
 
 
 def open_image(source):
-    """Return an RGB PIL image, turned upright by its EXIF tag, of a path, a PIL image or a uint8 array (H, W[, 3])."""
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8:
-            raise ValueError(f"an image array must be uint8, not {source.dtype}")
-        source = Image.fromarray(source)
-    elif not isinstance(source, Image.Image):
-        try:
-            with Image.open(source) as file:
-                source = ImageOps.exif_transpose(file)
-                source.load()
-        except (OSError, Image.DecompressionBombError) as error:
-            raise InputError(f"{source}: not readable as an image ({error})") from None
-    if source.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would cut at 255
-        source = Image.fromarray((np.asarray(source) / 257.0).clip(0, 255).astype(np.uint8))
-    return source.convert("RGB")
+    """Return an image as a new RGB PIL image, turned upright by its EXIF tag; transparency is left out.
+
+    source: a path, a PIL image, an array (H, W), (H, W, 1), RGB (H, W, 3) or RGBA (H, W, 4), or a tensor with the
+    channels first; arrays and tensors are uint8, or uint16 over its full range. Raises ValueError for another array,
+    InputError for an unreadable file.
+    """
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        pixels = source if isinstance(source, np.ndarray) else source.cpu().numpy()
+        pixels = np.moveaxis(pixels, 0, -1) if isinstance(source, torch.Tensor) and pixels.ndim == 3 else pixels
+        pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+        pixels = (pixels / 257).round().astype(np.uint8) if pixels.dtype == np.uint16 else pixels
+        if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,), (4,)) or pixels.ndim < 2 or pixels.size == 0:
+            raise ValueError("an image array must be uint8 (H, W), (H, W, 3) or (H, W, 4), a tensor uint8 (3, H, W); "
+                             f"this {type(source).__name__} is {source.dtype} {tuple(source.shape)}")
+        source = Image.fromarray(pixels)
+    try:
+        with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
+            upright = ImageOps.exif_transpose(image)
+    except Exception as error:  # whatever a broken file makes Pillow raise
+        raise InputError(f"{source}: not readable as an image ({' '.join(str(error).split())[:120]})") from None
+    if upright.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would cut at 255
+        upright = Image.fromarray((np.asarray(upright) / 257.0).clip(0, 255).round().astype(np.uint8))
+    return upright.convert("RGB")
+
+
+def ahead(function, items, *, threads=None, depth=16):
+    """Yield function(item) for each item, in order; threads, one a core up to 8, work up to `depth` items ahead."""
+    waiting = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 class Detector:
-    """A trained model with its class names; see `load_detector`."""
+    """A trained model with its class names; see `load_detector`. Several threads may share one."""
 
     def __init__(self, model, classes, amp_dtype=None):
         self.model, self.classes, self.amp_dtype = model.eval(), tuple(classes), amp_dtype
         self._resize = resize_transform()
 
-    @torch.inference_mode()
-    def predict(self, images, *, score_thresh=DRAW_SCORE_THRESH, batch_size=16, **settings):
-        """Detect objects in an image or a list of them: paths, PIL images or uint8 RGB arrays (H, W, 3) of any size.
+    def predict(self, images, **settings):
+        """Detect objects in an image or in several: a list, or an array or tensor of four dimensions.
 
-        settings: nms_iou_thresh, max_detections, see `detect`. Returns a Detections, or a list of them for a list.
-        Raises InputError that names an unreadable file.
+        An image is whatever `open_image` takes, of any size; settings: see `stream`. Returns a Detections, or a list
+        of them. Raises InputError that names an unreadable file.
         """
-        sources, results = list(images) if isinstance(images, (list, tuple)) else [images], []
-        device = self.model.anchors.device
-        for start in range(0, len(sources), batch_size):
-            opened = [open_image(s) for s in sources[start : start + batch_size]]
-            arrays = np.stack([self._resize(image=np.asarray(image))["image"] for image in opened])
-            batch = to_device({"images": torch.from_numpy(arrays).permute(0, 3, 1, 2)}, device)
-            with autocast(device, self.amp_dtype):
-                outputs = self.model(batch["images"])
-            found = detect(*outputs, self.model.anchors, score_thresh=score_thresh, **settings)
-            for image, (boxes, labels, scores) in zip(opened, found, strict=True):
-                boxes_px = boxes.cpu().numpy() * np.array(image.size * 2, dtype=np.float32)
-                names = [self.classes[k - 1] for k in labels.tolist()]
-                results.append(Detections(boxes_px, labels.tolist(), names, scores.tolist()))
-        return results if isinstance(images, (list, tuple)) else results[0]
+        is_many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+        results = []
+        for picture, found in self.stream(images if is_many else [images], **settings):
+            if found is None:
+                raise picture
+            results.append(found)
+        return results if is_many else results[0]
+
+    def stream(self, images, *, batch_size=8, classes=None, **settings):
+        """Yield (upright PIL image, Detections) for each of an iterable of images; (InputError, None) if unreadable.
+
+        Other threads open and shrink the next images while the network works. classes: names to report, None for
+        all; settings: score_thresh, nms_iou_thresh, max_detections, see `detect`.
+        """
+        labels, opened = self.labels_of(classes), ahead(self._open, images, depth=2 * batch_size)
+        for batch in iter(lambda: list(itertools.islice(opened, batch_size)), []):
+            readable = [pair for pair in batch if pair[1] is not None]
+            found = iter(self._detect(*zip(*readable, strict=True), labels, **settings) if readable else ())
+            yield from ((picture, None if array is None else next(found)) for picture, array in batch)
+
+    def labels_of(self, classes=None):
+        """Return the labels of class names, of all for None; raises InputError for a name the model does not know."""
+        if unknown := [name for name in classes or () if name not in self.classes]:
+            raise InputError(f"no class {', '.join(unknown)}: the model knows {', '.join(self.classes)}")
+        return [k for k, name in enumerate(self.classes, start=1) if classes is None or name in classes]
+
+    def _open(self, source):
+        try:
+            picture = open_image(source)
+        except InputError as error:
+            return error, None
+        return picture, self._resize(image=np.asarray(picture))["image"]
+
+    @torch.inference_mode()
+    def _detect(self, pictures, arrays, wanted, score_thresh=DRAW_SCORE_THRESH, max_detections=MAX_DETECTIONS, **more):
+        """Return the Detections of the wanted labels in pictures, of which arrays are 300x300 copies."""
+        anchors, results = self.model.anchors, []
+        batch = to_device({"images": torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)}, anchors.device)
+        with autocast(anchors.device, self.amp_dtype):
+            outputs = self.model(batch["images"])
+        found = detect(*outputs, anchors, score_thresh=score_thresh, max_detections=None, **more)
+        for picture, (boxes, labels, scores) in zip(pictures, found, strict=True):
+            keep = torch.isin(labels, labels.new_tensor(wanted)).nonzero()[:max_detections, 0]
+            boxes_px = boxes[keep].cpu().numpy() * np.array(picture.size * 2, dtype=np.float32)
+            labels = labels[keep].tolist()
+            names = [self.classes[k - 1] for k in labels]
+            results.append(Detections(boxes_px, labels, names, scores[keep].tolist()))
+        return results
 
 
-def load_detector(path, device="auto", amp="auto"):
-    """Return the Detector of a checkpoint file (.pth); device and amp as the flags of these names."""
-    checkpoint, device = load_checkpoint(path), pick_device(device)
-    return Detector(model_from_checkpoint(checkpoint, path, device), checkpoint["classes"], pick_amp_dtype(device, amp))
+def optional_import(name, purpose):
+    """Return a module that only some uses need; raises InputError that names the pip command if it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.split(".")[0]
+        raise InputError(f"{purpose} needs the package {package}: pip install {package}") from None
 
 
-def predict_files(detector, paths, folder, **settings):
-    """Detect in image files; writes a PNG for each and predictions.json into a folder."""
-    folder, report, taken = Path(folder), {}, set()
+def load_published(source):
+    """Return the checkpoint dict of a folder that `tools/export.py hf` wrote, or of a Hugging Face id OWNER/NAME."""
+    folder = Path(source)
+    if not folder.is_dir():
+        hub = optional_import("huggingface_hub", f"{source}: no such file, and as a Hugging Face id it")
+        try:
+            folder = Path(hub.snapshot_download(str(source), allow_patterns=HUB_FILES))
+        except Exception as error:  # no network, no such model, no access
+            raise InputError(f"{source}: no such file or folder, and no model to be had from the Hugging Face hub "
+                             f"({' '.join(str(error).split())[:160]})") from None
+    if missing := [name for name in HUB_FILES if not (folder / name).is_file()]:
+        raise InputError(f"{source}: lacks {' and '.join(missing)}, which tools/export.py hf writes")
+    reader = optional_import("safetensors.torch", f"{source}: reading model.safetensors")
+    try:
+        content = json.loads((folder / HUB_FILES[0]).read_text(encoding="utf-8"))
+        published = {name: content[name] for name in ("format_version", "config", "classes")}
+        return published | {"model": reader.load_file(folder / HUB_FILES[1])}
+    except Exception as error:  # whatever is wrong with a foreign file
+        raise InputError(f"{source}: not a model of this module ({type(error).__name__}: {error})") from None
+
+
+def load_detector(source, device="auto", precision="auto"):
+    """Return the Detector of a checkpoint (.pth), of a folder of `tools/export.py hf`, or of a Hugging Face id.
+
+    device and precision as the flags --device and --amp.
+    """
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and Path(source).suffix not in (".pth", ".pt")
+    published = Path(source).is_dir() or (is_hub_id and not Path(source).exists())
+    checkpoint, device = load_published(source) if published else load_checkpoint(source), pick_device(device)
+    model = model_from_checkpoint(checkpoint, source, device)
+    return Detector(model, checkpoint["classes"], pick_amp_dtype(device, precision))
+
+
+def find_inputs(arguments):
+    """Return the paths that files, folders and globs name (of the last two: images and videos by ending), each once."""
+    paths = []
+    for argument in arguments:
+        named, suffixes = Path(argument), IMAGE_SUFFIXES | VIDEO_SUFFIXES
+        there = named.iterdir() if named.is_dir() else map(Path, glob.glob(str(argument), recursive=True))
+        found = [named] if named.is_file() else sorted(p for p in there if p.suffix.lower() in suffixes and p.is_file())
+        if not found:
+            raise InputError(f"{argument}: {'no image or video in this folder' if named.is_dir() else 'no such file'}")
+        paths += found
+    return list(dict.fromkeys(paths))
+
+
+def boxes_as_stored(boxes_px, size, orientation):
+    """Return boxes (D, 4) of an upright picture of size (W, H) in the pixels of its file, turned by EXIF 1 to 8."""
+    x, y = boxes_px[:, 0::2], boxes_px[:, 1::2]
+    x = size[0] - x[:, ::-1] if orientation in (2, 3, 6, 7) else x
+    y = size[1] - y[:, ::-1] if orientation in (3, 4, 7, 8) else y
+    return np.stack((y, x) if orientation > 4 else (x, y), axis=2).reshape(-1, 4)
+
+
+def write_image_result(picture, found, path, target, *, save_crops=False, save_xml=False):
+    """Write a drawn picture; if asked for, crops/CLASS/*.png and Annotations/*.xml beside it. path: the source."""
+    found.draw(picture).save(target, quality=92, compress_level=2)
+    for number, (box, name) in enumerate(zip(found.boxes_px, found.names, strict=True) if save_crops else ()):
+        folder = target.parent / "crops" / re.sub(r"\W", "_", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        corners = *np.floor(box[:2]).tolist(), *np.ceil(box[2:]).tolist()
+        picture.crop(corners).save(folder / f"{target.stem}_{number}.png")
+    if save_xml:
+        with Image.open(path) as file:
+            shape, turned = (file.height, file.width, 3), file.getexif().get(ExifTags.Base.Orientation, 1)
+        boxes = to_voc_pixels(boxes_as_stored(found.boxes_px, picture.size, turned)).round().astype(int).tolist()
+        folder = target.parent / "Annotations"
+        folder.mkdir(exist_ok=True)
+        objects = list(zip(found.names, boxes, strict=True))
+        write_annotation(folder / f"{target.stem}.xml", path.name, shape, objects)
+
+
+def predict_video(detector, path, target, **settings):
+    """Detect in a video; writes its frames, drawn on, as MP4 without sound; returns {"fps", "frames"}.
+
+    Raises InputError for a video of which a tenth or more of the announced frames cannot be read.
+    """
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read at the first video: no chatter about broken ones
+    video, output = cv2.VideoCapture(str(path)), cv2.VideoWriter()
+    total, fps = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))), video.get(cv2.CAP_PROP_FPS) or 25.0
+
+    def read(_):
+        is_read, frame = video.read()
+        return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) if is_read else None
+
+    def write(pair):
+        (picture, found), codec = pair, cv2.VideoWriter.fourcc(*"mp4v")
+        if not (output.isOpened() or output.open(str(target), codec, fps, picture.size)):
+            raise OSError(f"{target}: not writable as a video")
+        output.write(cv2.cvtColor(np.asarray(found.draw(picture)), cv2.COLOR_RGB2BGR))
+        return found.to_dict()
+
+    try:  # one thread reads and one writes: frames keep their order
+        frames = itertools.takewhile(lambda frame: frame is not None, ahead(read, itertools.count(), threads=1))
+        written = ahead(write, detector.stream(frames, **settings), threads=1)
+        found = list(tqdm(written, path.name, total or None, unit="frame", disable=not sys.stderr.isatty()))
+    finally:
+        output.release()
+    if len(found) <= 0.9 * total:
+        target.unlink(missing_ok=True)
+        raise InputError(f"{path}: {len(found)} of {total} frames are readable as a video")
+    return {"fps": fps, "frames": found}
+
+
+def predict_files(detector, paths, folder, *, save_crops=False, save_xml=False, **settings):
+    """Detect in image and video files; writes a drawn copy of each and predictions.json into a folder.
+
+    JPEG stays JPEG, other images become PNG, videos MP4; reading, the network and writing overlap. settings: see
+    `Detector.stream`. Returns a line for each file that could not be read; raises InputError for a file in `folder`.
+    """
+    paths, folder, report, problems, targets = [Path(p) for p in paths], Path(folder), {}, [], {}
+    detector.labels_of(settings.get("classes"))
+    if inside := [p for p in paths if p.resolve().parent == folder.resolve()]:
+        raise InputError(f"{inside[0]} lies where the results go and might be overwritten: set --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
+    endings, taken = dict.fromkeys(VIDEO_SUFFIXES, ".mp4") | {".jpg": ".jpg", ".jpeg": ".jpg"}, set()
     for path in paths:
-        image = open_image(path)
-        found = report[str(path)] = detector.predict(image, **settings)
-        names = (f"{Path(path).stem}{f'_{n}' if n else ''}.png" for n in range(len(paths)))
+        names = (f"{path.stem}{f'_{n}' if n else ''}" for n in itertools.count())
         taken.add(name := next(n for n in names if n not in taken))
-        write_atomically(folder / name, functools.partial(found.draw(image).save, format="PNG"))
-        listed = ", ".join(f"{n} {s:.2f}" for n, s in zip(found.names, found.scores, strict=True))
-        print(f"{path}: {listed or 'nothing found'} -> {folder / name}")
-    write_json(folder / "predictions.json", {path: found.to_dict() for path, found in report.items()})
+        targets[path] = folder / (name + endings.get(path.suffix.lower(), ".png"))
+    images = [p for p in paths if p.suffix.lower() not in VIDEO_SUFFIXES]
+
+    def write(item):
+        path, (picture, found) = item
+        if found is not None:
+            write_image_result(picture, found, path, targets[path], save_crops=save_crops, save_xml=save_xml)
+        return item
+
+    try:
+        for path, (picture, found) in ahead(write, zip(images, detector.stream(images, **settings), strict=True)):
+            if found is None:
+                problems.append(str(picture))
+                continue
+            report[path] = found.to_dict()
+            listed = ", ".join(f"{n} {s:.2f}" for n, s in zip(found.names, found.scores, strict=True))
+            print(f"{path}: {listed or 'nothing found'} -> {targets[path]}")
+        for path in [p for p in paths if p not in images]:
+            try:
+                report[path] = predict_video(detector, path, targets[path], **settings)
+                print(f"{path}: {len(report[path]['frames'])} frames -> {targets[path]}")
+            except InputError as error:
+                problems.append(str(error))
+    finally:  # an interruption keeps what was found
+        write_json(folder / "predictions.json", {str(p): report[p] for p in paths if p in report})
+    return problems
 
 
 # ---- 15. Command line ----
@@ -2239,9 +2884,10 @@ _SHAPES = {"test_split": "test", "val_split": "val", "epochs": 10, "batch_size":
 DATA_DEFAULTS = {"voc2007": _VOC, "voc0712": _VOC, "shapes": _FOLDER | _SHAPES, "folder": _FOLDER}
 PRETRAINED_DEFAULTS = {"batch_norm": False, "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4}  # SSD section 3.1
 SCRATCH_DEFAULTS = {"batch_norm": True, "optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05}
-DATA_FLAGS = ("data", "data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed")
-RESUME_MAY_CHANGE = {"resume", "device", "workers", "output_dir", "data_root", "patience",
-                     "cache", "compile", "profile"}
+DATA_FLAGS = ("data", "data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed",
+              "allow_bad_data")
+RESUME_MAY_CHANGE = {"resume", "device", "workers", "output_dir", "data_root", "patience", "save_minutes", "cache",
+                     "compile", "profile"}
 
 
 def _number(name, kind, accepts):
@@ -2292,21 +2938,25 @@ def build_parser():
     add("--evaluate", metavar="FILE", help="measure a checkpoint on the test list, print the per-class table")
     add("--write-detections", metavar="DIR", help="with --evaluate: write the VOC devkit's comp4_det_*.txt files too")
     add("--score-detections", metavar="DIR", help="measure such files, of any program, on the test list of --data")
-    add("--predict", metavar="PATH", nargs="+", help="detect objects in image files (needs --weights)")
-    add("--weights", metavar="FILE", help="checkpoint for --predict")
+    add("--predict", metavar="PATH", nargs="+", help="detect in images, videos, folders and globs (needs --weights)")
+    add("--weights", metavar="FILE", help="for --predict: a checkpoint, an exported folder or a Hugging Face id")
+    add("--save-crops", action="store_true", help="with --predict: write each object found in an image as one, too")
+    add("--save-xml", action="store_true", help="with --predict: write an annotation in VOC's form for each image, too")
     add("--resume", metavar="FILE", nargs="?", const="auto",
         help="go on with an interrupted run; without FILE: OUTPUT_DIR/checkpoints/last.pth")
+    add("--audit", action="store_true", help="check all files of the lists, as before every training, and stop")
     add("--output-dir", metavar="DIR", default=".", help="where checkpoints/ and plots/ are written")
 
     add = parser.add_argument_group("data").add_argument
     add("--data", default="voc2007", help="voc2007, voc0712, shapes (generated) or a folder in VOC layout")
     add("--data-root", metavar="DIR", default="data", help="where VOCdevkit and shapes are or will be")
-    add("--classes", type=class_list, help="names a,b,c (default: VOC's, or those of the training annotations)")
+    add("--classes", type=class_list, help="names a,b,c (default: VOC's, or those annotated; --predict: all)")
     add("--train-split", metavar="LIST", help=f"list below ImageSets/Main to train on ({by_data})")
     add("--val-split", metavar="LIST", help="list that chooses the best checkpoint (default: see --val-fraction)")
     add("--test-split", metavar="LIST", help=f"list to measure on once, at the end ({by_data})")
     add("--val-fraction", type=below_one, default=0.1,
         help="seeded share of the training list held out where no --val-split is given; 0: train on everything")
+    add("--allow-bad-data", action="store_true", help="leave out images that cannot be used, in place of stopping")
     add("--cache", choices=("off", "ram", "disk"), default="off",
         help="keep training images decoded, in memory or in a nameless file below --data-root")
     add("--workers", type=natural_int,
@@ -2350,6 +3000,10 @@ def build_parser():
     add("--ema-decay", type=unit_interval, default=0.998, help="of the averaged weights, which are measured and saved")
     add("--patience", type=natural_int, default=30, help="evaluations without a better mAP before stopping; 0: never")
     add("--eval-interval", type=positive_int, default=1, help="epochs between validations")
+    add("--save-minutes", type=natural_float, default=10.0,
+        help="time between checkpoints within an epoch; 0: only at its end")
+    add("--deterministic", action=switch, default=False,
+        help="the same bits from the same flags on the same machine, where torch can; slower on a GPU")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--compile", action=switch, help="compile the network to train it faster (default: on CUDA)")
@@ -2405,12 +3059,15 @@ def parse_args(argv=None, saved=None):
     for name, value in (saved or {}).items():
         if name not in args.given:
             setattr(args, name, tuple(value) if isinstance(value, list) else value)
-    if sum(bool(action) for action in (args.evaluate, args.score_detections, args.predict, args.resume)) > 1:
-        parser.error("--evaluate, --score-detections, --predict and --resume exclude one another")
+    actions = args.evaluate, args.score_detections, args.predict, args.resume, args.audit
+    if sum(map(bool, actions)) > 1:
+        parser.error("--evaluate, --score-detections, --predict, --resume and --audit exclude one another")
     if args.write_detections and not args.evaluate:
         parser.error("--write-detections needs --evaluate")
     if bool(args.predict) != bool(args.weights):
         parser.error("--predict and --weights go together")
+    if (args.save_crops or args.save_xml) and not args.predict:
+        parser.error("--save-crops and --save-xml need --predict")
     fill_defaults(args)
     if args.pretrained and args.width != 1:
         parser.error(f"--pretrained needs --width 1: there are no ImageNet weights of width {args.width:g}")
@@ -2469,9 +3126,12 @@ def build_state(args, num_classes, device, resumed=None):
     recipe = Recipe(**{name: getattr(args, name) for name in Recipe._fields})
     use_scaler = pick_amp_dtype(device, args.amp) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=use_scaler)
-    state = TrainState(model, Ema(model, recipe.ema_decay), make_optimizer(model, recipe), scaler)
+    state = TrainState(model, Ema(model, recipe.ema_decay), make_optimizer(model, recipe), scaler, NormGuard(model))
     if resumed is not None:
-        state.load_state_dict(resumed["train_state"], resumed["model"])
+        try:
+            state.load_state_dict(resumed["train_state"], resumed["model"])
+        except ValueError as error:
+            raise InputError(f"the checkpoint to resume from is of another network: {error}") from None
     return state, recipe, config
 
 
@@ -2534,7 +3194,7 @@ def make_network(state, *, compiled, amp_dtype, batch_size):
 def prepare_speed(args, state, *, amp_dtype, batch_size, steps):
     """Set up by the flags what makes training fast and what measures it; batch_size of a process, steps of the run."""
     is_cuda = state.model.anchors.device.type == "cuda"
-    torch.backends.cudnn.benchmark = is_cuda  # the shapes stay the same
+    torch.backends.cudnn.benchmark = is_cuda and not args.deterministic  # the shapes stay the same
     compiled = is_cuda if args.compile is None else args.compile
     state.network = make_network(state, compiled=compiled, amp_dtype=amp_dtype, batch_size=batch_size)
     state.ideal_s = ideal_seconds(state.model, amp_dtype) if is_cuda else 0.0
@@ -2544,24 +3204,31 @@ def prepare_speed(args, state, *, amp_dtype, batch_size, steps):
         profile_steps(state.optimizer, args.profile, Path(args.output_dir) / "plots" / "profile.json")
 
 
-def run_training(args, resumed=None):
-    """Train by the flags, measure once on the test list, save the final checkpoint; returns the exit code."""
+def run_training(args, stop, resumed=None):
+    """Train by the flags, measure once on the test list, save the final checkpoint; returns the exit code.
+
+    resumed: the checkpoint to go on from. stop: StopSignals.
+    """
     began, device = time.perf_counter(), pick_device(args.device)
     amp_dtype, is_cuda = pick_amp_dtype(device, args.amp), device.type == "cuda"
     if not is_cuda:
         keep_freed_memory()
-    set_seed(args.seed)
+    set_seed(args.seed, deterministic=args.deterministic)
     cv2.setNumThreads(0)
     checkpoints, plots = Path(args.output_dir) / "checkpoints", Path(args.output_dir) / "plots"
     rank, world = process_rank()
     with first_process_first():
         data = load_splits(args)
+    digest = hashlib.sha1("".join(r.digest for r in data.train).encode(), usedforsecurity=False).hexdigest()
+    if resumed is not None and (resumed["classes"], resumed.get("data", digest)) != (list(data.classes), digest):
+        raise InputError(f"{args.data} has other classes or training images than the run to resume, which knew the "
+                         f"classes {', '.join(resumed['classes'])}")
     with first_process_first():
         state, recipe, config = build_state(args, len(data.classes), device, resumed)
     if rank == 0:
         prepare_folders(checkpoints, plots, keep=resumed is not None)
     flags = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k != "given"}
-    base = {"config": config, "classes": list(data.classes), "args": flags}
+    base = {"config": config, "classes": list(data.classes), "args": flags, "data": digest}
 
     steps = ("zoom_out", "crop", "color", "shadow", "noise", "blur")
     cache = open_cache(data.train, args.cache, args.data_root, processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -2590,8 +3257,9 @@ def run_training(args, resumed=None):
     prepare_speed(args, state, amp_dtype=amp_dtype, batch_size=sampler.batch_size // world,
                   steps=(recipe.epochs - state.epoch) * len(sampler))
     settings = detect_settings(args, SCORE_THRESH)
-    chosen = fit(state, (train_loader, val_loader), recipe, amp_dtype=amp_dtype, checkpoints=checkpoints, base=base,
-                 settings=settings, redraw=redraw if rank == 0 else lambda state: None)
+    saver = Saver(state, checkpoints, base, args.save_minutes)
+    chosen = fit(state, (train_loader, val_loader), recipe, amp_dtype=amp_dtype, saver=saver, settings=settings,
+                 redraw=redraw if rank == 0 else lambda state: None, stop=stop)
     if rank > 0:
         return 0
     final = load_checkpoint(chosen)
@@ -2651,22 +3319,20 @@ def run_scoring(args):
 
 
 def run_prediction(args):
-    """Detect in the files named on the command line."""
-    missing = [p for p in args.predict if not Path(p).is_file()]
-    if missing:
-        raise InputError(f"{', '.join(missing)}: no such file")
+    """Detect in what the command line names; returns 1 if something could not be read, listed at the end, else 0."""
+    paths, folder = find_inputs(args.predict), Path(args.output_dir) / "plots" / "predictions"
     detector = load_detector(args.weights, args.device, args.amp)
-    folder = Path(args.output_dir) / "plots" / "predictions"
-    predict_files(detector, args.predict, folder, **detect_settings(args, DRAW_SCORE_THRESH))
-    return 0
+    problems = predict_files(detector, paths, folder, save_crops=args.save_crops, save_xml=args.save_xml,
+                             classes=args.classes, **detect_settings(args, DRAW_SCORE_THRESH))
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return int(bool(problems))
 
 
 def resume_args(argv, args):
     """Return (args, checkpoint) of the run to go on with; InputError for flags that contradict it."""
     path = Path(args.output_dir) / "checkpoints" / "last.pth" if args.resume == "auto" else Path(args.resume)
-    checkpoint = load_checkpoint(path)
-    if "train_state" not in checkpoint:
-        raise InputError(f"{path}: holds weights but no training state; resume from a last.pth")
+    checkpoint = load_checkpoint(path, resumable=True)
     saved = {k: v for k, v in checkpoint["args"].items() if k not in ("resume", "output_dir")}
     differ = [f"--{name.replace('_', '-')} {getattr(args, name)} (saved: {value})" for name, value in saved.items()
               if name in args.given - RESUME_MAY_CHANGE
@@ -2676,30 +3342,64 @@ def resume_args(argv, args):
     return parse_args(argv, saved), checkpoint
 
 
+def run_audit(args):
+    """Check every file of the lists and print what was found; InputError for what would stop a training."""
+    began, data = time.perf_counter(), load_splits(args)
+    print(f"{args.data}: {len(data.train)} train, {len(data.val)} val, {len(data.test)} test images; "
+          f"{sum(len(r.labels) for r in data.train + data.val + data.test)} objects of {len(data.classes)} classes; "
+          f"{time.perf_counter() - began:.1f} s")
+    print(*data.notes or ["nothing to mend"], sep="\n")
+    return 0
+
+
+def advise(error, args):
+    """Return what helps against an error for want of memory; None for another error."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return f"out of memory: lower --batch-size (now {args.batch_size}), --width or --workers (now {args.workers})"
+    if "DataLoader worker" in str(error):
+        return ("a loader process died, most often for want of memory or, in a container, of /dev/shm: lower --workers "
+                f"(now {args.workers}) or --batch-size (now {args.batch_size}); --workers 0 shows any other cause")
+    return None
+
+
 def main(argv=None):
-    """Run the command line; returns the exit code: 0 done, 2 a mistake to mend, 130 interrupted."""
-    args = parse_args(argv)
+    """Run the command line; returns the exit code.
+
+    0 done, 1 done but for unreadable files, 2 a mistake to mend, 130 or 143 stopped by SIGINT or SIGTERM.
+    """
+    args, stop = parse_args(argv), StopSignals()
     try:
-        if args.predict:
-            return run_prediction(args)
-        if args.evaluate:
-            checkpoint = load_checkpoint(args.evaluate)
-            saved = {} if "data" in args.given else {name: checkpoint["args"][name] for name in DATA_FLAGS}
-            return run_evaluation(parse_args(argv, saved), checkpoint)
-        if args.score_detections:
-            return run_scoring(args)
-        args, resumed = resume_args(argv, args) if args.resume else (args, None)
-        with joined_processes(args):
-            return run_training(args, resumed)
+        with stop:
+            if args.predict:
+                return run_prediction(args)
+            if args.evaluate:
+                checkpoint = load_checkpoint(args.evaluate)
+                known = [] if "data" in args.given else [n for n in DATA_FLAGS if n in checkpoint["args"]]
+                return run_evaluation(parse_args(argv, {n: checkpoint["args"][n] for n in known}), checkpoint)
+            if args.score_detections:
+                return run_scoring(args)
+            if args.audit:
+                return run_audit(args)
+            args, checkpoint = resume_args(argv, args) if args.resume else (args, None)
+            with joined_processes(args):
+                return run_training(args, stop, checkpoint)
     except InputError as error:  # raised in a loader process it comes with that process's traceback before it
         print(f"error: {str(error).strip().splitlines()[-1].split('InputError: ')[-1]}", file=sys.stderr)
         return 2
     except OSError as error:  # an unwritable folder, a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if (advice := advise(error, args)) is None:
+            raise
+        print(f"error: {advice}; --resume goes on from the last save", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: --resume goes on from the last finished epoch, if there is one", file=sys.stderr)
-        return 130
+        last = Path(args.output_dir) / "checkpoints" / "last.pth"
+        where = "" if args.output_dir == "." else f" --output-dir {args.output_dir}"
+        how = f"go on from {last} with --resume{where}" if last.is_file() else "nothing was saved for --resume yet"
+        print(f"\ninterrupted; {how}", file=sys.stderr)
+        return 128 + (stop.signum or signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,9 @@ FIGURES = ("map_area", "map11", "coco_ap", "ap75", "pooled_map_area", "pooled_co
 def measure_pool(checkpoint, data, splits):
     """Return the VOC and COCO figures of a checkpoint file on several lists of a VOC folder taken together."""
     saved = ssd.load_checkpoint(checkpoint)
-    parsed = [item for split in splits for item in ssd.parse_split([data], split)]
-    records = ssd.make_records(parsed, tuple(saved["classes"]), notes=[])
+    ids = [image_id for split in splits for image_id in ssd.read_split(data, split)]
+    records = ssd.make_records([(data, image_id) for image_id in ids], {data: ssd.inspect_all(data, ids)},
+                               tuple(saved["classes"]), collections.defaultdict(dict))
     device = ssd.pick_device()
     model = ssd.model_from_checkpoint(saved, checkpoint, device)
     dataset = ssd.VocDataset(records, ssd.build_transform(train=False))

@@ -2,10 +2,13 @@
 
 import contextlib
 import io
+import json
 import types
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import ssd_object_detection as ssd
@@ -73,6 +76,44 @@ def tiny_run(tiny_voc, tmp_path_factory):
     return types.SimpleNamespace(
         data=tiny_voc, output=output, flags=flags, code=code, out=out.getvalue(), err=err.getvalue(), final=final
     )
+
+
+def assert_same(ours, theirs, where):
+    """Demand that two values of a checkpoint are equal, tensors bit for bit; times and paths apart."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in theirs:
+            if key not in ("seconds", "images_per_s", "data_wait", "memory_gb", "args", "checkpoint") and not (
+                str(key).endswith("num_batches_tracked")  # it counts a pass that was broken off too; nothing reads it
+            ):
+                assert_same(ours[key], theirs[key], f"{where} {key}")
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(a, b, f"{where} {i}")
+    else:
+        assert torch.equal(ours, theirs) if torch.is_tensor(theirs) else ours == theirs, where
+
+
+@pytest.fixture(scope="session")
+def same_run():
+    """A function that demands that two runs left the same bits and metrics, times and paths apart."""
+    def compare(output, other):
+        for name in [p.name for p in (other / "checkpoints").glob("*.pth") if p.name != "previous.pth"]:
+            ours, theirs = (torch.load(folder / "checkpoints" / name, weights_only=True) for folder in (output, other))
+            assert_same(ours, theirs, name)
+        rows = [[json.loads(line) for line in (folder / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
+                for folder in (output, other)]
+        assert_same(*rows, "metrics.jsonl")
+
+    return compare
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Leave out the pictures of a run, which take most of its time."""
+    for name in ("plot_augmentations", "plot_data", "plot_losses", "plot_training", "draw_gallery"):
+        monkeypatch.setattr(ssd, name, lambda *args, **more: Figure())
 
 
 @pytest.fixture

@@ -1,8 +1,14 @@
 """Run records: checkpoints, atomic writes, what a run leaves behind."""
 
 import json
+import os
 import pickle
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,7 +187,7 @@ def test_metrics_are_one_json_object_an_epoch(tiny_run):
     assert [row["epoch"] for row in rows] == [1, 2]
     assert [row["step"] for row in rows] == [2, 4]
     keys = {"train_loss", "train_loss_cls", "train_loss_box", "val_loss", "val_loss_cls", "val_loss_box",
-            "val_map_area", "val_map11", "lr", "phase", "images_per_s", "data_wait", "seconds"}
+            "val_map_area", "val_map11", "lr", "phase", "images_per_s", "data_wait", "memory_gb", "seconds"}
     for row in rows:
         assert keys <= row.keys()
         assert row["train_loss"] == pytest.approx(row["train_loss_cls"] + row["train_loss_box"], rel=1e-4)
@@ -215,3 +221,132 @@ def test_a_seed_fixes_all_three_generators():
     ssd.set_seed(4)
     assert all(a != b for a, b in zip(drawn[0], (ssd.random.random(), np.random.rand(), torch.rand(1).item()),
                                       strict=True))
+
+
+def test_a_seed_asks_for_deterministic_algorithms_only_where_told():
+    ssd.set_seed(0, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    ssd.set_seed(0)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_all_generators_go_on_where_they_stood(tmp_path):
+    def draw():
+        return ssd.random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()
+
+    ssd.set_seed(1)
+    draw()  # NumPy keeps the second of two normal numbers
+    torch.save(ssd.get_rng(), tmp_path / "rng.pth")
+    expected = draw()
+    ssd.set_seed(2)
+    ssd.set_rng(torch.load(tmp_path / "rng.pth", weights_only=True))
+    assert draw() == expected
+
+
+# ---- damage ----
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
+def test_a_flipped_bit_of_a_weight_is_found(tmp_path, checkpoint, share):
+    path = tmp_path / "flipped.pth"
+    ssd.save_checkpoint(path, checkpoint)
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * share)] ^= 4
+    path.write_bytes(bytes(content))
+    torch.load(path, weights_only=True)  # torch does not mind
+    message = one_line_error(ssd.load_checkpoint, path)
+    assert "flipped.pth" in message
+    assert "checksum" in message
+
+
+def test_the_newest_good_checkpoint_beside_a_damaged_one_is_named(tmp_path, checkpoint):
+    for age, name in enumerate(("last.pth", "cut.pth", "new.pth", "old.pth", "older.pth")):
+        state = {"train_state": {}} if name in ("old.pth", "older.pth") else {}
+        ssd.save_checkpoint(tmp_path / name, checkpoint | state)
+        ssd.os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    for name in ("last.pth", "cut.pth"):
+        ssd.os.truncate(tmp_path / name, 2000)
+    assert one_line_error(ssd.load_checkpoint, tmp_path / "last.pth").endswith(f"is {tmp_path / 'new.pth'}")
+    with pytest.raises(ssd.InputError) as caught:
+        ssd.load_checkpoint(tmp_path / "last.pth", resumable=True)
+    assert str(caught.value).endswith(f"is {tmp_path / 'old.pth'}")
+
+
+def test_the_checkpoint_before_is_kept_under_its_own_name(tmp_path, checkpoint):
+    path, previous = tmp_path / "last.pth", tmp_path / "previous.pth"
+    for number in range(3):
+        ssd.save_checkpoint(path, {**checkpoint, "number": number}, previous)
+        assert ssd.load_checkpoint(path)["number"] == number
+        assert previous.exists() == (number > 0)
+        assert number == 0 or ssd.load_checkpoint(previous)["number"] == number - 1
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of a process are POSIX's")
+def test_a_disk_that_is_full_leaves_the_old_checkpoint_and_nothing_else(tmp_path, checkpoint):
+    import resource
+
+    path = tmp_path / "last.pth"
+    ssd.save_checkpoint(path, {**checkpoint, "number": 1})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # a real write that the kernel refuses
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            ssd.save_checkpoint(path, {**checkpoint, "number": 2}, tmp_path / "previous.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert ssd.load_checkpoint(path)["number"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_process_killed_while_it_writes_leaves_a_whole_checkpoint(tmp_path):
+    program = (
+        "import sys, torch, ssd_object_detection as ssd\n"
+        "for number in range(10 ** 6):\n"
+        "    checkpoint = {'model': {'w': torch.full((300_000,), number)}, 'config': {}, 'classes': [], 'n': number}\n"
+        "    ssd.save_checkpoint(sys.argv[1] + '/last.pth', checkpoint, sys.argv[1] + '/previous.pth')\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(ssd.__file__).parent)}
+    path, seen = tmp_path / "last.pth", -1
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=env)
+    try:
+        while not (tmp_path / "previous.pth").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        for _ in range(20):  # and while it runs every look finds a whole file
+            loaded = ssd.load_checkpoint(path)
+            assert loaded["n"] >= seen
+            seen = loaded["n"]
+    finally:
+        process.kill()
+        process.wait()
+    for name in ("last.pth", "previous.pth"):
+        loaded = ssd.load_checkpoint(tmp_path / name)
+        assert (loaded["model"]["w"] == loaded["n"]).all()
+    ssd.prepare_folders(tmp_path, tmp_path / "plots", keep=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pth", "plots", "previous.pth"]
+
+
+# ---- signals ----
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_step_and_a_second_one_would_end_the_process(signum):
+    before, stop = signal.getsignal(signum), ssd.StopSignals()
+    steps = []
+    with pytest.raises(KeyboardInterrupt), stop:  # noqa: PT012
+        with stop.waiting():
+            stop.check()
+            os.kill(os.getpid(), signum)
+            steps.append("finished")
+            assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        steps.append("never")
+    assert steps == ["finished"]
+    assert stop.signum == signum
+    assert signal.getsignal(signum) == before
+
+
+def test_a_signal_elsewhere_interrupts_at_once():
+    with pytest.raises(KeyboardInterrupt), ssd.StopSignals():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)

@@ -1,9 +1,11 @@
 """Training: schedule, optimizer, average, precision, one epoch, stopping, resuming."""
 
+import collections
 import copy
 import itertools
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -62,6 +64,11 @@ def take_step(state, recipe, batch, amp_dtype=None):
     loss = ssd.make_criterion(state.model.anchors, recipe)(outputs, batch)["loss"]
     ssd.optimize(state, loss, recipe.clip_grad)
     return loss.item()
+
+
+def no_skips():
+    """A log for epochs in which no step is skipped."""
+    return ssd.SkipLog([], None, 1)
 
 
 def weights(state):
@@ -286,7 +293,8 @@ def test_a_device_that_is_not_there_is_one_line(monkeypatch):
 def test_an_epoch_returns_finite_means_and_counts_its_steps(records):
     state, recipe = tiny_state()
     loader = loader_of(records, 3, train=True)  # 8 images: two steps, the rest is dropped
-    means = ssd.train_one_epoch(state, loader, ssd.make_criterion(state.model.anchors, recipe), recipe)
+    means = ssd.train_one_epoch(state, loader, ssd.make_criterion(state.model.anchors, recipe), recipe,
+                                skips=no_skips())
     assert state.step == 2
     assert state.epoch == 0  # `fit` counts epochs
     for name in ("train_loss", "train_loss_cls", "train_loss_box", "images_per_s", "data_wait"):
@@ -305,7 +313,7 @@ def test_an_epoch_s_means_are_those_of_its_steps(records):
         seen.append(losses["loss"].item())
         return losses
 
-    means = ssd.train_one_epoch(state, loader_of(records, 2), criterion, recipe)
+    means = ssd.train_one_epoch(state, loader_of(records, 2), criterion, recipe, skips=no_skips())
     assert len(seen) == 4
     assert means["train_loss"] == pytest.approx(sum(seen) / 4, rel=1e-5)
 
@@ -320,37 +328,26 @@ def test_each_epoch_asks_for_its_own_order_and_augmentation(records):
         return ssd.make_criterion(state.model.anchors, recipe)(outputs, batch)
 
     for epoch in (0, 1, 0):
-        state.epoch = epoch
-        ssd.train_one_epoch(state, loader, criterion, recipe)
+        state.epoch = state.step = epoch
+        ssd.train_one_epoch(state, loader, criterion, recipe, skips=no_skips())
     assert seen[0][0] != seen[1][0]
     assert not torch.equal(seen[0][1], seen[1][1])
     assert seen[0][0] == seen[2][0]
     assert torch.equal(seen[0][1], seen[2][1])
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_epoch_with_one_line_of_advice(records, value):
-    state, recipe = tiny_state()
-
-    def criterion(outputs, batch):
-        loss = outputs[0].sum() * value
-        return {"loss": loss, "loss_cls": loss, "loss_box": loss}
-
-    with pytest.raises(ssd.InputError, match="--lr") as caught:
-        ssd.train_one_epoch(state, loader_of(records), criterion, recipe)
-    assert len(str(caught.value).splitlines()) == 1
-
-
 @pytest.mark.parametrize("empty_every", [1, 2])
 def test_batches_in_which_some_or_all_pictures_have_no_object_train(make_voc, tmp_path, empty_every):
     root = make_voc(tmp_path / "voc", {"train": 4}, empty_every=empty_every)
-    parsed = ssd.parse_split([root], "train")
-    records = ssd.make_records(parsed, ("angular", "round"), [])
+    ids = ssd.read_split(root, "train")
+    records = ssd.make_records([(root, i) for i in ids], {root: ssd.inspect_all(root, ids)}, ("angular", "round"),
+                               collections.defaultdict(dict))
     assert sum(len(r.labels) == 0 for r in records) == 4 // empty_every
     state, recipe = tiny_state()
     before = weights(state)
     means = ssd.train_one_epoch(state, loader_of(records, 2, train=True),
-                                ssd.make_criterion(state.model.anchors, recipe), recipe)
+                                ssd.make_criterion(state.model.anchors, recipe), recipe,
+                                skips=no_skips())
     assert math.isfinite(means["train_loss"])
     assert means["train_loss_cls"] > 0
     assert (means["train_loss_box"] == 0) == (empty_every == 1)
@@ -366,16 +363,17 @@ def run_fit(monkeypatch, tmp_path, maps, *flags, val=True):
     state, recipe = tiny_state(*flags)
     values, validated = iter(maps), []
     row = {"train_loss": 1.0, "train_loss_cls": 0.5, "train_loss_box": 0.5, "lr": 1e-3, "phase": "cosine",
-           "images_per_s": 1.0, "data_wait": 0.0}
+           "images_per_s": 1.0, "data_wait": 0.0, "memory_gb": 1.0, "skipped": 0}
 
     def evaluate(*args, **settings):
-        validated.append(state.epoch)
+        validated.append(state.epoch + 1)  # an epoch is finished when it is validated
         return {"loss": 1.0, "loss_cls": 0.5, "loss_box": 0.5, "map_area": (value := next(values)), "map11": value}
 
     monkeypatch.setattr(ssd, "train_one_epoch", lambda *args, **more: dict(row))
     monkeypatch.setattr(ssd, "evaluate", evaluate)
-    chosen = ssd.fit(state, (None, "loader" if val else None), recipe, amp_dtype=None, checkpoints=tmp_path,
-                     base={"config": {}, "classes": []}, settings={}, redraw=lambda state: None)
+    saver = ssd.Saver(state, tmp_path, {"config": {}, "classes": []}, 0)
+    chosen = ssd.fit(state, (loader_of([None]), "loader" if val else None), recipe, amp_dtype=None, saver=saver,
+                     settings={}, redraw=lambda state: None, stop=ssd.StopSignals())
     return state, chosen, validated
 
 
@@ -470,7 +468,7 @@ def test_training_on_every_picture_tests_the_last_checkpoint(tiny_voc, flags_of,
 
 
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    tiny_run, flags_of, tmp_path, monkeypatch, capsys
+    tiny_run, flags_of, same_run, tmp_path, monkeypatch, capsys
 ):
     def interrupt(history):
         raise KeyboardInterrupt
@@ -484,21 +482,212 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert not (checkpoints / tiny_run.final.name).exists()
     torch.manual_seed(12345)
     assert ssd.main(["--resume", "--output-dir", str(tmp_path)]) == 0
+    same_run(tmp_path, tiny_run.output)
 
-    for name in (tiny_run.final.name, "last.pth", "best.pth"):
-        ours, theirs = (torch.load(folder / name, weights_only=True)
-                        for folder in (checkpoints, tiny_run.output / "checkpoints"))
-        assert ours["model"].keys() == theirs["model"].keys()
-        assert all(torch.equal(value, theirs["model"][key]) for key, value in ours["model"].items()), name
-        if name == "last.pth":
-            ours, theirs = ours["train_state"], theirs["train_state"]
-            assert all(torch.equal(value, theirs["model"][key]) for key, value in ours["model"].items())
-            for key, moments in ours["optimizer"]["state"].items():
-                other = theirs["optimizer"]["state"][key]
-                assert all(torch.equal(value, other[k]) for k, value in moments.items())
-    rows, expected = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-                      for folder in (checkpoints, tiny_run.output / "checkpoints"))
-    timed = {"seconds", "images_per_s", "data_wait"}
-    assert [{k: v for k, v in row.items() if k not in timed} for row in rows] == [
-        {k: v for k, v in row.items() if k not in timed} for row in expected
-    ]
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of the module runs after it."""
+
+
+@pytest.mark.parametrize(("kill_at", "workers"), [(1, "1"), (2, "0"), (3, "1")])
+def test_a_run_killed_at_any_step_and_resumed_equals_an_uninterrupted_one_bit_for_bit(
+    tiny_run, flags_of, same_run, tmp_path, monkeypatch, no_pictures, kill_at, workers
+):
+    step, steps = ssd.optimize, []
+
+    def optimize(*args):
+        if len(steps) >= kill_at:
+            patch.setattr(ssd.Saver, "save_last", lambda self: None)
+            raise Killed
+        steps.append(1)
+        return step(*args)
+
+    flags = flags_of(tiny_run.data, tmp_path, "--save-minutes", "1e-9", "--workers", workers, "--deterministic")
+    with monkeypatch.context() as patch:
+        patch.setattr(ssd, "optimize", optimize)
+        with pytest.raises(Killed):
+            ssd.main(flags)
+    state = ssd.load_checkpoint(tmp_path / "checkpoints" / "last.pth")["train_state"]
+    assert (state["step"], state["epoch"]) == (kill_at, kill_at // 2)  # two steps an epoch
+    torch.manual_seed(12345)
+    assert ssd.main(["--resume", "--output-dir", str(tmp_path)]) == 0
+    same_run(tmp_path, tiny_run.output)
+
+
+def test_a_run_interrupted_while_it_validates_evaluates_that_epoch_again(
+    tiny_run, flags_of, same_run, tmp_path, monkeypatch, no_pictures
+):
+    def interrupt(*args, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ssd, "evaluate", interrupt)
+        assert ssd.main(flags_of(tiny_run.data, tmp_path)) == 130
+    state = ssd.load_checkpoint(tmp_path / "checkpoints" / "last.pth")["train_state"]
+    assert (state["step"], state["epoch"]) == (2, 0)
+    assert ssd.main(["--resume", "--output-dir", str(tmp_path)]) == 0
+    same_run(tmp_path, tiny_run.output)
+
+
+def test_a_run_that_stopped_early_does_not_train_on_when_it_is_resumed(monkeypatch, tmp_path):
+    state, _, _ = run_fit(monkeypatch, tmp_path, [0.5, 0.1, 0.1], "--patience", "2")
+    monkeypatch.setattr(ssd, "train_one_epoch", None)
+    saver = ssd.Saver(state, tmp_path, {}, 0)
+    recipe = tiny_recipe("--patience", "2")
+    chosen = ssd.fit(state, (loader_of([None]), "loader"), recipe, amp_dtype=None, saver=saver, settings={},
+                     redraw=None, stop=ssd.StopSignals())
+    assert state.epoch == 3
+    assert chosen.name == "best.pth"
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+])
+def test_an_error_for_want_of_memory_names_the_flags_that_help(error):
+    args = tiny_args("--batch-size", "7", "--workers", "3")
+    assert "--batch-size (now 7)" in ssd.advise(error, args)
+    assert "--workers (now 3)" in ssd.advise(RuntimeError("DataLoader worker (pid(s) 5) exited unexpectedly"), args)
+    assert ssd.advise(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), args) is None
+
+
+def test_a_run_out_of_memory_saves_advises_and_can_go_on_as_if_nothing_had_been(
+    tiny_run, flags_of, same_run, tmp_path, monkeypatch, capsys, no_pictures
+):
+    whole, calls = ssd.make_criterion, itertools.count()
+
+    def make_criterion(*args):
+        def criterion(outputs, batch):
+            if next(calls) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return whole(*args)(outputs, batch)
+
+        return criterion
+
+    monkeypatch.setattr(ssd, "make_criterion", make_criterion)
+    assert ssd.main(flags_of(tiny_run.data, tmp_path)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--batch-size (now 4)" in line
+    assert "--resume" in line
+    assert ssd.main(["--resume", "--output-dir", str(tmp_path)]) == 0
+    same_run(tmp_path, tiny_run.output)  # the half step left nothing, in the batch norms' statistics neither
+
+
+def test_a_loader_process_that_dies_ends_the_run_with_advice_after_saving(
+    tiny_run, flags_of, tmp_path, monkeypatch, capsys, no_pictures
+):
+    read, main_process = ssd.read_image, os.getpid()
+
+    def die(path):
+        if os.getpid() != main_process and "train" in str(path):
+            os._exit(1)
+        return read(path)
+
+    monkeypatch.setattr(ssd, "read_image", die)
+    assert ssd.main(flags_of(tiny_run.data, tmp_path, "--workers", "1")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--workers (now 1)" in line
+    assert ssd.load_checkpoint(tmp_path / "checkpoints" / "last.pth", resumable=True)["train_state"]["step"] == 0
+
+
+# ---- steps that are not finite ----
+
+
+@pytest.mark.parametrize("flags", [["--optimizer", "sgd"], ["--optimizer", "adamw"], ["--clip-grad", "0"]])
+@pytest.mark.parametrize("good_before", [0, 2])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_count(batch, flags, good_before):
+    (state, recipe), (other, _) = tiny_state(*flags), tiny_state(*flags)
+    for _ in range(good_before):
+        take_step(state, recipe, batch)
+        take_step(other, recipe, batch)
+    poisoned = batch | {"images": batch["images"].float() * math.nan}  # reaches the batch norms' statistics too
+    take_step(state, recipe, poisoned)
+    for model, theirs in ((state.model, other.model), (state.ema.model, other.ema.model)):
+        for (name, a), b in zip(model.state_dict().items(), theirs.state_dict().values(), strict=True):
+            if model is state.model and not name.endswith("num_batches_tracked"):
+                assert torch.equal(a, b), name
+            assert a.isfinite().all(), name
+    assert state.step == good_before + 1
+    for _ in range(2):  # the moments were left alone too
+        assert take_step(state, recipe, batch) == take_step(other, recipe, batch)
+    assert all(torch.equal(a, b) for a, b in zip(weights(state), weights(other), strict=True))
+
+
+@pytest.mark.parametrize("poison", [lambda w: (w * math.inf).sum(), lambda w: (w - w.detach()).abs().pow(0.3).sum()],
+                         ids=["loss", "gradient"])
+def test_a_loss_or_only_its_gradient_that_is_not_finite_is_found(batch, poison):
+    state, recipe = tiny_state()
+    before = weights(state)
+    assert not ssd.optimize(state, poison(state.model.l2_norm.weight), recipe.clip_grad)
+    assert all(torch.equal(a, b) for a, b in zip(weights(state), before, strict=True))
+    state.optimizer.zero_grad()
+    assert ssd.optimize(state, sum(p.square().sum() for p in state.model.parameters()), recipe.clip_grad)
+
+
+def poisoning(recipe, state, *steps):
+    """Return a criterion whose loss is NaN in the steps given, counted from 0."""
+    whole, calls = ssd.make_criterion(state.model.anchors, recipe), itertools.count()
+
+    def criterion(outputs, batch):
+        factor = math.nan if next(calls) in steps else 1.0
+        return {name: value * factor for name, value in whole(outputs, batch).items()}
+
+    return criterion
+
+
+def test_a_skipped_step_is_named_counted_and_left_out_of_the_means(records, tmp_path, capsys):
+    state, recipe = tiny_state()
+    losses, criterion = [], poisoning(recipe, state, 1)
+
+    def watched(outputs, batch):
+        losses.append(criterion(outputs, batch))
+        return losses[-1]
+
+    loader = loader_of(records, 2)
+    row = ssd.train_one_epoch(state, loader, watched, recipe, skips=ssd.SkipLog(records, tmp_path / "r.json", 3))
+    assert row["skipped"] == 1
+    good = [one["loss"].item() for one in losses if math.isfinite(one["loss"].item())]
+    assert len(good) == 3
+    assert row["train_loss"] == pytest.approx(sum(good) / 3, rel=1e-6)
+    said = capsys.readouterr().err
+    assert "step 2 skipped" in said
+    names = [records[i].image_id for i, _ in list(loader.batch_sampler)[1]]
+    assert ", ".join(names) in said
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_steps_skipped_in_a_row_stop_the_run_with_a_report(records, tmp_path):
+    state, recipe = tiny_state()
+    before = weights(state)
+    skips = ssd.SkipLog(records, tmp_path / "r.json", 3)
+    with pytest.raises(ssd.NotFiniteError, match="--lr") as caught:
+        ssd.train_one_epoch(state, loader_of(records, 2), poisoning(recipe, state, 0, 1, 2, 3), recipe, skips=skips)
+    assert len(str(caught.value).splitlines()) == 1
+    assert all(torch.equal(a, b) for a, b in zip(weights(state), before, strict=True))
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [one["step"] for one in report] == [1, 2, 3, 4]
+    assert report[0]["losses"].keys() == {"loss", "loss_cls", "loss_box"}
+    assert sorted(i["image"] for one in report for i in one["images"]) == sorted(r.image_id for r in records)
+    of = {r.image_id: r for r in records}
+    for image in (i for one in report for i in one["images"]):
+        assert image["labels"] == of[image["image"]].labels.tolist()
+        theirs = torch.from_numpy(of[image["image"]].boxes)
+        torch.testing.assert_close(torch.tensor(image["boxes"]).view(-1, 4), theirs)
+
+
+def test_skipped_steps_with_good_ones_between_do_not_stop_the_run(records, tmp_path):
+    state, recipe = tiny_state()
+    skips = ssd.SkipLog(records, tmp_path / "r.json", 3)
+    row = ssd.train_one_epoch(state, loader_of(records, 1), poisoning(recipe, state, 0, 1, 3, 4, 6, 7), recipe,
+                              skips=skips)
+    assert row["skipped"] == 6
+
+
+def test_the_guard_reads_the_device_once_in_ten_steps(records, monkeypatch):
+    state, recipe = tiny_state()
+    reads = []
+    skips = ssd.SkipLog([], None, 1)
+    monkeypatch.setattr(skips, "read", lambda: reads.append(len(skips.pending)) or skips.pending.clear())
+    ssd.train_one_epoch(state, loader_of([records[0]] * 12, 1), ssd.make_criterion(state.model.anchors, recipe), recipe,
+                        skips=skips)
+    assert reads == [10, 2]

@@ -1,12 +1,16 @@
 """Command line: flags, defaults, mistakes, and whole runs."""
 
 import ast
+import errno
 import inspect
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import urllib.error
 from pathlib import Path
 
@@ -181,7 +185,8 @@ def test_saved_flags_stand_between_those_given_and_the_defaults():
     ("--zoom-out", "nan"), ("--prior-prob", "0"), ("--prior-prob", "1"), ("--freeze-blocks", "6"), ("--amp", "fp8"),
     ("--loss", "hinge"), ("--optimizer", "adam"), ("--seed", "-1"), ("--workers", "-1"), ("--max-detections", "0"),
     ("--score-thresh", "2"), ("--nms-iou", "-1"), ("--match-iou", "1.5"), ("--ema-decay", "2"), ("--patience", "-1"),
-    ("--eval-interval", "0"), ("--clip-grad", "-1"), ("--weight-decay", "-1"), ("--warmup-epochs", "-1"),
+    ("--eval-interval", "0"), ("--save-minutes", "-1"), ("--clip-grad", "-1"), ("--weight-decay", "-1"),
+    ("--warmup-epochs", "-1"),
 ])
 def test_a_bad_value_is_refused_with_a_message_that_names_the_flag(capsys, flag, value):
     message = refused(capsys, [flag, value])
@@ -200,8 +205,9 @@ def test_a_typo_in_a_flag_is_refused_by_name(capsys):
 
 @pytest.mark.parametrize(("argv", "named"), [
     (["--evaluate", "a.pth", "--predict", "b.jpg", "--weights", "a.pth"], ["--evaluate", "--predict"]),
-    (["--evaluate", "a.pth", "--resume"], ["--evaluate", "--resume"]),
+    (["--evaluate", "a.pth", "--resume"], ["--evaluate", "--resume"]), (["--audit", "--resume"], ["--audit"]),
     (["--predict", "b.jpg"], ["--predict", "--weights"]), (["--weights", "a.pth"], ["--predict", "--weights"]),
+    (["--save-crops"], ["--save-crops", "--predict"]), (["--evaluate", "a.pth", "--save-xml"], ["--save-xml"]),
     (["--pretrained", "--width", ".5"], ["--pretrained", "--width"]),
     (["--data", "shapes", "--pretrained"], ["--pretrained", "--width"]),
     (["--no-pretrained", "--backbone-weights", "vgg.pth"], ["--backbone-weights", "--no-pretrained"]),
@@ -240,23 +246,40 @@ def test_a_missing_checkpoint_is_one_line(fails, tmp_path):
     assert "none.pth" in fails(["--predict", tmp_path / "a.png", "--weights", tmp_path / "none.pth"])
 
 
-def test_a_missing_or_broken_picture_to_predict_is_one_line(fails, tiny_run, tmp_path):
+def test_a_missing_or_broken_picture_to_predict_is_one_line(fails, tiny_run, tmp_path, capfd):
     flags = ["--weights", tiny_run.final, "--device", "cpu", "--output-dir", tmp_path]
     assert "none.jpg" in fails(["--predict", tmp_path / "none.jpg", *flags])
     (tmp_path / "broken.jpg").write_text("no picture")
-    assert "broken.jpg" in fails(["--predict", tmp_path / "broken.jpg", *flags])
+    capfd.readouterr()
+    assert ssd.main(["--predict", str(tmp_path / "broken.jpg"), *map(str, flags)]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "broken.jpg" in line
+
+
+def test_what_cannot_be_predicted_is_one_line(fails, tiny_run, tmp_path):
+    picture, flags = tiny_run.data / "JPEGImages" / "test_0.jpg", ["--device", "cpu", "--output-dir", tmp_path]
+    (tmp_path / "empty").mkdir()
+    assert "no image or video" in fails(["--predict", tmp_path / "empty", "--weights", tiny_run.final, *flags])
+    assert "no class cat" in fails(["--predict", picture, "--weights", tiny_run.final, "--classes", "cat", *flags])
+    assert "lacks config.json" in fails(["--predict", picture, "--weights", tmp_path / "empty", *flags])
+    results = tmp_path / "plots" / "predictions"
+    results.mkdir(parents=True)
+    shutil.copy(picture, results)
+    assert "--output-dir" in fails(["--predict", results, "--weights", tiny_run.final, *flags])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_training_picture_is_one_line_also_from_a_worker_process(
+def test_a_training_picture_that_breaks_after_the_audit_is_one_line_also_from_a_worker_process(
     fails, make_voc, flags_of, tmp_path, monkeypatch, workers
 ):
     data = make_voc(tmp_path / "voc", {"train": 4, "val": 1})
-    (data / "JPEGImages" / "train_2.jpg").write_text("no picture")
-    monkeypatch.setattr(ssd, "plot_augmentations", lambda *args: Figure())  # it would meet the picture first
+    picture = data / "JPEGImages" / "train_2.jpg"
+    monkeypatch.setattr(ssd, "plot_augmentations", lambda *args: picture.write_text("no picture") and Figure())
     message = fails(flags_of(data, tmp_path / "out", "--workers", workers))
     assert "train_2.jpg" in message
     assert "not readable" in message
+    assert (tmp_path / "out" / "checkpoints" / "last.pth").is_file()
 
 
 def test_a_picture_of_another_size_than_its_annotation_says_is_one_line(fails, make_voc, flags_of, tmp_path):
@@ -334,13 +357,61 @@ def test_an_evaluation_into_a_folder_that_cannot_be_made_ends_without_a_tracebac
     assert re.search(r"^error: .*file", capsys.readouterr().err, re.M)
 
 
-def test_a_loss_that_is_not_finite_is_one_line(fails, tiny_voc, flags_of, tmp_path, monkeypatch):
+def test_a_loss_that_is_never_finite_stops_the_run_with_advice(
+    tiny_voc, flags_of, tmp_path, monkeypatch, capsys, no_pictures
+):
     whole = ssd.detection_loss
     monkeypatch.setattr(ssd, "detection_loss",
                         lambda *args, **more: {k: v * float("nan") for k, v in whole(*args, **more).items()})
-    message = fails(flags_of(tiny_voc, tmp_path))
+    assert ssd.main(flags_of(tiny_voc, tmp_path)) == 2
+    *skipped, message = capsys.readouterr().err.splitlines()
+    assert len(skipped) == 2
+    assert all("skipped" in line and "train_" in line for line in skipped)
+    assert message.startswith("error: ")
     assert "nan" in message
     assert "--lr" in message
+    report = json.loads((tmp_path / "checkpoints" / "nonfinite.json").read_text())
+    assert [len(one["images"]) for one in report] == [4, 4]
+
+
+# ---- the audit ----
+
+
+def test_the_audit_prints_its_table_and_touches_nothing_but_its_file(make_voc, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = make_voc(tmp_path / "voc", {"train": 4, "val": 1})
+    path = data / "Annotations" / "train_0.xml"
+    path.write_text(re.sub("<xmax>.*?</xmax>", "<xmax>1</xmax>", path.read_text(), count=1))
+    assert ssd.main(["--audit", "--data", str(data), "--val-split", "val"]) == 0
+    out = capsys.readouterr().out
+    assert "4 train, 1 val, 0 test images" in out
+    assert re.search(r"^ +1  box reversed.*: dropped +train_0.xml object 1", out, re.M)
+    assert [p.name for p in tmp_path.iterdir()] == ["voc"]
+    assert (data / "audit.json").is_file()
+
+
+def test_the_audit_of_bad_data_prints_its_table_and_fails(fails, make_voc, tmp_path, capsys):
+    data = make_voc(tmp_path / "voc", {"train": 4, "val": 1})
+    for number in (1, 2):
+        (data / "JPEGImages" / f"train_{number}.jpg").write_text("no picture")
+    message = fails(["--audit", "--data", data])
+    assert "train_1.jpg" in message
+    assert "and 1 more" in message
+    assert "audit.json" in message
+    assert ssd.main(["--audit", "--data", str(data), "--allow-bad-data"]) == 0
+    assert "leaves out 2 image(s)" in capsys.readouterr().out
+
+
+def test_a_run_leaves_bad_data_out_when_told(make_voc, flags_of, tmp_path, capsys, no_pictures):
+    data = make_voc(tmp_path / "voc", {"train": 4, "val": 1})
+    (data / "JPEGImages" / "train_1.jpg").write_text("no picture")
+    flags = flags_of(data, tmp_path / "out", "--epochs", "1", "--batch-size", "1")
+    assert ssd.main(flags) == 2
+    assert not (tmp_path / "out").exists()
+    assert ssd.main([*flags, "--allow-bad-data"]) == 0
+    out = capsys.readouterr().out
+    assert "3 train, 1 val" in out
+    assert "train_1.jpg" in out
 
 
 # ---- resuming ----
@@ -389,6 +460,39 @@ def test_an_interruption_while_reading_data_exits_130(tiny_voc, flags_of, tmp_pa
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_a_damaged_last_checkpoint_is_refused_and_the_previous_one_offered(fails, tiny_run, tmp_path):
+    shutil.copytree(tiny_run.output / "checkpoints", tmp_path / "checkpoints")
+    os.truncate(tmp_path / "checkpoints" / "last.pth", 5000)
+    message = fails(["--resume", "--output-dir", tmp_path])
+    assert "last.pth: not readable" in message
+    assert message.endswith(f"the newest good one there is {tmp_path / 'checkpoints' / 'previous.pth'}")
+
+
+def test_a_run_saved_by_the_first_format_is_resumed(tiny_run, flags_of, same_run, tmp_path, monkeypatch, no_pictures):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ssd, "plot_losses", interrupt)  # after the first epoch is saved
+        assert ssd.main(flags_of(tiny_run.data, tmp_path)) == 130
+    path = tmp_path / "checkpoints" / "last.pth"
+    old = torch.load(path, weights_only=True)
+    old["train_state"]["rng"] = old["train_state"]["rng"]["torch"]
+    for name in ("audit", "allow_bad_data", "save_minutes", "deterministic"):
+        del old["args"][name]
+    del old["train_state"]["totals"], old["data"]
+    torch.save(old | {"format_version": 1}, path)
+    assert ssd.main(["--resume", "--output-dir", str(tmp_path)]) == 0
+    same_run(tmp_path, tiny_run.output)
+
+
+def test_a_resumed_run_whose_training_images_changed_is_one_line(fails, make_voc, flags_of, tmp_path, no_pictures):
+    data = make_voc(tmp_path / "voc", {"train": 4, "val": 1})
+    assert ssd.main(flags_of(data, tmp_path / "out", "--epochs", "1")) == 0
+    (data / "ImageSets" / "Main" / "train.txt").write_text("train_0\ntrain_1\n")
+    assert "training images" in fails(["--resume", "--output-dir", tmp_path / "out"])
+
+
 # ---- whole runs ----
 
 
@@ -397,6 +501,81 @@ def png(path):
         image.load()
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
+
+
+def script(flags):
+    """Start the real program."""
+    return subprocess.Popen([sys.executable, ssd.__file__, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
+
+
+@pytest.mark.parametrize(("name", "workers"), [("SIGTERM", "1"), ("SIGINT", "0")])
+def test_a_signal_ends_a_real_run_after_a_save_and_says_how_to_go_on(tiny_voc, flags_of, tmp_path, name, workers):
+    last = tmp_path / "checkpoints" / "last.pth"
+    flags = flags_of(tiny_voc, tmp_path, "--epochs", "9999", "--patience", "0", "--workers", workers,
+                     "--eval-interval", "9999", "--save-minutes", "1e-9")
+    process = script(flags)
+    while not last.is_file():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + getattr(signal, name), err
+    assert f"--resume --output-dir {tmp_path}" in err
+    assert "Traceback" not in out + err
+    state = ssd.load_checkpoint(last, resumable=True)["train_state"]
+    assert state["step"] > 0
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def broken_disk(monkeypatch, broken):
+    """Let flushing a file fail as on a full disk where broken(file name) says so."""
+    whole = os.fsync
+
+    def fsync(descriptor):
+        if broken(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_a_disk_that_is_full_for_a_while_costs_warnings_and_not_the_run(
+    tiny_run, flags_of, same_run, tmp_path, monkeypatch, capsys, no_pictures
+):
+    failures = iter([".best.pth", ".last.pth", ".metrics.jsonl"])
+    due = [next(failures)]
+
+    def broken(name):
+        if due[0] is None or not name.startswith(due[0]):
+            return False
+        due[0] = next(failures, None)
+        return True
+
+    broken_disk(monkeypatch, broken)
+    assert ssd.main(flags_of(tiny_run.data, tmp_path)) == 0
+    said = capsys.readouterr()
+    assert due == [None]
+    assert "best.pth was not written, the next save tries again" in said.err
+    assert "No space left" in said.err
+    assert "saved nothing" in said.out
+    same_run(tmp_path, tiny_run.output)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_a_run_whose_checkpoints_can_never_be_written_fails_and_leaves_the_earlier_ones(
+    tiny_voc, flags_of, tmp_path, monkeypatch, capsys, no_pictures
+):
+    assert ssd.main(flags_of(tiny_voc, tmp_path, "--epochs", "1")) == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "checkpoints").glob("*.pth")}
+    broken_disk(monkeypatch, lambda name: ".pth" in name)
+    assert ssd.main(flags_of(tiny_voc, tmp_path, "--epochs", "2")) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ")
+    assert "could not be written" in message
+    (aside,) = [p for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()]
+    assert {p.name: p.read_bytes() for p in aside.glob("*.pth")} == before
 
 
 def test_a_run_ends_with_the_test_line_the_checkpoint_and_the_wall_time(tiny_run):
@@ -422,7 +601,7 @@ def test_a_run_prints_what_runs_on_what_and_a_line_an_epoch(tiny_run):
 def test_a_run_leaves_checkpoints_records_and_pictures(tiny_run):
     checkpoints, plots = tiny_run.output / "checkpoints", tiny_run.output / "plots"
     names = {p.name for p in checkpoints.iterdir()}
-    assert names == {"last.pth", "best.pth", "ssd_tiny_set_final.pth", "metrics.jsonl", "run.json"}
+    assert names == {"last.pth", "best.pth", "previous.pth", "ssd_tiny_set_final.pth", "metrics.jsonl", "run.json"}
     for name in ("loss", "training", "predictions", "data", "augmentations", "evaluation/precision_recall"):
         pixels = png(plots / f"{name}.png")
         assert pixels.std() > 1, name
@@ -485,15 +664,35 @@ def test_predicting_writes_a_picture_each_and_one_report(tiny_run, tmp_path, cap
             "--amp", "off", "--score-thresh", "0", "--max-detections", "5"]
     assert ssd.main(argv) == 0
     folder = tmp_path / "plots" / "predictions"
-    assert {p.name for p in folder.iterdir()} == {"test_0.png", "test_1.png", "predictions.json"}
+    assert {p.name for p in folder.iterdir()} == {"test_0.jpg", "test_1.jpg", "predictions.json"}
     report = json.loads((folder / "predictions.json").read_text())
     detector = ssd.load_detector(tiny_run.final, "cpu", "off")
     for path, line in zip(pictures, capsys.readouterr().out.splitlines(), strict=True):
-        with Image.open(path) as image:
-            assert png(folder / f"{Path(path).stem}.png").shape == (image.height, image.width, 3)
+        with Image.open(path) as image, Image.open(folder / Path(path).name) as drawn:
+            assert (drawn.format, drawn.size) == ("JPEG", image.size)
         assert report[path] == detector.predict(path, score_thresh=0.0, max_detections=5).to_dict()
         assert len(report[path]["labels"]) == 5
         assert line.startswith(path)
+
+
+def test_predicting_goes_on_behind_what_cannot_be_read_and_says_so(tiny_run, tmp_path, capfd):
+    shutil.copytree(tiny_run.data / "JPEGImages", tmp_path / "in")
+    (tmp_path / "in" / "broken.png").write_text("no picture")
+    (tmp_path / "in" / "broken.mp4").write_text("no video")
+    argv = ["--predict", str(tmp_path / "in"), str(tmp_path / "in" / "test_*.jpg"), "--weights", str(tiny_run.final),
+            "--output-dir", str(tmp_path / "out"), "--device", "cpu", "--score-thresh", ".01", "--classes", "round",
+            "--save-crops", "--save-xml"]
+    assert ssd.main(argv) == 1
+    out, err = capfd.readouterr()
+    folder = tmp_path / "out" / "plots" / "predictions"
+    report = json.loads((folder / "predictions.json").read_text())
+    assert len(out.splitlines()) == len(report) == 16
+    assert {name for found in report.values() for name in found["names"]} == {"round"}
+    assert [line.split(":")[0] for line in err.splitlines()] == ["error"] * 2
+    assert all(f"broken.{ending}" in err for ending in ("png", "mp4"))
+    crops, annotations = list((folder / "crops" / "round").iterdir()), list((folder / "Annotations").iterdir())
+    assert len(crops) == sum(len(found["names"]) for found in report.values())
+    assert len(annotations) == 16
 
 
 def test_a_second_run_keeps_the_first_one_s_files(tiny_voc, flags_of, tmp_path, monkeypatch):

@@ -1,0 +1,373 @@
+"""tools/export.py: ONNX against PyTorch, the example in the README, the Hugging Face folder there and back."""
+
+import ast
+import base64
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ssd_object_detection as ssd
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("safetensors")
+hub = pytest.importorskip("huggingface_hub")
+
+import export  # noqa: E402
+
+THRESH = "0.001"  # a network trained for two epochs is sure of nothing
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run):
+    return ssd.model_from_checkpoint(ssd.load_checkpoint(tiny_run.final))
+
+
+@pytest.fixture(scope="module")
+def onnx_file(tiny_run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
+    assert export.main(["onnx", str(tiny_run.final), "--output", str(path), "--score-thresh", THRESH]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tiny_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf") / "tiny"
+    argv = ["hf", str(tiny_run.final), str(folder), "--license", "cc-by-4.0", "--data-license", "drawn: free"]
+    assert export.main(argv) == 0
+    return folder
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function that runs the tool, demands exit code 2 and one line, and returns it."""
+    def run(*argv):
+        capsys.readouterr()
+        assert export.main([str(a) for a in argv]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return run
+
+
+def session_of(path):
+    source = path if isinstance(path, bytes) else str(path)
+    return onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+
+
+def rows_of(outputs, image):
+    """Return boxes, labels, scores of one image of the ONNX outputs, empty rows cut off."""
+    boxes, scores, labels = (output[image] for output in outputs)
+    count = int((labels > 0).sum())
+    assert (labels[:count] > 0).all()  # the empty rows are the last
+    assert not boxes[count:].any()
+    assert not scores[count:].any()
+    assert (np.diff(scores) <= 0).all()
+    return boxes[:count], labels[:count], scores[:count]
+
+
+# ---- ONNX ----
+
+
+def test_the_file_finds_what_pytorch_finds_whatever_the_batch(onnx_file, model, tiny_voc):
+    paths = sorted((tiny_voc / "JPEGImages").glob("*.jpg"))[:5]
+    resize = ssd.resize_transform()
+    images = np.stack([resize(image=ssd.read_image(p))["image"] for p in paths]).transpose(0, 3, 1, 2)
+    with torch.inference_mode():
+        expected = ssd.detect(*model(torch.from_numpy(images)), model.anchors, score_thresh=float(THRESH))
+    for size in (1, 3, 5):
+        outputs = session_of(onnx_file).run(["boxes", "scores", "labels"], {"images": images[:size]})
+        assert outputs[0].shape == (size, ssd.MAX_DETECTIONS, 4)
+        for i, (boxes, labels, scores) in enumerate(expected[:size]):
+            found = rows_of(outputs, i)
+            assert len(found[1]) == len(labels) > 20
+            assert found[1].tolist() == labels.tolist()
+            np.testing.assert_allclose(found[0], boxes, atol=1e-4)
+            np.testing.assert_allclose(found[2], scores, atol=1e-5)
+
+
+def test_the_file_says_what_it_takes_and_knows_its_classes(onnx_file):
+    session = session_of(onnx_file)
+    (images,) = session.get_inputs()
+    assert (images.name, images.type) == ("images", "tensor(uint8)")
+    assert images.shape[1:] == [3, 300, 300]
+    assert isinstance(images.shape[0], str)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == ["angular", "round"]
+    assert [output.name for output in session.get_outputs()] == ["boxes", "scores", "labels"]
+
+
+def test_a_float_file_gives_the_same(tiny_run, onnx_file, tmp_path, tiny_voc, capsys):
+    path = tmp_path / "float.onnx"
+    images = sorted(str(p) for p in (tiny_voc / "JPEGImages").glob("test_*.jpg"))
+    argv = ["onnx", str(tiny_run.final), "--output", str(path), "--input", "float", "--score-thresh", THRESH]
+    assert export.main([*argv, "--max-detections", "30", "--images", *images]) == 0
+    assert "120 detections in 4 images" in capsys.readouterr().out
+    pixels = np.stack([np.asarray(ssd.open_image(p).resize((300, 300))) for p in images]).transpose(0, 3, 1, 2)
+    small = session_of(path).run(None, {"images": pixels.astype(np.float32)})
+    for ours, theirs in zip(small, session_of(onnx_file).run(None, {"images": pixels}), strict=True):
+        np.testing.assert_allclose(ours, theirs[:, :30], atol=1e-4)
+
+
+@pytest.mark.parametrize("num_anchors", [60, 700])
+@pytest.mark.parametrize("settings", [{}, {"score_thresh": 0.0}, {"score_thresh": 0.3, "nms_iou_thresh": 0.7},
+                                      {"max_detections": 7}, {"nms_iou_thresh": 0.0}])
+def test_the_graph_after_the_network_is_detect(num_anchors, settings):
+    torch.manual_seed(num_anchors)
+    batch, num_classes = 3, 4
+    cls_logits, box_deltas = torch.randn(batch, num_anchors, num_classes + 1) * 2, torch.randn(batch, num_anchors, 4)
+    cls_logits[2, :, 0] += 30  # an image without a detection
+    anchors = torch.rand(num_anchors, 4) * 0.3 + torch.tensor([-0.1, 0.4, 0.02, 0.02])  # some boxes lose their area
+    boxes = ssd.decode(box_deltas, anchors).clamp(0, 1)
+    assert (boxes[..., 0] == boxes[..., 2]).any()
+    graph = export.postprocess_graph(num_classes, num_anchors, **settings).SerializeToString()
+    class_scores = cls_logits.softmax(-1)[..., 1:].transpose(1, 2).contiguous()
+    outputs = session_of(graph).run(None, {"class_scores": class_scores.numpy(), "anchor_boxes": boxes.numpy()})
+    for i, (boxes_, labels, scores) in enumerate(ssd.detect(cls_logits, box_deltas, anchors, **settings)):
+        found = rows_of(outputs, i)
+        assert found[1].tolist() == labels.tolist()
+        np.testing.assert_allclose(found[0], boxes_, atol=1e-6)
+        np.testing.assert_allclose(found[2], scores, atol=1e-6)
+        assert len(labels) > 0 or (i == 2 and settings != {"score_thresh": 0.0})
+
+
+@pytest.mark.parametrize(("head", "by"), [("box_heads.1.bias", 0.5), ("cls_heads.1.bias", 0.2)])
+def test_a_file_that_differs_from_pytorch_is_refused_and_not_left(
+    tiny_run, onnx_file, tmp_path, monkeypatch, refused, head, by
+):
+    monkeypatch.setattr(export, "to_onnx", lambda *model, **settings: onnx.load(onnx_file))
+    other = torch.load(tiny_run.final, weights_only=True)
+    other["model"][head][::3] += by  # what PyTorch finds is no longer what the file finds
+    torch.save(other, tmp_path / "other.pth")
+    message = refused("onnx", tmp_path / "other.pth", "--output", tmp_path / "bad.onnx", "--score-thresh", THRESH)
+    assert "refused, ONNX and PyTorch differ" in message
+    assert [p.name for p in tmp_path.iterdir()] == ["other.pth"]
+
+
+def test_differences_by_hand():
+    boxes, labels, scores = np.array([[0, 0, 10, 10], [20, 20, 40, 40.0]]), [1, 2], [0.9, 0.5]
+    ours = boxes, labels, scores
+    assert export.largest_differences(ours, ours) == (0, 0, 0)
+    turned = boxes[::-1] + np.array([0, 0.25, 0, 0]), labels[::-1], [0.5, 0.875]
+    np.testing.assert_allclose(export.largest_differences(ours, turned), (0, 0.25, 0.025))
+    assert export.largest_differences(ours, (boxes, [1, 1], scores))[0] == 2  # one too few, one too many
+    assert export.largest_differences(ours, (boxes[:1], [1], [0.9]))[0] == 1
+    assert export.largest_differences((boxes[:0], [], []), ours)[0] == 2
+    twice = np.repeat(boxes[:1], 2, axis=0), [1, 1], [0.9, 0.9]
+    assert export.largest_differences(twice, ours)[0] == 2  # no row is a partner twice
+
+
+def test_mistakes_are_one_line(tiny_run, tmp_path, refused, monkeypatch):
+    assert "none.pth" in refused("onnx", tmp_path / "none.pth")
+    assert "no image" in refused("onnx", tiny_run.final, "--images", tmp_path)
+    away = torch.load(tiny_run.final, weights_only=True)
+    away["args"]["data"] = str(tmp_path / "gone")
+    torch.save(away, tmp_path / "away.pth")
+    assert "--images" in refused("onnx", tmp_path / "away.pth")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert "pip install onnx" in refused("onnx", tiny_run.final)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert "pip install safetensors" in refused("hf", tiny_run.final, tmp_path / "out")
+
+
+# ---- the example ----
+
+
+def example_in(text):
+    """Return the Python program of a Markdown text that begins as the example does."""
+    (block,) = [b for b in text.split("```python\n")[1:] if b.startswith('"""python detect_onnx.py')]
+    return block.split("```")[0]
+
+
+def test_the_readme_s_example_runs_without_torch(onnx_file, tiny_voc, tmp_path):
+    source = example_in((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert source == export.EXAMPLE
+    imports = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    packages = {name.split(".")[0] for n in imports for name in [getattr(n, "module", None) or n.names[0].name]}
+    assert packages == {"json", "sys", "numpy", "onnxruntime", "PIL"}
+    picture = tiny_voc / "JPEGImages" / "test_0.jpg"
+    (tmp_path / "detect_onnx.py").write_text(source.replace("score >= 0.4", "score >= 0.0"))
+    done = subprocess.run([sys.executable, "detect_onnx.py", str(onnx_file), str(picture)], cwd=tmp_path, text=True,
+                          capture_output=True, check=True)
+    image = ssd.open_image(picture)
+    pixels = np.asarray(image.resize((300, 300), Image.Resampling.BILINEAR)).transpose(2, 0, 1)[None]
+    boxes, labels, scores = rows_of(session_of(onnx_file).run(None, {"images": pixels}), 0)
+    best = (boxes[0] * (image.size * 2)).round().tolist()
+    assert done.stdout.splitlines()[0] == f"{['angular', 'round'][labels[0] - 1]} {round(float(scores[0]), 3)} {best}"
+    with Image.open(tmp_path / "detected.png") as drawn:
+        assert drawn.size == image.size
+        assert np.abs(np.asarray(drawn).astype(int) - np.asarray(image)).max() > 50
+
+
+# ---- the Hugging Face folder ----
+
+
+def test_the_folder_detects_as_the_checkpoint_does(hf_folder, tiny_run, tiny_voc):
+    picture = tiny_voc / "JPEGImages" / "test_1.jpg"
+    results = [ssd.load_detector(source, "cpu", "off").predict(picture, score_thresh=0.0).to_dict()
+               for source in (hf_folder, str(hf_folder), tiny_run.final)]
+    assert results[0] == results[1] == results[2]
+    assert len(results[0]["labels"]) > 20
+    assert {p.name for p in hf_folder.iterdir()} == {"README.md", "config.json", "model.safetensors", "plots",
+                                                     "ssd_object_detection.py"}
+    assert (hf_folder / "plots" / "precision_recall.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_config_is_complete_and_names_no_folder_of_the_author(hf_folder, tiny_run, tiny_voc):
+    text = (hf_folder / "config.json").read_text(encoding="utf-8")
+    config = json.loads(text)
+    assert config["id2label"] == {"1": "angular", "2": "round"}
+    assert config["config"] == ssd.load_checkpoint(tiny_run.final)["config"]
+    assert (config["flags"]["data"], config["flags"]["epochs"]) == (tiny_voc.name, 2)
+    assert str(tiny_voc) not in text
+    assert str(tiny_run.output) not in text
+
+
+def test_the_card_tells_what_the_run_recorded(hf_folder, tiny_run):
+    card = (hf_folder / "README.md").read_text(encoding="utf-8")
+    test = ssd.load_checkpoint(tiny_run.final)["test"]["voc"]
+    data = hub.ModelCard(card).data
+    assert (data.license, data.pipeline_tag) == ("cc-by-4.0", "object-detection")
+    assert [(e.metric_type, e.metric_value, e.dataset_split) for e in data.eval_results] == [
+        ("mAP", round(test["map_area"], 4), "test"), ("mAP", round(test["map11"], 4), "test")]
+    for name, row in test["per_class"].items():
+        assert f"| {name} | {row['num_gt']} | {row['ap_area']:.4f} | {row['ap11']:.4f} |" in card
+    assert f"**{test['map_area']:.4f}** (area)" in card
+    assert "Training data: drawn: free" in card
+    assert f"torch {torch.__version__}" in card
+    assert "widget" not in card
+    for line in card.splitlines():  # each picture named is there
+        if line.startswith("!["):
+            assert (hf_folder / line.split("](")[1].rstrip(")")).is_file()
+    assert card.count("![") == 7
+
+
+def test_what_was_not_recorded_is_not_claimed(tiny_run, tmp_path):
+    alone = torch.load(tiny_run.final, weights_only=True)
+    del alone["test"]
+    (tmp_path / "x").mkdir()
+    torch.save(alone, tmp_path / "x" / "alone.pth")
+    assert export.main(["hf", str(tmp_path / "x" / "alone.pth"), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "Not yet measured" in card
+    assert "Machine: not recorded." in card
+    assert "Weights: not stated. Training data: not stated." in card
+    assert not {"**", "model-index", "![", "license:", "None"} & set(card.replace("\n", " ").split(" "))
+    assert not (tmp_path / "out" / "plots").exists()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The few answers of the Hugging Face hub that an upload and a download need; files are kept in `files`."""
+
+    files, log = {}, []
+
+    def reply(self, content=b"", status=200, **headers):
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.log.append(("POST", self.path, self.headers.get("Authorization")))
+        if "forbidden" in self.path or b"forbidden" in body:
+            return self.reply({"error": "no"}, 403)
+        if self.headers.get("Authorization") != "Bearer hf_good":
+            return self.reply({"error": "who are you"}, 401)
+        if self.path.endswith("/repos/create"):
+            return self.reply({"url": f"http://{self.headers['Host']}/me/tiny", "id": "me/tiny"})
+        if "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            return self.reply({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
+        if "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return self.reply({"commitOid": "c" * 40, "commitUrl": f"http://{self.headers['Host']}/me/tiny/commit/c"})
+        return self.reply({"errors": [], "warnings": []})  # the check of the card's header
+
+    def do_GET(self):
+        self.log.append((self.command, self.path, self.headers.get("Authorization")))
+        name = self.path.split("/resolve/")[-1].split("/", 1)[-1]
+        if self.path.startswith("/me/tiny/resolve/") and name in self.files:
+            content = self.files[name]
+            return self.reply(content, ETag=f'"{hash(content)}"', X_Repo_Commit="c" * 40, Accept_Ranges="bytes")
+        if self.path.startswith("/api/models/me/tiny/tree/"):
+            sizes = {name: len(content) for name, content in self.files.items()}
+            return self.reply([{"type": "file", "path": n, "size": s, "oid": "a" * 40} for n, s in sizes.items()])
+        if self.path.startswith("/api/models/me/tiny"):
+            siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
+            return self.reply({"id": "me/tiny", "sha": "c" * 40, "siblings": siblings, "private": False, "tags": []})
+        return self.reply({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+PUSH_AND_LOAD = """
+import json, os, sys
+import export, ssd_object_detection as ssd
+folder, picture = sys.argv[1:]
+for token, repo in (("bad", "me/tiny"), ("good", "forbidden/tiny"), ("good", "not a name"), ("good", "me/tiny")):
+    os.environ["HF_TOKEN"] = "hf_" + token
+    try:
+        print(json.dumps(export.push(folder, repo)))
+    except ssd.InputError as error:
+        print(json.dumps(f"refused: {error}"))
+print(json.dumps(ssd.load_detector("me/tiny", "cpu", "off").predict(picture, score_thresh=0.0).to_dict()))
+try:
+    ssd.load_detector("me/other")
+except ssd.InputError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_a_pushed_model_comes_back_from_the_hub(hf_folder, tiny_run, tiny_voc, tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    picture = str(tiny_voc / "JPEGImages" / "test_1.jpg")
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path),
+                   "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools'}", "HF_HUB_DISABLE_XET": "1"}
+    try:
+        done = subprocess.run([sys.executable, "-c", PUSH_AND_LOAD, str(hf_folder), picture], env=environment,
+                              text=True, capture_output=True, timeout=240)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, (done.stderr, Hub.log)
+    bad_token, forbidden, bad_name, url, found, missing = map(json.loads, done.stdout.splitlines())
+    assert "the token is not valid" in bad_token
+    assert "the token may not write there" in forbidden
+    assert bad_name.startswith("refused: --push not a name")
+    assert url.endswith("/me/tiny/commit/c")
+    assert Hub.files.keys() == {p.relative_to(hf_folder).as_posix() for p in hf_folder.rglob("*") if p.is_file()}
+    assert found == ssd.load_detector(tiny_run.final, "cpu", "off").predict(picture, score_thresh=0.0).to_dict()
+    assert missing.startswith("me/other: no such file or folder, and no model to be had from the Hugging Face hub")
+    assert all("\n" not in text for text in (bad_token, forbidden, bad_name, missing))
+
+
+def test_pushing_without_a_login_or_a_network_is_one_line(hf_folder, monkeypatch):
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    with pytest.raises(ssd.InputError, match="not logged in"):
+        export.push(hf_folder, "me/tiny")
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_good")
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(ssd.InputError, match="--push me/tiny: ") as caught:
+        export.push(hf_folder, "me/tiny")
+    assert "\n" not in str(caught.value)
