@@ -2311,7 +2311,7 @@ def ideal_seconds(model, amp_dtype):
     Three forward passes (a backward pass is two), counted by torch, at the measured speed of 8192^3 in this precision.
     """
     with FlopCounterMode(display=False) as counter:
-        copy.deepcopy(model).to("meta")(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta"))
+        copy.deepcopy(model).eval().to("meta")(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta"))
     side, rounds = 8192, 20
     matrix = torch.randn(side, side, device=model.anchors.device, dtype=amp_dtype or torch.float32)
     for count in (3, rounds):  # the first ones warm up
@@ -2429,7 +2429,7 @@ class SkipLog:
 
 
 def train_one_epoch(state, loader, criterion, recipe, *, skips, amp_dtype=None, between_steps=lambda: None):
-    """Train to the end of an epoch; returns the means of the losses, lr, phase, skipped, images_per_s and data_wait.
+    """Train to the end of an epoch; returns the means of the losses, lr, phase, skipped, and what `speed` finds.
 
     It begins where state.step stands. skips: a SkipLog. between_steps() is called after each step.
     """
@@ -3196,7 +3196,7 @@ def make_network(state, *, compiled, amp_dtype, batch_size):
 def prepare_speed(args, state, *, amp_dtype, batch_size, steps):
     """Set up by the flags what makes training fast and what measures it; batch_size of a process, steps of the run."""
     is_cuda = state.model.anchors.device.type == "cuda"
-    torch.backends.cudnn.benchmark = is_cuda  # the shapes stay the same
+    torch.backends.cudnn.benchmark = is_cuda and not args.deterministic  # the shapes stay the same
     compiled = is_cuda if args.compile is None else args.compile
     state.network = make_network(state, compiled=compiled, amp_dtype=amp_dtype, batch_size=batch_size)
     state.ideal_s = ideal_seconds(state.model, amp_dtype) if is_cuda else 0.0

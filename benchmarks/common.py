@@ -40,8 +40,9 @@ def begin(args):
     ssd.cv2.setNumThreads(0)
     ssd.set_seed(0)
     device = ssd.pick_device(args.device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # both as training does it, for peer and module alike
     if device.type == "cpu":
-        ssd.keep_freed_memory()  # as training does; peer and module share the process and so the gain
+        ssd.keep_freed_memory()
     return device
 
 

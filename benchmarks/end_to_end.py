@@ -12,6 +12,7 @@ a picture as torch counts them, against the measured speed of a large matrix pro
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import common
 import torch
@@ -35,9 +36,11 @@ def own_run(args, records, num_classes, device, amp_dtype):
                              sampler=ssd.EpochBatchSampler(len(records), size))
     criterion = ssd.make_criterion(state.model.anchors, recipe)
 
+    skips = ssd.SkipLog(records, Path(args.data_root) / "nonfinite.json", 25)
+
     def epoch():
-        row = ssd.train_one_epoch(state, loader, criterion, recipe, amp_dtype=amp_dtype)
-        state.epoch += 1
+        row = ssd.train_one_epoch(state, loader, criterion, recipe, skips=skips, amp_dtype=amp_dtype)
+        state.epoch, state.totals = state.epoch + 1, {}
         return row
     return epoch
 

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ssd_object_detection as ssd
 
-TIMES = {"seconds", "images_per_s", "data_wait"}
+TIMES = {"seconds", "images_per_s", "data_wait", "memory_gb"}
 
 
 def run(argv, kill_after=None, file_limit=None):

@@ -187,7 +187,7 @@ def test_metrics_are_one_json_object_an_epoch(tiny_run):
     assert [row["epoch"] for row in rows] == [1, 2]
     assert [row["step"] for row in rows] == [2, 4]
     keys = {"train_loss", "train_loss_cls", "train_loss_box", "val_loss", "val_loss_cls", "val_loss_box",
-            "val_map_area", "val_map11", "lr", "phase", "images_per_s", "data_wait", "seconds"}
+            "val_map_area", "val_map11", "lr", "phase", "images_per_s", "data_wait", "memory_gb", "seconds"}
     for row in rows:
         assert keys <= row.keys()
         assert row["train_loss"] == pytest.approx(row["train_loss_cls"] + row["train_loss_box"], rel=1e-4)

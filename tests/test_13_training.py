@@ -363,7 +363,7 @@ def run_fit(monkeypatch, tmp_path, maps, *flags, val=True):
     state, recipe = tiny_state(*flags)
     values, validated = iter(maps), []
     row = {"train_loss": 1.0, "train_loss_cls": 0.5, "train_loss_box": 0.5, "lr": 1e-3, "phase": "cosine",
-           "images_per_s": 1.0, "data_wait": 0.0, "skipped": 0}
+           "images_per_s": 1.0, "data_wait": 0.0, "memory_gb": 1.0, "skipped": 0}
 
     def evaluate(*args, **settings):
         validated.append(state.epoch + 1)  # an epoch is finished when it is validated
