@@ -234,7 +234,12 @@ class DataSplits:
     train: list
     val: list
     test: list
-    notes: list
+    notes: list  # lines of the audit's table
+
+    @property
+    def digest(self):
+        """Of the training pictures' pixels, in their order."""
+        return hashlib.sha1("".join(r.digest for r in self.train).encode(), usedforsecurity=False).hexdigest()
 
 
 def read_split(root, split):
@@ -2873,14 +2878,13 @@ def run_training(args, stop, resumed=None):
     cv2.setNumThreads(0)
     checkpoints, plots = Path(args.output_dir) / "checkpoints", Path(args.output_dir) / "plots"
     data = load_splits(args)
-    digest = hashlib.sha1("".join(r.digest for r in data.train).encode(), usedforsecurity=False).hexdigest()
-    if resumed is not None and (resumed["classes"], resumed.get("data", digest)) != (list(data.classes), digest):
-        raise InputError(f"{args.data} has other classes or training images than the run to resume, which knew the "
-                         f"classes {', '.join(resumed['classes'])}")
+    known = None if resumed is None else (resumed["classes"], resumed.get("data", data.digest))
+    if known not in (None, (list(data.classes), data.digest)):
+        raise InputError(f"{args.data} has other training images or classes than when the run to resume was saved")
     state, recipe, config = build_state(args, len(data.classes), device, resumed)
     prepare_folders(checkpoints, plots, keep=resumed is not None)
     flags = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k != "given"}
-    base = {"config": config, "classes": list(data.classes), "args": flags, "data": digest}
+    base = {"config": config, "classes": list(data.classes), "args": flags, "data": data.digest}
 
     steps = ("zoom_out", "crop", "color", "shadow", "noise", "blur")
     train_set = VocDataset(data.train, build_transform(train=True, **{s: getattr(args, s) for s in steps}), args.seed)
