@@ -283,7 +283,12 @@ class DataSplits:
     train: list
     val: list
     test: list
-    notes: list
+    notes: list  # lines of the audit's table
+
+    @property
+    def digest(self):
+        """Of the training pictures' pixels, in their order."""
+        return hashlib.sha1("".join(r.digest for r in self.train).encode(), usedforsecurity=False).hexdigest()
 
 
 def read_split(root, split):
@@ -3257,16 +3262,15 @@ def run_training(args, stop, resumed=None):
     checkpoints, plots = Path(args.output_dir) / "checkpoints", Path(args.output_dir) / "plots"
     with first_process_first():
         data = load_splits(args)
-    digest = hashlib.sha1("".join(r.digest for r in data.train).encode(), usedforsecurity=False).hexdigest()
-    if resumed is not None and (resumed["classes"], resumed.get("data", digest)) != (list(data.classes), digest):
-        raise InputError(f"{args.data} has other classes or training images than the run to resume, which knew the "
-                         f"classes {', '.join(resumed['classes'])}")
+    known = None if resumed is None else (resumed["classes"], resumed.get("data", data.digest))
+    if known not in (None, (list(data.classes), data.digest)):
+        raise InputError(f"{args.data} has other training images or classes than when the run to resume was saved")
     with first_process_first():
         state, recipe, config = build_state(args, len(data.classes), device, resumed)
     if rank == 0:
         prepare_folders(checkpoints, plots, keep=resumed is not None)
     flags = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k != "given"}
-    base = {"config": config, "classes": list(data.classes), "args": flags, "data": digest}
+    base = {"config": config, "classes": list(data.classes), "args": flags, "data": data.digest}
     train_loader, val_loader, gallery_loader = make_loaders(args, data, pin_memory=is_cuda)
     print_header(args, data, state.model, amp_dtype=amp_dtype, steps=len(train_loader))
     record = {"flags": flags, "environment": environment(device), "classes": list(data.classes), "notes": data.notes}

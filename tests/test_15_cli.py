@@ -390,7 +390,7 @@ def test_the_audit_prints_its_table_and_touches_nothing_but_its_file(make_voc, t
     assert (data / "audit.json").is_file()
 
 
-def test_the_audit_of_bad_data_prints_its_table_and_fails(fails, make_voc, tmp_path, capsys):
+def test_the_audit_of_bad_data_prints_its_table_and_fails(fails, make_voc, tmp_path, capfd):
     data = make_voc(tmp_path / "voc", {"train": 4, "val": 1})
     for number in (1, 2):
         (data / "JPEGImages" / f"train_{number}.jpg").write_text("no picture")
@@ -399,7 +399,7 @@ def test_the_audit_of_bad_data_prints_its_table_and_fails(fails, make_voc, tmp_p
     assert "and 1 more" in message
     assert "audit.json" in message
     assert ssd.main(["--audit", "--data", str(data), "--allow-bad-data"]) == 0
-    assert "leaves out 2 image(s)" in capsys.readouterr().out
+    assert "leaves out 2 image(s)" in capfd.readouterr().out
 
 
 def test_a_run_leaves_bad_data_out_when_told(make_voc, flags_of, tmp_path, capsys, no_pictures):
