@@ -522,8 +522,8 @@ def parse_args(argv=None):
     flags = ["--evaluate", path.checkpoint, *rest]
     args = ssd.parse_args(flags)
     checkpoint = ssd.load_checkpoint(path.checkpoint)
-    saved = {} if "data" in args.given else {name: checkpoint["args"][name] for name in ssd.DATA_FLAGS}
-    return checkpoint, ssd.parse_args(flags, saved)
+    known = [] if "data" in args.given else [name for name in ssd.DATA_FLAGS if name in checkpoint["args"]]
+    return checkpoint, ssd.parse_args(flags, {name: checkpoint["args"][name] for name in known})
 
 
 def run(checkpoint, args):
