@@ -1380,7 +1380,7 @@ def detect(
 
     cls_logits (B, A, K + 1), box_deltas (B, A, 4), anchors_cxcywh (A, 4). Boxes are normalised xyxy cut at the
     picture's border. Per class the best 400 at or above score_thresh go through NMS, over all classes the best
-    max_detections stay (SSD section 2.2). D may be 0.
+    max_detections stay (SSD section 2.2), None: all. D may be 0.
     """
     scores = F.softmax(cls_logits.float(), dim=-1)[..., 1:]
     boxes = decode(box_deltas.float(), anchors).clamp(0, 1)
@@ -1395,7 +1395,8 @@ def detect(
         candidates, label = image_boxes[anchor[order]], label[order] + 1
         whole = (candidates[:, 2:] > candidates[:, :2]).all(dim=1)  # cutting may leave no area
         candidates, score, label = candidates[whole], score[whole], label[whole]
-        for count in (5 * max_detections, len(score)):  # mostly the best few are enough: NMS never looks down the list
+        few = len(score) if max_detections is None else 5 * max_detections
+        for count in (few, len(score)):  # mostly the best few are enough: NMS never looks down the list
             keep = batched_nms(candidates[:count], score[:count], label[:count], nms_iou_thresh)[:max_detections]
             if len(keep) == max_detections or count >= len(score):
                 break

@@ -152,6 +152,7 @@ def test_what_is_kept_does_not_depend_on_how_many_are_asked_for(most):
     anchors = ssd.make_anchors()[torch.randperm(9966, generator=generator)[:600]]
     logits, deltas = 2 * torch.randn(1, 600, 4, generator=generator), torch.randn(1, 600, 4, generator=generator)
     few, every = (ssd.detect(logits, deltas, anchors, nms_iou_thresh=0.1, max_detections=n)[0] for n in (most, 10_000))
+    assert torch.equal(ssd.detect(logits, deltas, anchors, nms_iou_thresh=0.1, max_detections=None)[0][0], every[0])
     assert len(every[0]) > 80  # far fewer than a fifth of 1,800 candidates: the best 5 * most are not always enough
     for one, other in zip(few, every, strict=True):
         assert torch.equal(one, other[:most])
