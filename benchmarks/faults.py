@@ -2,8 +2,8 @@
 
     python benchmarks/faults.py --kills 200 --flips 200 --mutations 500
 
-Prints what came of each kind of trial, as it ends, and writes all to faults.json in the working folder. POSIX only: each run is a fork of
-this process, so that it does not import torch again.
+Prints what came of each kind of trial, as it ends, and writes all to faults.json in the working folder. POSIX only:
+each run is a fork of this process, so that it does not import torch again.
 """
 
 import argparse
