@@ -2,8 +2,8 @@
 
     python benchmarks/faults.py --kills 200 --flips 200 --mutations 500
 
-Prints one line a trial kind and writes them to faults.json in the working folder. POSIX only: each run is a fork of
-this process, so that it does not import torch again.
+Prints what came of each kind of trial, as it ends, and writes all to faults.json in the working folder. POSIX only:
+each run is a fork of this process, so that it does not import torch again.
 """
 
 import argparse
@@ -142,13 +142,17 @@ def main():
         flags = ["--data", str(data / "shapes"), "--val-split", "val", "--test-split", "test", "--width", ".0625",
                  "--batch-size", "4", "--epochs", "3", "--workers", "0", "--device", "cpu", "--amp", "off",
                  "--lr", ".005", "--no-pretrained", "--save-minutes", "1e-9", "--deterministic"]
-        results |= kill_runs(flags, folder, args.kills, rng)
-        results |= damage_checkpoints(folder / "whole" / "checkpoints" / "last.pth", args.flips, rng)
-        code = run([*flags, "--output-dir", str(folder / "full")], file_limit=400_000)
-        results["exit code of a run that can save nothing"] = code
-        results |= mutate_data(flags, data / "shapes", folder, args.mutations, rng)
-    for what, count in results.items():
-        print(f"{what:<45}{count:6d}")
+        trials = (
+            lambda: kill_runs(flags, folder, args.kills, rng),
+            lambda: damage_checkpoints(folder / "whole" / "checkpoints" / "last.pth", args.flips, rng),
+            lambda: {"exit code of a run that can save nothing":
+                     run([*flags, "--output-dir", str(folder / "full")], file_limit=400_000)},
+            lambda: mutate_data(flags, data / "shapes", folder, args.mutations, rng),
+        )
+        for trial in trials:
+            results |= (counts := trial())
+            for what, count in counts.items():
+                print(f"{what:<45}{count:6d}", flush=True)
     Path("faults.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
