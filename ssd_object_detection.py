@@ -2834,7 +2834,7 @@ def predict_video(detector, path, target, **settings):
         output.release()
     if len(found) <= 0.9 * total:
         target.unlink(missing_ok=True)
-        raise InputError(f"{path}: {len(found)} of {total} frames are readable as a video")
+        raise InputError(f"{path}: not readable as a video ({len(found)} of {total} frames)")
     return {"fps": fps, "frames": found}
 
 

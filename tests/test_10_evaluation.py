@@ -377,7 +377,7 @@ def test_coco_figures_equal_pycocotools_on_ties_of_all_kinds(detections, truth):
 
 
 def test_coco_of_real_detections_equals_pycocotools(tiny_run, tiny_voc):
-    model = ssd.load_detector(tiny_run.final, device="cpu", amp="off").model
+    model = ssd.load_detector(tiny_run.final, "cpu", "off").model
     data = ssd.load_data(str(tiny_voc), val_split="val", test_split="test")
     records = [*data.train, *data.val, *data.test]
     found = ssd.evaluate(model, loader_of(records), score_thresh=0.001)["detections"]
