@@ -814,6 +814,7 @@ def open_cache(records, kind, folder, *, processes=1):
     """
     need = ImageCache.size_of(records) * processes
     for place in {"ram": ("ram", "disk"), "disk": ("disk",), "off": ()}[kind]:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         free = free_memory() if place == "ram" else shutil.disk_usage(folder).free
         print(f"cache    {need / 2**30:.2f} GiB of decoded images in {place}, {free / 2**30:.1f} GiB free", flush=True)
         try:

@@ -854,8 +854,7 @@ def test_cached_images_are_decoded_once_and_stay_as_they_are(records, monkeypatc
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
 def test_loader_processes_fill_one_cache_together(records, kind, tmp_path, capsys):
-    folder = tmp_path / "cache"
-    folder.mkdir()
+    folder = tmp_path / "not yet" / "there"
     cache = ssd.open_cache(records, kind, folder)
     assert f"GiB of decoded images in {kind}" in capsys.readouterr().out
     dataset = ssd.VocDataset(records, ssd.build_transform(train=False), cache=cache)
