@@ -1643,43 +1643,6 @@ def score_detections(detections, records, num_classes):
     return {"map_area": map_area, "map11": map11, "classes": classes, "detections": detections}
 
 
-def write_devkit_files(folder, split, detections, records, classes):
-    """Write the devkit's comp4_det_SPLIT_CLASS.txt, one a class: image id, score and VOC pixels of every detection."""
-    for label, name in enumerate(classes, start=1):
-        rows = np.flatnonzero(detections["labels"] == label)
-        values = np.column_stack((detections["scores"][rows], detections["boxes_px"][rows])).tolist()
-        ids = [records[i].image_id for i in detections["image_ids"][rows]]
-        lines = [" ".join((i, *(f"{v:.9g}" for v in row))) + "\n" for i, row in zip(ids, values, strict=True)]
-        write_text(Path(folder) / f"comp4_det_{split}_{name}.txt", "".join(lines))
-
-
-def read_devkit_files(folder, split, records, classes):
-    """Return the detections, image ids as positions in records, of a folder of comp4_det_SPLIT_CLASS.txt files.
-
-    Raises InputError for a class without a file (an empty one is legal) and a line that is not an image of the list
-    and five finite numbers.
-    """
-    position, rows = {r.image_id: i for i, r in enumerate(records)}, []
-    for label, name in enumerate(classes, start=1):
-        path = Path(folder) / f"comp4_det_{split}_{name}.txt"
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; each class needs one, an empty one where nothing was detected")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            image_id, *values = line.split() or [""]
-            try:
-                score, *box = map(float, values)
-                usable = len(box) == 4 and all(map(math.isfinite, (score, *box)))
-            except ValueError:
-                usable = False
-            if not usable or image_id not in position:
-                what = "not 'image score xmin ymin xmax ymax'" if not usable else f"list {split} has no such image"
-                raise InputError(f"{path}, line {number}: {line.strip()[:80]!r}: {what}")
-            rows.append((position[image_id], label, score, box))
-    image_ids, labels, scores, boxes_px = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return {"image_ids": np.array(image_ids, dtype=np.int64), "labels": np.array(labels, dtype=np.int64),
-            "scores": np.array(scores, dtype=np.float64), "boxes_px": np.array(boxes_px).reshape(-1, 4)}
-
-
 @torch.no_grad()
 def evaluate(model, loader, *, amp_dtype=None, criterion=None, **settings):
     """Run a model over a loader of a VocDataset and score it by the VOC rules at IoU .5.
@@ -1787,6 +1750,43 @@ def to_json(content, indent=None):
 def write_json(path, content):
     """Write a JSON file, whole or not at all."""
     write_text(path, to_json(content, indent=1))
+
+
+def write_devkit_files(folder, split, detections, records, classes):
+    """Write the devkit's comp4_det_SPLIT_CLASS.txt, one a class: image id, score and VOC pixels of every detection."""
+    for label, name in enumerate(classes, start=1):
+        rows = np.flatnonzero(detections["labels"] == label)
+        values = np.column_stack((detections["scores"][rows], detections["boxes_px"][rows])).tolist()
+        ids = [records[i].image_id for i in detections["image_ids"][rows]]
+        lines = [" ".join((i, *(f"{v:.9g}" for v in row))) + "\n" for i, row in zip(ids, values, strict=True)]
+        write_text(Path(folder) / f"comp4_det_{split}_{name}.txt", "".join(lines))
+
+
+def read_devkit_files(folder, split, records, classes):
+    """Return the detections, image ids as positions in records, of a folder of comp4_det_SPLIT_CLASS.txt files.
+
+    Raises InputError for a class without a file (an empty one is legal) and a line that is not an image of the list
+    and five finite numbers.
+    """
+    position, rows = {r.image_id: i for i, r in enumerate(records)}, []
+    for label, name in enumerate(classes, start=1):
+        path = Path(folder) / f"comp4_det_{split}_{name}.txt"
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; each class needs one, an empty one where nothing was detected")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            image_id, *values = line.split() or [""]
+            try:
+                score, *box = map(float, values)
+                usable = len(box) == 4 and all(map(math.isfinite, (score, *box)))
+            except ValueError:
+                usable = False
+            if not usable or image_id not in position:
+                what = "not 'image score xmin ymin xmax ymax'" if not usable else f"list {split} has no such image"
+                raise InputError(f"{path}, line {number}: {line.strip()[:80]!r}: {what}")
+            rows.append((position[image_id], label, score, box))
+    image_ids, labels, scores, boxes_px = zip(*rows, strict=True) if rows else ((), (), (), ())
+    return {"image_ids": np.array(image_ids, dtype=np.int64), "labels": np.array(labels, dtype=np.int64),
+            "scores": np.array(scores, dtype=np.float64), "boxes_px": np.array(boxes_px).reshape(-1, 4)}
 
 
 def save_checkpoint(path, checkpoint, previous=None):
@@ -2601,30 +2601,6 @@ VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpe
 HUB_FILES = ("config.json", "model.safetensors")  # what load_detector reads of a published model
 
 
-@dataclass
-class Detections:
-    """What was found in one image, best first. boxes_px (D, 4): xyxy in pixels of the upright picture."""
-
-    boxes_px: np.ndarray
-    labels: list
-    names: list
-    scores: list
-
-    def __len__(self):
-        return len(self.labels)
-
-    def to_dict(self):
-        """Return plain lists and numbers, ready for JSON."""
-        boxes_px = [[round(v, 2) for v in box] for box in self.boxes_px.tolist()]
-        scores = [round(s, 4) for s in self.scores]
-        return {"boxes_px": boxes_px, "labels": self.labels, "names": self.names, "scores": scores}
-
-    def draw(self, image):
-        """Return a PIL copy of an image, see `open_image`, with the boxes, class names and scores drawn on it."""
-        captions = [f"{n} {s:.2f}" for n, s in zip(self.names, self.scores, strict=True)]
-        return draw_boxes(open_image(image), self.boxes_px, captions, [color_of(k) for k in self.labels])
-
-
 def open_image(source):
     """Return an image as a new RGB PIL image, turned upright by its EXIF tag; transparency is left out.
 
@@ -2649,6 +2625,30 @@ def open_image(source):
     if upright.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would cut at 255
         upright = Image.fromarray((np.asarray(upright) / 257.0).clip(0, 255).round().astype(np.uint8))
     return upright.convert("RGB")
+
+
+@dataclass
+class Detections:
+    """What was found in one image, best first. boxes_px (D, 4): xyxy in pixels of the upright picture."""
+
+    boxes_px: np.ndarray
+    labels: list
+    names: list
+    scores: list
+
+    def __len__(self):
+        return len(self.labels)
+
+    def to_dict(self):
+        """Return plain lists and numbers, ready for JSON."""
+        boxes_px = [[round(v, 2) for v in box] for box in self.boxes_px.tolist()]
+        scores = [round(s, 4) for s in self.scores]
+        return {"boxes_px": boxes_px, "labels": self.labels, "names": self.names, "scores": scores}
+
+    def draw(self, image):
+        """Return a PIL copy of an image, see `open_image`, with the boxes, class names and scores drawn on it."""
+        captions = [f"{n} {s:.2f}" for n, s in zip(self.names, self.scores, strict=True)]
+        return draw_boxes(open_image(image), self.boxes_px, captions, [color_of(k) for k in self.labels])
 
 
 def ahead(function, items, *, threads=None, depth=16):
@@ -2934,15 +2934,50 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None or "default" in action.help else super()._get_help_string(action)
 
 
+_BY_DATA, _BY_START = "default: chosen by the data set", "default: chosen by the kind of start"
+_SWITCH = argparse.BooleanOptionalAction
+
+
+def _add_training_flags(parser):
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", choices=("focal", "multibox"), default="focal", help="softmax focal, or softmax with 3:1 mining")
+    add("--focal-alpha", type=alpha_weight, default=-1.0, help="weight of objects against background; -1: none")
+    add("--focal-gamma", type=natural_float, default=2.0, help="focusing exponent")
+    add("--prior-prob", type=open_interval, default=0.01, help="foreground probability that the focal head starts from")
+    add("--cls-weight", type=positive_float, default=1.0, help="factor on the class loss")
+    add("--box-weight", type=positive_float, default=1.0, help="factor on the box loss")
+    add("--match-iou", type=unit_interval, default=0.5, help="IoU from which an anchor answers for an object")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=positive_int, help=f"passes over the training images ({_BY_DATA})")
+    add("--batch-size", type=positive_int, help=f"images a step ({_BY_DATA})")
+    add("--optimizer", choices=("sgd", "adamw"), help=_BY_START)
+    add("--lr", type=positive_float, help=f"learning rate after the warm-up ({_BY_START})")
+    add("--momentum", type=below_one, default=0.9, help="of SGD; AdamW's beta 1")
+    add("--weight-decay", type=natural_float, help=f"not on biases and norms ({_BY_START})")
+    add("--warmup-epochs", type=natural_float, default=1.0, help="linear warm-up; a cosine follows")
+    add("--clip-grad", type=natural_float, default=10.0, help="largest gradient norm; 0: no limit")
+    add("--ema-decay", type=unit_interval, default=0.998, help="of the averaged weights, which are measured and saved")
+    add("--patience", type=natural_int, default=30, help="evaluations without a better mAP before stopping; 0: never")
+    add("--eval-interval", type=positive_int, default=1, help="epochs between validations")
+    add("--save-minutes", type=natural_float, default=10.0,
+        help="time between checkpoints within an epoch; 0: only at its end")
+    add("--deterministic", action=_SWITCH, default=False,
+        help="the same bits from the same flags on the same machine, where torch can; slower on a GPU")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--compile", action=_SWITCH, help="compile the network to train it faster (default: on CUDA)")
+    add("--profile", metavar="N", type=natural_int, default=0,
+        help="trace N training steps into OUTPUT_DIR/plots/profile.json, print the costliest operations; 0: none")
+    add("--seed", type=natural_int, default=0, help="of weights, order, augmentation and the held-out share")
+
+
 def build_parser():
     """Return the parser; a default of None is chosen later by the data set or the kind of start (`fill_defaults`)."""
     parser = argparse.ArgumentParser(
         description="Train, measure and use an SSD300 object detector. It trains unless told otherwise.",
         formatter_class=_Formatter,
     )
-    by_data, by_start = "default: chosen by the data set", "default: chosen by the kind of start"
-    switch = argparse.BooleanOptionalAction
-
     add = parser.add_argument_group("what to do").add_argument
     add("--evaluate", metavar="FILE", help="measure a checkpoint on the test list, print the per-class table")
     add("--write-detections", metavar="DIR", help="with --evaluate: write the VOC devkit's comp4_det_*.txt files too")
@@ -2960,9 +2995,9 @@ def build_parser():
     add("--data", default="voc2007", help="voc2007, voc0712, shapes (generated) or a folder in VOC layout")
     add("--data-root", metavar="DIR", default="data", help="where VOCdevkit and shapes are or will be")
     add("--classes", type=class_list, help="names a,b,c (default: VOC's, or those annotated; --predict: all)")
-    add("--train-split", metavar="LIST", help=f"list below ImageSets/Main to train on ({by_data})")
+    add("--train-split", metavar="LIST", help=f"list below ImageSets/Main to train on ({_BY_DATA})")
     add("--val-split", metavar="LIST", help="list that chooses the best checkpoint (default: see --val-fraction)")
-    add("--test-split", metavar="LIST", help=f"list to measure on once, at the end ({by_data})")
+    add("--test-split", metavar="LIST", help=f"list to measure on once, at the end ({_BY_DATA})")
     add("--val-fraction", type=below_one, default=0.1,
         help="seeded share of the training list held out where no --val-split is given; 0: train on everything")
     add("--allow-bad-data", action="store_true", help="leave out images that cannot be used, in place of stopping")
@@ -2972,54 +3007,23 @@ def build_parser():
         help="loader processes (default: one a core up to 16 beside a GPU, else 1, on two cores 0)")
 
     add = parser.add_argument_group("network").add_argument
-    add("--width", type=positive_float, help=f"factor on every channel count ({by_data})")
-    add("--batch-norm", action=switch, help="batch norm behind every convolution (default: when training from scratch)")
-    add("--pretrained", action=switch, help="start from ImageNet VGG16 weights (default: at width 1)")
+    add("--width", type=positive_float, help=f"factor on every channel count ({_BY_DATA})")
+    add("--batch-norm", action=_SWITCH, help="batch norm after every convolution (default: when training from scratch)")
+    add("--pretrained", action=_SWITCH, help="start from ImageNet VGG16 weights (default: at width 1)")
     add("--backbone-weights", metavar="FILE", help="torchvision's vgg16 or vgg16_bn weights, to save the download")
     add("--freeze-blocks", metavar="N", type=int, choices=range(6), default=0,
         help="keep the first N of the five VGG blocks as they are (4: ten convolutions)")
-    add("--clip-anchors", action=switch, default=False, help="cut the anchors at the picture's border")
+    add("--clip-anchors", action=_SWITCH, default=False, help="cut the anchors at the picture's border")
 
     add = parser.add_argument_group("augmentation, as probabilities").add_argument
-    add("--zoom-out", type=unit_interval, help=f"SSD zoom-out, up to 4 times ({by_data})")
-    add("--crop", type=unit_interval, help=f"SSD crop, whose first choice is the whole picture ({by_data})")
-    add("--color", type=unit_interval, help=f"each of brightness, contrast, saturation and hue ({by_data})")
-    add("--shadow", type=unit_interval, help=f"random shadow ({by_data})")
-    add("--noise", type=unit_interval, help=f"Gaussian noise such as a camera makes ({by_data})")
-    add("--blur", type=unit_interval, help=f"Gaussian blur ({by_data})")
+    add("--zoom-out", type=unit_interval, help=f"SSD zoom-out, up to 4 times ({_BY_DATA})")
+    add("--crop", type=unit_interval, help=f"SSD crop, whose first choice is the whole picture ({_BY_DATA})")
+    add("--color", type=unit_interval, help=f"each of brightness, contrast, saturation and hue ({_BY_DATA})")
+    add("--shadow", type=unit_interval, help=f"random shadow ({_BY_DATA})")
+    add("--noise", type=unit_interval, help=f"Gaussian noise such as a camera makes ({_BY_DATA})")
+    add("--blur", type=unit_interval, help=f"Gaussian blur ({_BY_DATA})")
 
-    add = parser.add_argument_group("loss").add_argument
-    add("--loss", choices=("focal", "multibox"), default="focal", help="softmax focal, or softmax with 3:1 mining")
-    add("--focal-alpha", type=alpha_weight, default=-1.0, help="weight of objects against background; -1: none")
-    add("--focal-gamma", type=natural_float, default=2.0, help="focusing exponent")
-    add("--prior-prob", type=open_interval, default=0.01, help="foreground probability that the focal head starts from")
-    add("--cls-weight", type=positive_float, default=1.0, help="factor on the class loss")
-    add("--box-weight", type=positive_float, default=1.0, help="factor on the box loss")
-    add("--match-iou", type=unit_interval, default=0.5, help="IoU from which an anchor answers for an object")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive_int, help=f"passes over the training images ({by_data})")
-    add("--batch-size", type=positive_int, help=f"images a step ({by_data})")
-    add("--optimizer", choices=("sgd", "adamw"), help=by_start)
-    add("--lr", type=positive_float, help=f"learning rate after the warm-up ({by_start})")
-    add("--momentum", type=below_one, default=0.9, help="of SGD; AdamW's beta 1")
-    add("--weight-decay", type=natural_float, help=f"not on biases and norms ({by_start})")
-    add("--warmup-epochs", type=natural_float, default=1.0, help="linear warm-up; a cosine follows")
-    add("--clip-grad", type=natural_float, default=10.0, help="largest gradient norm; 0: no limit")
-    add("--ema-decay", type=unit_interval, default=0.998, help="of the averaged weights, which are measured and saved")
-    add("--patience", type=natural_int, default=30, help="evaluations without a better mAP before stopping; 0: never")
-    add("--eval-interval", type=positive_int, default=1, help="epochs between validations")
-    add("--save-minutes", type=natural_float, default=10.0,
-        help="time between checkpoints within an epoch; 0: only at its end")
-    add("--deterministic", action=switch, default=False,
-        help="the same bits from the same flags on the same machine, where torch can; slower on a GPU")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    add("--compile", action=switch, help="compile the network to train it faster (default: on CUDA)")
-    add("--profile", metavar="N", type=natural_int, default=0,
-        help="trace N training steps into OUTPUT_DIR/plots/profile.json, print the costliest operations; 0: none")
-    add("--seed", type=natural_int, default=0, help="of weights, order, augmentation and the held-out share")
-
+    _add_training_flags(parser)
     add = parser.add_argument_group("detection").add_argument
     add("--score-thresh", type=unit_interval,
         help=f"least score (default: {SCORE_THRESH} to measure, {DRAW_SCORE_THRESH} to predict)")
@@ -3213,6 +3217,11 @@ def prepare_speed(args, state, *, amp_dtype, batch_size, steps):
         profile_steps(state.optimizer, args.profile, Path(args.output_dir) / "plots" / "profile.json")
 
 
+def make_gallery_loader(records):
+    """Return the loader of twelve images, evenly spread, for `draw_gallery`."""
+    return make_loader(VocDataset(spread(records, 12), build_transform(train=False)), batch_size=12)
+
+
 def make_loaders(args, data, *, pin_memory):
     """Return the loaders of training, of validation (None if nothing is held out) and of the gallery's images."""
     rank, world = process_rank()
@@ -3226,11 +3235,6 @@ def make_loaders(args, data, *, pin_memory):
         share = range(rank, len(data.val), world) if len(data.val) >= world else None
         val_loader = make(VocDataset(data.val, plain), batch_size=args.batch_size, share=share)
     return train_loader, val_loader, make_gallery_loader(data.test or data.val or data.train)
-
-
-def make_gallery_loader(records):
-    """Return the loader of twelve images, evenly spread, for `draw_gallery`."""
-    return make_loader(VocDataset(spread(records, 12), build_transform(train=False)), batch_size=12)
 
 
 def finish_training(args, data, chosen, gallery, *, device, amp_dtype):
