@@ -1380,8 +1380,8 @@ def detect(
     """Turn raw outputs into detections: a list of B triples boxes (D, 4), labels (D,) 1..K, scores (D,), best first.
 
     cls_logits (B, A, K + 1), box_deltas (B, A, 4), anchors_cxcywh (A, 4). Boxes are normalised xyxy cut at the
-    picture's border. Per class the best 400 at or above score_thresh go through NMS, over all classes the best
-    max_detections stay (SSD section 2.2), None: all. D may be 0.
+    picture's border. Per class the best 400 at or above score_thresh, a number or a tensor (K,), go through NMS, over
+    all classes the best max_detections stay (SSD section 2.2), None: all. D may be 0.
     """
     scores = F.softmax(cls_logits.float(), dim=-1)[..., 1:]
     boxes = decode(box_deltas.float(), anchors).clamp(0, 1)
@@ -1518,6 +1518,33 @@ def evaluate_voc(detections, truth, num_classes, iou_thresh=0.5):
         results[label] = {"ap_area": ap_area, "ap11": ap11, "recall": recall, "precision": precision,
                           "scores": scores[counted], "num_gt": num_gt}
     return results
+
+
+def f1_curve(row):
+    """Return (scores, F1) of a class of `evaluate_voc`: F1 of what scores at least that, a point a score."""
+    last = np.flatnonzero(np.diff(row["scores"], append=-np.inf))
+    precision, recall = row["precision"][last], row["recall"][last]
+    return row["scores"][last], 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+
+
+def best_f1(row):
+    """Return {"score_thresh", "f1", "precision", "recall"} where F1 is largest (ties: the highest score).
+
+    All NaN for a class without objects or detections.
+    """
+    if not row["num_gt"] or not len(row["scores"]):
+        return dict.fromkeys(("score_thresh", "f1", "precision", "recall"), math.nan)
+    scores, f1 = f1_curve(row)
+    best = int(f1.argmax())
+    place = np.flatnonzero(row["scores"] >= scores[best])[-1]
+    return {"score_thresh": float(scores[best]), "f1": float(f1[best]), "precision": float(row["precision"][place]),
+            "recall": float(row["recall"][place])}
+
+
+def advise_thresholds(classes, class_names):
+    """Return {name: the score threshold of the best F1} of what `evaluate_voc` returns, where there is one."""
+    best = {name: best_f1(classes[label])["score_thresh"] for label, name in enumerate(class_names, start=1)}
+    return {name: thresh for name, thresh in best.items() if not math.isnan(thresh)}
 
 
 def match_coco(pairs, rank, gt_ignored, is_crowd):
@@ -2556,6 +2583,7 @@ def fit(state, loaders, recipe, *, amp_dtype, saver, settings, redraw, stop):
             if val_loader is not None and (epoch == recipe.epochs or epoch % recipe.eval_interval == 0):
                 result = evaluate(state.ema.model, val_loader, amp_dtype=amp_dtype, criterion=criterion, **settings)
                 row |= {f"val_{name}": result[name] for name in ("loss", "loss_cls", "loss_box", "map_area", "map11")}
+                saver.base["score_thresh"] = advise_thresholds(result["classes"], saver.base["classes"])
         except BaseException as error:
             if not isinstance(error, NotFiniteError):  # the last good checkpoint is of before its first skipped step
                 state.norms.settle(torch.zeros((), dtype=torch.bool, device=state.model.anchors.device))
@@ -2666,8 +2694,10 @@ def ahead(function, items, *, threads=None, depth=16):
 class Detector:
     """A trained model with its class names; see `load_detector`. Several threads may share one."""
 
-    def __init__(self, model, classes, amp_dtype=None):
+    def __init__(self, model, classes, amp_dtype=None, score_thresh=None):
+        """score_thresh: {class name: threshold} for where `predict` is given none; DRAW_SCORE_THRESH for the others."""
         self.model, self.classes, self.amp_dtype = model.eval(), tuple(classes), amp_dtype
+        self.score_thresh = {name: (score_thresh or {}).get(name, DRAW_SCORE_THRESH) for name in self.classes}
         self._resize = resize_transform()
 
     def predict(self, images, **settings):
@@ -2688,7 +2718,8 @@ class Detector:
         """Yield (upright PIL image, Detections) for each of an iterable of images; (InputError, None) if unreadable.
 
         Other threads open and shrink the next images while the network works. classes: names to report, None for
-        all; settings: score_thresh, nms_iou_thresh, max_detections, see `detect`.
+        all; settings: score_thresh (None: that of each class in self.score_thresh), nms_iou_thresh, max_detections,
+        see `detect`.
         """
         labels, opened = self.labels_of(classes), ahead(self._open, images, depth=2 * batch_size)
         for batch in iter(lambda: list(itertools.islice(opened, batch_size)), []):
@@ -2710,9 +2741,11 @@ class Detector:
         return picture, self._resize(image=np.asarray(picture))["image"]
 
     @torch.inference_mode()
-    def _detect(self, pictures, arrays, wanted, score_thresh=DRAW_SCORE_THRESH, max_detections=MAX_DETECTIONS, **more):
+    def _detect(self, pictures, arrays, wanted, score_thresh=None, max_detections=MAX_DETECTIONS, **more):
         """Return the Detections of the wanted labels in pictures, of which arrays are 300x300 copies."""
         anchors, results = self.model.anchors, []
+        if score_thresh is None:
+            score_thresh = torch.tensor(list(self.score_thresh.values()), device=anchors.device)
         batch = to_device({"images": torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)}, anchors.device)
         with autocast(anchors.device, self.amp_dtype):
             outputs = self.model(batch["images"])
@@ -2751,6 +2784,7 @@ def load_published(source):
     try:
         content = json.loads((folder / HUB_FILES[0]).read_text(encoding="utf-8"))
         published = {name: content[name] for name in ("format_version", "config", "classes")}
+        published["score_thresh"] = content.get("score_thresh")
         return published | {"model": reader.load_file(folder / HUB_FILES[1])}
     except Exception as error:  # whatever is wrong with a foreign file
         raise InputError(f"{source}: not a model of this module ({type(error).__name__}: {error})") from None
@@ -2765,7 +2799,8 @@ def load_detector(source, device="auto", precision="auto"):
     published = Path(source).is_dir() or (is_hub_id and not Path(source).exists())
     checkpoint, device = load_published(source) if published else load_checkpoint(source), pick_device(device)
     model = model_from_checkpoint(checkpoint, source, device)
-    return Detector(model, checkpoint["classes"], pick_amp_dtype(device, precision))
+    amp_dtype = pick_amp_dtype(device, precision)
+    return Detector(model, checkpoint["classes"], amp_dtype, checkpoint.get("score_thresh"))
 
 
 def find_inputs(arguments):
@@ -3026,7 +3061,8 @@ def build_parser():
     _add_training_flags(parser)
     add = parser.add_argument_group("detection").add_argument
     add("--score-thresh", type=unit_interval,
-        help=f"least score (default: {SCORE_THRESH} to measure, {DRAW_SCORE_THRESH} to predict)")
+        help=f"least score (default: {SCORE_THRESH} to measure; to predict, each class's best F1 on the validation "
+             f"list, {DRAW_SCORE_THRESH} where there was none)")
     add("--nms-iou", type=unit_interval, default=NMS_IOU_THRESH, help="IoU from which the lower score of a class goes")
     add("--max-detections", type=positive_int, default=MAX_DETECTIONS, help="most detections an image")
     return parser
@@ -3348,7 +3384,7 @@ def run_prediction(args):
     paths, folder = find_inputs(args.predict), Path(args.output_dir) / "plots" / "predictions"
     detector = load_detector(args.weights, args.device, args.amp)
     problems = predict_files(detector, paths, folder, save_crops=args.save_crops, save_xml=args.save_xml,
-                             classes=args.classes, **detect_settings(args, DRAW_SCORE_THRESH))
+                             classes=args.classes, **detect_settings(args, None))
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return int(bool(problems))

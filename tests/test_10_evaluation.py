@@ -287,6 +287,15 @@ def test_evaluation_agrees_with_the_loops_on_many_boxes(seed):
     assert_agrees(detections, truth, num_classes=3)
 
 
+def test_advice_is_the_threshold_of_the_best_f1_by_hand():
+    truth = [("a", 1, A_BOX, False), ("a", 1, B_BOX, False), ("a", 2, C_BOX, False)]
+    # F1 at .9: 2 * 1 * .5 / 1.5 = .667; at .8: .5; at .7: 2 * .667 * 1 / 1.667 = .8; at .6: 2 * .5 / 1.5.
+    detections = [("a", 1, 0.9, A_BOX), ("a", 1, 0.8, FAR), ("a", 1, 0.7, B_BOX), ("a", 1, 0.6, FAR)]
+    result = score(detections, truth, num_classes=3)
+    assert ssd.advise_thresholds(result, ("cat", "dog", "owl")) == {"cat": 0.7}  # no detection, no object: no advice
+    assert ssd.best_f1(result[1])["f1"] == pytest.approx(0.8)
+
+
 # -- COCO
 
 

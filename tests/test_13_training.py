@@ -367,7 +367,8 @@ def run_fit(monkeypatch, tmp_path, maps, *flags, val=True):
 
     def evaluate(*args, **settings):
         validated.append(state.epoch + 1)  # an epoch is finished when it is validated
-        return {"loss": 1.0, "loss_cls": 0.5, "loss_box": 0.5, "map_area": (value := next(values)), "map11": value}
+        return {"loss": 1.0, "loss_cls": 0.5, "loss_box": 0.5, "map_area": (value := next(values)), "map11": value,
+                "classes": {}}
 
     monkeypatch.setattr(ssd, "train_one_epoch", lambda *args, **more: dict(row))
     monkeypatch.setattr(ssd, "evaluate", evaluate)

@@ -155,6 +155,30 @@ def test_a_list_gives_a_list_in_its_order_whatever_the_batch_size(detector, tiny
     assert not np.allclose(single[0].boxes_px, single[1].boxes_px)
 
 
+def test_each_class_has_its_own_threshold_unless_one_is_given():
+    picture = red_box((90, 90), (9, 9, 60, 60))
+    detector = ssd.Detector(Pointer(), ("blue", "red"), None, {"red": 0.0003})
+    assert detector.score_thresh == {"blue": ssd.DRAW_SCORE_THRESH, "red": 0.0003}
+    assert detector.predict(picture).names == ["red"]  # its score is 1 / (1 + 2 exp(-12)), far above
+    detector.score_thresh["red"] = 1.0
+    assert len(detector.predict(picture)) == 0
+    assert detector.predict(picture, score_thresh=0.5).names == ["red"]
+
+
+def test_a_detector_takes_the_thresholds_that_its_run_found_on_the_validation_list(tiny_run):
+    saved = ssd.load_checkpoint(tiny_run.final)["score_thresh"]
+    assert saved
+    assert set(saved) <= {"angular", "round"}
+    assert all(0 < value < 1 for value in saved.values())
+    detector = ssd.load_detector(tiny_run.final, device="cpu", precision="off")
+    assert detector.score_thresh == {name: saved.get(name, ssd.DRAW_SCORE_THRESH) for name in ("angular", "round")}
+    found = detector.predict(tiny_run.data / "JPEGImages" / "val_0.jpg")
+    everything = detector.predict(tiny_run.data / "JPEGImages" / "val_0.jpg", **EVERYTHING)
+    kept = [s for s, n in zip(everything.scores, everything.names, strict=True) if s >= np.float32(saved.get(n, 0.4))]
+    assert found.scores == kept[: len(found.scores)]
+    assert len(found.scores) <= ssd.MAX_DETECTIONS
+
+
 def test_the_settings_reach_detection(detector, picture):
     assert len(detector.predict(picture, score_thresh=0.0, max_detections=7)) == 7
     assert len(detector.predict(picture, score_thresh=1.0)) == 0

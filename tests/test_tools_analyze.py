@@ -292,18 +292,18 @@ def test_best_f1_by_hand():
     truth = [("a", 1, A, False), ("a", 1, B, False), ("a", 1, C, False), ("b", 1, A, False)]
     found = [("a", 1, 0.9, A), ("a", 1, 0.6, FAR), ("a", 1, 0.6, B), ("a", 1, 0.3, C), ("a", 1, 0.2, FAR)]
     row = ssd.evaluate_voc(*arrays(found, truth), 1)[1]
-    scores, f1 = analyze.f1_curve(row)
+    scores, f1 = ssd.f1_curve(row)
     assert scores.tolist() == [0.9, 0.6, 0.3, 0.2]  # equal scores are taken or left together
     # Hits of detections: 1 of 1, 2 of 3, 3 of 4, 3 of 5; F1 is twice the hits over detections and objects.
     assert f1.tolist() == pytest.approx([2 / 5, 4 / 7, 6 / 8, 6 / 9])
-    assert analyze.best_f1(row) == pytest.approx({"score_thresh": 0.3, "f1": 0.75, "precision": 0.75, "recall": 0.75})
+    assert ssd.best_f1(row) == pytest.approx({"score_thresh": 0.3, "f1": 0.75, "precision": 0.75, "recall": 0.75})
 
 
 def test_best_f1_of_nothing_is_nan():
     rows = ssd.evaluate_voc(*arrays([("a", 2, 0.5, A)], [("a", 1, A, False)]), 2)
-    assert all(math.isnan(v) for k in (1, 2) for v in analyze.best_f1(rows[k]).values())
+    assert all(math.isnan(v) for k in (1, 2) for v in ssd.best_f1(rows[k]).values())
     only_false = ssd.evaluate_voc(*arrays([("a", 1, 0.5, FAR)], [("a", 1, A, False)]), 1)[1]
-    assert analyze.best_f1(only_false)["f1"] == 0
+    assert ssd.best_f1(only_false)["f1"] == 0
 
 
 def test_calibration_by_hand():

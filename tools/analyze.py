@@ -211,27 +211,6 @@ def analyze_sizes(detections, truth, errors, records, class_names):
     return {"coco": coco, "relative": relative}
 
 
-def f1_curve(row):
-    """Return (scores, F1) of a class of `evaluate_voc`: F1 of what scores at least that, a point a score."""
-    last = np.flatnonzero(np.diff(row["scores"], append=-np.inf))
-    precision, recall = row["precision"][last], row["recall"][last]
-    return row["scores"][last], 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-
-
-def best_f1(row):
-    """Return {"score_thresh", "f1", "precision", "recall"} where F1 is largest (ties: the highest score).
-
-    All NaN for a class without objects or detections.
-    """
-    if not row["num_gt"] or not len(row["scores"]):
-        return dict.fromkeys(("score_thresh", "f1", "precision", "recall"), math.nan)
-    scores, f1 = f1_curve(row)
-    best = int(f1.argmax())
-    place = np.flatnonzero(row["scores"] >= scores[best])[-1]
-    return {"score_thresh": float(scores[best]), "f1": float(f1[best]), "precision": float(row["precision"][place]),
-            "recall": float(row["recall"][place])}
-
-
 def calibrate(errors):
     """Return {"bins", "ece", "ece_confident"}: how often detections of a score are hits.
 
@@ -271,7 +250,7 @@ def analyze(result, records, class_names):
     numbers = {
         "tide": analyze_errors(errors, class_names),
         "sizes": analyze_sizes(detections, truth, errors, records, class_names),
-        "best_f1": {name: best_f1(result["classes"][k]) for k, name in enumerate(class_names, start=1)},
+        "best_f1": {name: ssd.best_f1(result["classes"][k]) for k, name in enumerate(class_names, start=1)},
         "calibration": calibrate(errors),
     }
     return numbers, errors
@@ -375,7 +354,7 @@ def plot_f1(result, best, class_names):
     for place, (best_row, row, name) in enumerate(rows):
         color, style = ssd.color_of(place + 1), ("-", "--", ":")[place // 10 % 3]
         label = f"{name} {best_row['f1']:.3f} at {best_row['score_thresh']:.2f}"
-        axes.plot(*f1_curve(row), style, color=color, label=label)
+        axes.plot(*ssd.f1_curve(row), style, color=color, label=label)
         axes.plot(best_row["score_thresh"], best_row["f1"], "o", color=color)
     axes.axvline(ssd.DRAW_SCORE_THRESH, color="black", linewidth=0.8, linestyle="--")
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="score threshold (dashed: what predict draws from)", ylabel="F1",

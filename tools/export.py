@@ -309,7 +309,8 @@ def export_folder(checkpoint, model, run, folder, *, name, onnx_images=None, **l
     ssd.write_json(folder / "config.json", {
         "model_type": "ssd300", "format_version": checkpoint["format_version"], "config": checkpoint["config"],
         "classes": list(checkpoint["classes"]), "image_size": ssd.IMAGE_SIZE,
-        "id2label": dict(enumerate(checkpoint["classes"], start=1)), "test": run["test"], "flags": flags,
+        "id2label": dict(enumerate(checkpoint["classes"], start=1)), "score_thresh": checkpoint.get("score_thresh"),
+        "test": run["test"], "flags": flags,
     })
     shutil.copyfile(ssd.__file__, folder / "ssd_object_detection.py")
     plots = []
