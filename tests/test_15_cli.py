@@ -1,9 +1,12 @@
 """Command line: flags, defaults, mistakes, and whole runs."""
 
 import ast
+import contextlib
 import errno
 import inspect
+import io
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -606,6 +611,34 @@ def test_a_run_leaves_checkpoints_records_and_pictures(tiny_run):
         pixels = png(plots / f"{name}.png")
         assert pixels.std() > 1, name
     assert not list(tiny_run.output.rglob("*.tmp"))
+
+
+FLAGS = [flag for action in ssd.build_parser()._actions for flag in action.option_strings]
+ODD_VALUES = ["", "-", "--", "-1", "0", "1e999", "nan", "a,b", ",", ".", "..", "shapes", "auto", "cpu", "focal", "="]
+words = st.one_of(
+    st.sampled_from(FLAGS), st.sampled_from(ODD_VALUES), st.integers().map(str), st.floats().map(str),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6),
+    st.tuples(st.sampled_from(FLAGS), st.sampled_from(ODD_VALUES)).map("=".join),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(words, max_size=6))
+def test_any_command_line_is_understood_or_refused_in_words(argv):
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            args = ssd.parse_args(argv)
+        except SystemExit as end:
+            code = end.code
+    if code is not None:
+        assert (code == 0 and "usage: " in out.getvalue()) or (code == 2 and "error: " in err.getvalue())
+        return
+    assert not err.getvalue()
+    assert args.epochs >= 1
+    assert args.batch_size >= 1
+    assert 0 < args.lr < math.inf
+    assert 0 <= args.val_fraction < 1
 
 
 def test_evaluating_the_final_checkpoint_repeats_the_test_line(tiny_run, tmp_path, capsys):

@@ -357,7 +357,7 @@ def plot_f1(result, best, class_names):
         axes.plot(*ssd.f1_curve(row), style, color=color, label=label)
         axes.plot(best_row["score_thresh"], best_row["f1"], "o", color=color)
     axes.axvline(ssd.DRAW_SCORE_THRESH, color="black", linewidth=0.8, linestyle="--")
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="score threshold (dashed: what predict draws from)", ylabel="F1",
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="score threshold (dashed: if nothing was held out)", ylabel="F1",
              title="F1 at IoU .5 over the score threshold")
     axes.grid(alpha=0.3)
     if rows:
