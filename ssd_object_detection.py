@@ -3416,7 +3416,9 @@ def run_audit(args):
 def advise(error, args):
     """Return what helps against an error for want of memory; None for another error."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-        return f"out of memory: lower --batch-size (now {args.batch_size}), --width or --workers (now {args.workers})"
+        cache = ", or set --cache off" if args.cache == "ram" else ""
+        return (f"out of memory: lower --batch-size (now {args.batch_size}), --width or --workers (now {args.workers})"
+                f"{cache}")
     if "DataLoader worker" in str(error):
         return ("a loader process died, most often for want of memory or, in a container, of /dev/shm: lower --workers "
                 f"(now {args.workers}) or --batch-size (now {args.batch_size}); --workers 0 shows any other cause")

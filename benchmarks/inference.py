@@ -1,5 +1,8 @@
 """Detection in pictures of 300x300, network with decode and NMS; against torchvision's ssd300_vgg16.
 
+The cases "files" begin with picture files (Detector.predict; Pillow, to float and the model's own resize for
+torchvision), the others with pictures that are there.
+
 Random weights; the networks' outputs are exchanged for made ones in which about as many candidates pass the .01
 threshold as a trained network leaves (`candidates`): the cost of NMS depends on it. `decode + NMS` is that part
 alone. Both keep at most 400 a class and 200 in all.
@@ -14,6 +17,8 @@ import sys
 import common
 import torch
 from common import ssd
+from PIL import Image
+from torchvision.transforms import v2
 
 
 def made_outputs(batch_size, anchors_xyxy, gt_boxes, gt_labels, num_classes):
@@ -26,8 +31,27 @@ def made_outputs(batch_size, anchors_xyxy, gt_boxes, gt_labels, num_classes):
     return cls_logits, torch.randn(batch_size, len(anchors_xyxy), 4, generator=generator)
 
 
-def make_cases(args, batch, num_classes, size):
-    """Return ({case: function}, candidates a picture) of one batch size."""
+class MadeOutputs(torch.nn.Module):
+    """Runs a network and returns outputs that were made beforehand."""
+
+    def __init__(self, model, outputs):
+        super().__init__()
+        self.model, self.anchors, self.outputs = model, model.anchors, outputs
+
+    def forward(self, images):
+        self.model(images)
+        return self.outputs
+
+
+def open_for_peer(path, device):
+    """Return a picture file as torchvision's detectors take it: float (3, H, W) in [0, 1]."""
+    with Image.open(path) as image:
+        picture = v2.functional.to_image(image.convert("RGB"))
+    return v2.functional.to_dtype(picture, torch.float32, scale=True).to(device)
+
+
+def make_cases(args, batch, paths, num_classes, size):
+    """Return ({case: function}, candidates a picture) of one batch size; paths: that many picture files."""
     device, cases = batch["images"].device, {}
     peer = common.peer_model(num_classes, device).eval()
     model = ssd.SSD300(num_classes).to(device, memory_format=torch.channels_last).eval()
@@ -52,7 +76,15 @@ def make_cases(args, batch, num_classes, size):
                 network(part["images"])
             return ssd.detect(*own, model.anchors)
 
+    def run_peer_files(dtype):
+        with torch.inference_mode(), ssd.autocast(device, dtype):
+            return peer([open_for_peer(path, device) for path in paths])
+
     for name, dtype in common.precisions(device):
+        detector = ssd.Detector(MadeOutputs(model, own), [str(k) for k in range(num_classes)], dtype)
+        predict = functools.partial(detector.predict, paths, batch_size=size, score_thresh=ssd.SCORE_THRESH)
+        cases |= {f"torchvision files {name}, batch {size}": functools.partial(run_peer_files, dtype),
+                  f"SSD300 files {name}, batch {size}": predict}
         compiled = {" compiled": ssd.compile_model(model, part["images"], dtype)} if args.compile else {}
         networks = {"": model} | compiled
         cases[f"torchvision {name}, batch {size}"] = functools.partial(run_peer, dtype)
@@ -75,7 +107,8 @@ def main(argv=None):
     device, data = common.begin(args), common.load_data(args)
     batch, rows = common.make_batch(data.train, device, batch_size=max(args.batch_sizes)), []
     for size in args.batch_sizes:
-        cases, (own, theirs) = make_cases(args, batch, len(data.classes), size)
+        paths = [data.train[i % len(data.train)].image_path for i in range(size)]
+        cases, (own, theirs) = make_cases(args, batch, paths, len(data.classes), size)
         peer = {name: name.replace("SSD300", common.PEER).replace(" compiled", "") for name in cases}
         times = common.time_in_turns(cases, args.rounds, device)
         counts = {name: {"candidates": float(theirs if name.startswith(common.PEER) else own)} for name in cases}
