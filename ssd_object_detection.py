@@ -3104,6 +3104,8 @@ def parse_args(argv=None, saved=None):
     """
     parser = build_parser()
     args = parser.parse_args(argv)
+    if empty := [name for name, value in vars(args).items() if value == []]:  # argparse's reading of --flag=--
+        parser.error(f"argument --{empty[0].replace('_', '-')}: expected a value, not --")
     args.given = flags_given(argv)
     for name, value in (saved or {}).items():
         if name not in args.given:

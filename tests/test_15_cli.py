@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
@@ -624,6 +624,9 @@ words = st.one_of(
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(words, max_size=6))
+@example(["--epochs=--"])
+@example(["--data=--"])
+@example(["--predict=--", "--weights", "x"])
 def test_any_command_line_is_understood_or_refused_in_words(argv):
     out, err, code = io.StringIO(), io.StringIO(), None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
