@@ -3343,27 +3343,33 @@ def run_training(args, stop, resumed=None):
     return 0
 
 
-def run_evaluation(args, checkpoint):
-    """Measure a checkpoint on the test list of its own data set, or of the one that the flags name."""
-    device, plots, data = pick_device(args.device), Path(args.output_dir) / "plots", load_splits(args)
+def evaluate_checkpoint(args, checkpoint):
+    """Return (data, model, result of `evaluate`) of a checkpoint on the test list that the flags name."""
+    device, data = pick_device(args.device), load_splits(args)
     if list(data.classes) != list(checkpoint["classes"]):
         raise InputError(f"{args.evaluate} knows the classes {', '.join(checkpoint['classes'])}; {args.data} has "
                          f"{', '.join(data.classes)}: name the data it was trained for with --data")
     if not data.test:
         raise InputError(f"{args.data} has no test list: name one with --test-split")
-    model, plain = model_from_checkpoint(checkpoint, args.evaluate, device), build_transform(train=False)
-    amp_dtype, settings = pick_amp_dtype(device, args.amp), detect_settings(args, SCORE_THRESH)
+    model = model_from_checkpoint(checkpoint, args.evaluate, device)
     print(f"{args.evaluate} on {args.data}, list {args.test_split}: {len(data.test)} images")
-    loader = make_loader(VocDataset(data.test, plain), batch_size=args.batch_size, workers=args.workers)
-    result = evaluate(model, loader, amp_dtype=amp_dtype, **settings)
+    loader = make_loader(VocDataset(data.test, build_transform(train=False)), batch_size=args.batch_size,
+                         workers=args.workers)
+    amp_dtype, settings = pick_amp_dtype(device, args.amp), detect_settings(args, SCORE_THRESH)
+    return data, model, evaluate(model, loader, amp_dtype=amp_dtype, **settings)
+
+
+def run_evaluation(args, checkpoint):
+    """Measure a checkpoint on the test list of its own data set, or of the one that the flags name."""
+    plots, (data, model, result) = Path(args.output_dir) / "plots", evaluate_checkpoint(args, checkpoint)
     if args.write_detections:
         folder = Path(args.write_detections)
         folder.mkdir(parents=True, exist_ok=True)
         write_devkit_files(folder, args.test_split, result["detections"], data.test, data.classes)
     _, summary = report(result, data.test, data.classes, plots / "evaluation", checkpoint=args.evaluate,
                         data=args.data, split=args.test_split)
-    draw_gallery(model, make_gallery_loader(data.test), data.classes, plots / "predictions.png", amp_dtype=amp_dtype,
-                 title=Path(args.evaluate).name)
+    draw_gallery(model, make_gallery_loader(data.test), data.classes, plots / "predictions.png",
+                 amp_dtype=pick_amp_dtype(model.anchors.device, args.amp), title=Path(args.evaluate).name)
     print(summary)
     return 0
 

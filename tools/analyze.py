@@ -507,18 +507,7 @@ def parse_args(argv=None):
 
 def run(checkpoint, args):
     """Detect, analyze, print, draw and write by the flags."""
-    device, plots, data = ssd.pick_device(args.device), Path(args.output_dir) / "plots", ssd.load_splits(args)
-    if list(data.classes) != list(checkpoint["classes"]):
-        raise ssd.InputError(f"{args.evaluate} knows the classes {', '.join(checkpoint['classes'])}; {args.data} has "
-                             f"{', '.join(data.classes)}: name the data it was trained for with --data")
-    if not data.test:
-        raise ssd.InputError(f"{args.data} has no test list: name one with --test-split")
-    model = ssd.model_from_checkpoint(checkpoint, args.evaluate, device)
-    print(f"{args.evaluate} on {args.data}, list {args.test_split}: {len(data.test)} images")
-    dataset = ssd.VocDataset(data.test, ssd.build_transform(train=False))
-    loader = ssd.make_loader(dataset, batch_size=args.batch_size, workers=args.workers)
-    result = ssd.evaluate(model, loader, amp_dtype=ssd.pick_amp_dtype(device, args.amp),
-                          **ssd.detect_settings(args, ssd.SCORE_THRESH))
+    plots, (data, _, result) = Path(args.output_dir) / "plots", ssd.evaluate_checkpoint(args, checkpoint)
     numbers, errors = analyze(result, data.test, data.classes)
     folder = plots / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
