@@ -3411,6 +3411,13 @@ def resume_args(argv, args):
     return parse_args(argv, saved), checkpoint
 
 
+def evaluation_args(argv, args):
+    """Return (args, checkpoint) to evaluate, on the data of its run unless --data names others."""
+    checkpoint = load_checkpoint(args.evaluate)
+    known = [] if "data" in args.given else [name for name in DATA_FLAGS if name in checkpoint["args"]]
+    return parse_args(argv, {name: checkpoint["args"][name] for name in known}), checkpoint
+
+
 def run_audit(args):
     """Check every file of the lists and print what was found; InputError for what would stop a training."""
     began, data = time.perf_counter(), load_splits(args)
@@ -3444,9 +3451,7 @@ def main(argv=None):
             if args.predict:
                 return run_prediction(args)
             if args.evaluate:
-                checkpoint = load_checkpoint(args.evaluate)
-                known = [] if "data" in args.given else [n for n in DATA_FLAGS if n in checkpoint["args"]]
-                return run_evaluation(parse_args(argv, {n: checkpoint["args"][n] for n in known}), checkpoint)
+                return run_evaluation(*evaluation_args(argv, args))
             if args.score_detections:
                 return run_scoring(args)
             if args.audit:

@@ -490,7 +490,7 @@ def plot_mistakes(errors, detections, truth, records, class_names, count=12, col
 
 
 def parse_args(argv=None):
-    """Return (checkpoint, namespace of the module's flags): those given, then the checkpoint's data, then defaults."""
+    """Return (namespace of the module's flags: those given, then the checkpoint's data, then defaults; checkpoint)."""
     parser = argparse.ArgumentParser(
         description="Say why a detector fails: errors by kind, size and score, and pictures of the worst.",
         epilog="Every flag of 'ssd_object_detection.py --evaluate' is taken too, with the same default: --data, "
@@ -499,13 +499,10 @@ def parse_args(argv=None):
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pth file that training left")
     path, rest = parser.parse_known_args(argv)
     flags = ["--evaluate", path.checkpoint, *rest]
-    args = ssd.parse_args(flags)
-    checkpoint = ssd.load_checkpoint(path.checkpoint)
-    known = [] if "data" in args.given else [name for name in ssd.DATA_FLAGS if name in checkpoint["args"]]
-    return checkpoint, ssd.parse_args(flags, {name: checkpoint["args"][name] for name in known})
+    return ssd.evaluation_args(flags, ssd.parse_args(flags))
 
 
-def run(checkpoint, args):
+def run(args, checkpoint):
     """Detect, analyze, print, draw and write by the flags."""
     plots, (data, _, result) = Path(args.output_dir) / "plots", ssd.evaluate_checkpoint(args, checkpoint)
     numbers, errors = analyze(result, data.test, data.classes)
