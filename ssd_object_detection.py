@@ -138,23 +138,36 @@ def decode(box_deltas, anchors_cxcywh):
 # ---- 3. Anchors ----
 
 
-def make_anchors(*, clip=False):
+def _anchor_sizes():
+    """Return (w, h) of each map's anchors, fractions of the picture (SSD section 2.2).
+
+    The square of scale s_k, the square of sqrt(s_k * s_k+1), then for each ratio r the widths s_k * sqrt(r) and
+    s_k / sqrt(r).
+    """
+    maps = []
+    for scale, next_scale, ratios in zip(ANCHOR_SCALES[:-1], ANCHOR_SCALES[1:], ASPECT_RATIOS, strict=True):
+        sizes = [(scale, scale), (math.sqrt(scale * next_scale),) * 2]
+        for root in map(math.sqrt, ratios):
+            sizes += [(scale * root, scale / root), (scale / root, scale * root)]
+        maps.append(tuple(sizes))
+    return tuple(maps)
+
+
+ANCHOR_SIZES = _anchor_sizes()
+
+
+def make_anchors(anchor_sizes=ANCHOR_SIZES, *, clip=False):
     """Return the 9,966 anchors as cxcywh (A, 4), map by map, row by row, cell by cell (SSD section 2.2).
 
-    Neighbouring cells are a stride apart, the grid is centred in the picture. A cell's anchors are the square of
-    scale s_k, the square of sqrt(s_k * s_k+1), then for each ratio r the widths s_k * sqrt(r) and s_k / sqrt(r).
-    `clip` cuts them at the picture's border (two public reports: the unclipped ones score higher).
+    anchor_sizes: the (w, h) of the anchors that each map's cells have. Neighbouring cells are a stride apart, the
+    grid is centred in the picture. `clip` cuts the anchors at its border (two public reports: the unclipped ones
+    score higher).
     """
     # Differs from paper: its centres, (i + .5) / n, are 16.7 pixels apart on a map whose cells see every 16th pixel,
     # because the pooling rounds down: a box offset that grows towards the border, which no convolution can learn.
     anchors = []
-    for k, cells in enumerate(FEATURE_MAPS):
-        scale, next_scale = ANCHOR_SCALES[k], ANCHOR_SCALES[k + 1]
-        sizes = [(scale, scale), (math.sqrt(scale * next_scale),) * 2]
-        for ratio in ASPECT_RATIOS[k]:
-            root = math.sqrt(ratio)
-            sizes += [(scale * root, scale / root), (scale / root, scale * root)]
-        centres = 0.5 + (torch.arange(cells, dtype=torch.float64) - (cells - 1) / 2) * STRIDES[k] / IMAGE_SIZE
+    for cells, stride, sizes in zip(FEATURE_MAPS, STRIDES, anchor_sizes, strict=True):
+        centres = 0.5 + (torch.arange(cells, dtype=torch.float64) - (cells - 1) / 2) * stride / IMAGE_SIZE
         cy, cx = torch.meshgrid(centres, centres, indexing="ij")
         grid = torch.stack((cx, cy), dim=-1).view(-1, 1, 2).expand(-1, len(sizes), -1)
         anchors.append(torch.cat((grid, torch.tensor(sizes, dtype=torch.float64).expand_as(grid)), dim=-1).view(-1, 4))
@@ -162,6 +175,52 @@ def make_anchors(*, clip=False):
     if clip:
         anchors = box_convert(box_convert(anchors, "cxcywh", "xyxy").clamp(0, 1), "xyxy", "cxcywh")
     return anchors.float()
+
+
+def best_anchor_iou(boxes, anchor_sizes=ANCHOR_SIZES):
+    """Return the highest IoU (N,) of boxes (N, 4), normalised xyxy, with any anchor.
+
+    Of a map's anchors of one shape, the one whose centre is nearest along both axes overlaps a box most.
+    """
+    best, start, anchors = boxes.new_zeros(len(boxes)), 0, make_anchors(anchor_sizes)
+    for cells, sizes in zip(FEATURE_MAPS, anchor_sizes, strict=True):
+        grid = anchors[start : (start := start + cells * cells * len(sizes))].view(cells, cells, len(sizes), 4)
+        away = (boxes[:, :2, None] + boxes[:, 2:, None]) / 2 - grid[0, :, 0, 0]  # a row's centres are a column's too
+        x, y = away.abs().argmin(dim=2).unbind(1)
+        near = box_convert(grid[y, x], "cxcywh", "xyxy")  # (N, sizes, 4)
+        shared = torch.minimum(near[..., 2:], boxes[:, None, 2:]) - torch.maximum(near[..., :2], boxes[:, None, :2])
+        shared, area = shared.clamp(min=0).prod(-1), (boxes[:, 2:] - boxes[:, :2]).prod(-1, keepdim=True)
+        best = torch.maximum(best, (shared / (grid[y, x, :, 2:].prod(-1) + area - shared)).amax(dim=1))
+    return best
+
+
+def suggest_anchor_sizes(boxes):
+    """Return anchor_sizes made for boxes (N, 4), normalised xyxy, by k-means on IoU (YOLO9000 section 2).
+
+    A map's sizes are the centres of those boxes that are nearest to its scale; it keeps its own where these are fewer
+    than it has sizes. The numbers of sizes stay, and with them the network's shape.
+    """
+    size, maps = (boxes[:, 2:] - boxes[:, :2]).double(), []
+    edges = torch.tensor([math.sqrt(a * b) for a, b in itertools.pairwise(ANCHOR_SCALES[:-1])], dtype=torch.float64)
+    home = torch.bucketize(size.prod(dim=1).sqrt(), edges)
+    for number, sizes in enumerate(ANCHOR_SIZES):
+        mine = size[home == number]
+        if len(mine) < len(sizes):
+            maps.append(sizes)
+            continue
+        ordered = mine[mine.prod(dim=1).argsort(stable=True)]
+        centres = ordered[((torch.arange(len(sizes)) + 0.5) * len(mine) / len(sizes)).long()]
+        for _ in range(100):
+            shared = torch.minimum(mine[:, None], centres).prod(dim=-1)
+            iou = shared / (mine.prod(dim=1, keepdim=True) + centres.prod(dim=1) - shared)
+            nearest = iou.argmax(dim=1)
+            groups = [mine[nearest == k] for k in range(len(sizes))]
+            moved = torch.stack([g.mean(dim=0) if len(g) else c for g, c in zip(groups, centres, strict=True)])
+            if torch.equal(moved, centres):
+                break
+            centres = moved
+        maps.append(tuple(map(tuple, centres.tolist())))
+    return tuple(maps)
 
 
 # ---- 4. Matching ----
@@ -471,25 +530,7 @@ def audit_table(findings):
     return lines
 
 
-def best_anchor_iou(boxes):
-    """Return the highest IoU (N,) of boxes (N, 4), normalised xyxy, with any anchor.
-
-    Of a map's anchors of one shape, the one whose centre is nearest along both axes overlaps a box most.
-    """
-    best, start, anchors = boxes.new_zeros(len(boxes)), 0, make_anchors()
-    for cells, ratios in zip(FEATURE_MAPS, ASPECT_RATIOS, strict=True):
-        count = 2 + 2 * len(ratios)
-        grid = anchors[start : (start := start + cells * cells * count)].view(cells, cells, count, 4)
-        away = (boxes[:, :2, None] + boxes[:, 2:, None]) / 2 - grid[0, :, 0, 0]  # a row's centres are a column's too
-        x, y = away.abs().argmin(dim=2).unbind(1)
-        near = box_convert(grid[y, x], "cxcywh", "xyxy")  # (N, count, 4)
-        shared = torch.minimum(near[..., 2:], boxes[:, None, 2:]) - torch.maximum(near[..., :2], boxes[:, None, :2])
-        shared, area = shared.clamp(min=0).prod(-1), (boxes[:, 2:] - boxes[:, :2]).prod(-1, keepdim=True)
-        best = torch.maximum(best, (shared / (grid[y, x, :, 2:].prod(-1) + area - shared)).amax(dim=1))
-    return best
-
-
-def make_records(items, facts, classes, findings, *, only_listed=False):
+def make_records(items, facts, classes, findings, *, only_listed=False, anchor_sizes=ANCHOR_SIZES):
     """Return the Records of items (root, image_id), those that cannot be used left out; findings gathers the reasons.
 
     facts: {root: what `inspect_all` returns}; classes: names, label 1 first; findings: {kind: {place: None}}. Boxes
@@ -529,7 +570,7 @@ def make_records(items, facts, classes, findings, *, only_listed=False):
                               one["image"][2]))
         unmatched += places
     if unmatched:
-        best = best_anchor_iou(torch.from_numpy(np.concatenate([r.boxes for r in records])))
+        best = best_anchor_iou(torch.from_numpy(np.concatenate([r.boxes for r in records])), anchor_sizes)
         few = best < 0.5
         findings["object that no anchor overlaps by half"] |= {unmatched[i]: None for i in few.nonzero()[:, 0].tolist()}
     return records
@@ -721,7 +762,7 @@ def finish_audit(facts, findings, allow_bad_data):
 
 def load_data(
     data, *, data_root="data", classes=None, train_split="train", val_split=None, test_split=None,
-    val_fraction=0.1, seed=0, allow_bad_data=False,
+    val_fraction=0.1, seed=0, allow_bad_data=False, anchor_sizes=ANCHOR_SIZES,
 ):
     """Return the DataSplits of `data`: "voc2007", "voc0712", "shapes" or the path of a folder in VOC layout.
 
@@ -746,8 +787,8 @@ def load_data(
     facts = {root: inspect_all(root, [i for r, i in train + val + test if r == root]) for root in roots}
     found = sorted({o[0] for root, i in train for o in facts[root][i].get("annotation", (0, 0, ()))[2]})
     classes = tuple(classes or found)
-    train, val, test = (make_records(items, facts, classes, findings, only_listed=only_listed)
-                        for items in (train, val, test))
+    make = functools.partial(make_records, only_listed=only_listed, anchor_sizes=anchor_sizes)
+    train, val, test = (make(items, facts, classes, findings) for items in (train, val, test))
     if not val_split and val_fraction > 0:
         order = np.random.default_rng(seed).permutation(len(train)).tolist()
         held_out = set(order[: max(1, round(val_fraction * len(train)))])
@@ -1111,14 +1152,15 @@ class SSD300(nn.Module):
 
     num_classes counts foreground classes; width multiplies every channel count (1.0: the paper's); batch_norm puts
     one behind every convolution but the heads'; prior_prob sets the heads' first foreground probability (focal loss
-    section 4.1, spread over the classes of a softmax), None leaves the bias at zero.
+    section 4.1, spread over the classes of a softmax), None leaves the bias at zero. anchor_sizes: see `make_anchors`.
     Raises ValueError for images of another shape.
     """
 
     # Differs from paper: maps of 37, 18, 18, 9, 5, 2 cells with 9,966 anchors (SSD: 38, 19, 10, 5, 3, 1 with 8,732):
     # VGG's pooling rounds down, conv5_3 feeds a head of its own, fc6 is not dilated, nothing pools before it.
 
-    def __init__(self, num_classes, *, width=1.0, batch_norm=False, prior_prob=None, clip_anchors=False):
+    def __init__(self, num_classes, *, width=1.0, batch_norm=False, prior_prob=None, clip_anchors=False,
+                 anchor_sizes=ANCHOR_SIZES):
         super().__init__()
         self.num_classes = num_classes
         ch = functools.partial(self.channels, width=width)
@@ -1137,11 +1179,11 @@ class SSD300(nn.Module):
             nn.Sequential(*conv(ch(256), ch(128), 1), *conv(ch(128), ch(256), stride=2, padding=0)),  # 5 -> 2
         ])
         map_channels = [ch(c) for c in (512, 512, 1024, 512, 256, 256)]
-        per_cell = [2 + 2 * len(ratios) for ratios in ASPECT_RATIOS]
+        per_cell = map(len, anchor_sizes)
         pairs = list(zip(map_channels, per_cell, strict=True))
         self.cls_heads = nn.ModuleList(nn.Conv2d(c, n * (num_classes + 1), 3, padding=1) for c, n in pairs)
         self.box_heads = nn.ModuleList(nn.Conv2d(c, n * 4, 3, padding=1) for c, n in pairs)
-        self.register_buffer("anchors", make_anchors(clip=clip_anchors))
+        self.register_buffer("anchors", make_anchors(anchor_sizes, clip=clip_anchors))
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).mul(255).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).mul(255).view(1, 3, 1, 1))
         self.frozen_blocks = 0
@@ -2044,11 +2086,11 @@ def plot_training(history):
     return figure
 
 
-def plot_data(records, classes):
+def plot_data(records, classes, anchor_sizes=ANCHOR_SIZES):
     """Return data.png: objects per class, box sizes, and the share of objects that some anchor matches at IoU .5."""
     labels = np.concatenate([r.labels for r in records])
     boxes = torch.from_numpy(np.concatenate([r.boxes for r in records]))
-    best = best_anchor_iou(boxes).numpy()
+    best = best_anchor_iou(boxes, anchor_sizes).numpy()
     figure = Figure(figsize=(14, 4.6 + 0.1 * len(classes)), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     counts = np.bincount(labels, minlength=len(classes) + 1)[1:]
@@ -2184,7 +2226,7 @@ def plot_predictions(records, detections, classes, title):
 
 Recipe = collections.namedtuple(
     "Recipe",
-    "epochs optimizer lr momentum weight_decay warmup_epochs clip_grad ema_decay loss focal_alpha focal_gamma "
+    "epochs optimizer lr momentum weight_decay warmup_epochs schedule clip_grad ema_decay loss focal_alpha focal_gamma "
     "cls_weight box_weight match_iou patience eval_interval",
 )
 Recipe.__doc__ = "How to train; each field is the flag of that name and is explained there."
@@ -2237,10 +2279,16 @@ def make_optimizer(model, recipe):
 
 
 def learning_rate(step, recipe, steps_per_epoch):
-    """Return (rate, phase) of a step: a linear warm-up to recipe.lr, then a cosine to a hundredth of it."""
+    """Return (rate, phase) of a step: a linear warm-up to recipe.lr, then its schedule.
+
+    cosine: to a hundredth; step: a tenth from 2/3 of all steps on, a hundredth from 5/6 (SSD section 3.1, scaled).
+    """
     warmup, total = round(recipe.warmup_epochs * steps_per_epoch), recipe.epochs * steps_per_epoch
     if step < warmup:
         return recipe.lr * (step + 1) / warmup, "warm-up"
+    if recipe.schedule == "step":
+        drops = (3 * step >= 2 * total) + (6 * step >= 5 * total)
+        return recipe.lr * 0.1**drops, f"step {drops}"
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return recipe.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2), "cosine"
 
@@ -2928,6 +2976,11 @@ _SHAPES = {"test_split": "test", "val_split": "val", "epochs": 10, "batch_size":
 DATA_DEFAULTS = {"voc2007": _VOC, "voc0712": _VOC, "shapes": _FOLDER | _SHAPES, "folder": _FOLDER}
 PRETRAINED_DEFAULTS = {"batch_norm": False, "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4}  # SSD section 3.1
 SCRATCH_DEFAULTS = {"batch_norm": True, "optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05}
+# SSD sections 2.2, 3.1 and 3.6; its ImageNet start is the default at --width 1, batch norm came later.
+PAPER_RECIPE = {"loss": "multibox", "optimizer": "sgd", "lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4,
+                "batch_size": 32, "schedule": "step", "warmup_epochs": 0.0, "clip_grad": 0.0, "ema_decay": 0.0,
+                "batch_norm": False, "zoom_out": 0.5, "crop": 1.0, "color": 0.5, "shadow": 0.0, "noise": 0.0,
+                "blur": 0.0}
 DATA_FLAGS = ("data", "data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed",
               "allow_bad_data")
 RESUME_MAY_CHANGE = {"resume", "device", "workers", "output_dir", "data_root", "patience", "save_minutes", "cache",
@@ -2964,6 +3017,22 @@ def class_list(text):
     return names
 
 
+def anchor_file(path):
+    """argparse type: a JSON file that holds (w, h) pairs for each of the six maps, as --suggest-anchors writes it."""
+    try:
+        maps = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read as JSON: {error}") from None
+    form = f"{path} must hold {len(FEATURE_MAPS)} lists, each of [width, height] pairs, fractions of the picture"
+    try:
+        sizes = tuple([[float(w), float(h)] for w, h in pairs] for pairs in maps)
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(form) from None
+    if len(sizes) != len(FEATURE_MAPS) or not all(sizes) or not all(0 < v < 10 for s in sizes for p in s for v in p):
+        raise argparse.ArgumentTypeError(form)
+    return sizes
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         return action.help if action.default is None or "default" in action.help else super()._get_help_string(action)
@@ -2984,13 +3053,17 @@ def _add_training_flags(parser):
     add("--match-iou", type=unit_interval, default=0.5, help="IoU from which an anchor answers for an object")
 
     add = parser.add_argument_group("training").add_argument
+    add("--recipe", choices=("own", "paper"), default="own",
+        help="paper: mining, SGD, steps, batch 32, no averaging, no shadow, noise or blur; flags given still count")
     add("--epochs", type=positive_int, help=f"passes over the training images ({_BY_DATA})")
     add("--batch-size", type=positive_int, help=f"images a step ({_BY_DATA})")
     add("--optimizer", choices=("sgd", "adamw"), help=_BY_START)
     add("--lr", type=positive_float, help=f"learning rate after the warm-up ({_BY_START})")
     add("--momentum", type=below_one, default=0.9, help="of SGD; AdamW's beta 1")
     add("--weight-decay", type=natural_float, help=f"not on biases and norms ({_BY_START})")
-    add("--warmup-epochs", type=natural_float, default=1.0, help="linear warm-up; a cosine follows")
+    add("--warmup-epochs", type=natural_float, default=1.0, help="linear warm-up")
+    add("--schedule", choices=("cosine", "step"), default="cosine",
+        help="learning rate after the warm-up: a cosine, or a tenth at 2/3 and again at 5/6 of the epochs")
     add("--clip-grad", type=natural_float, default=10.0, help="largest gradient norm; 0: no limit")
     add("--ema-decay", type=unit_interval, default=0.998, help="of the averaged weights, which are measured and saved")
     add("--patience", type=natural_int, default=30, help="evaluations without a better mAP before stopping; 0: never")
@@ -3024,6 +3097,8 @@ def build_parser():
     add("--resume", metavar="FILE", nargs="?", const="auto",
         help="go on with an interrupted run; without FILE: OUTPUT_DIR/checkpoints/last.pth")
     add("--audit", action="store_true", help="check all files of the lists, as before every training, and stop")
+    add("--suggest-anchors", action="store_true",
+        help="fit anchors to the training boxes, print what they match, write OUTPUT_DIR/plots/anchors.json, and stop")
     add("--output-dir", metavar="DIR", default=".", help="where checkpoints/ and plots/ are written")
 
     add = parser.add_argument_group("data").add_argument
@@ -3048,6 +3123,7 @@ def build_parser():
     add("--backbone-weights", metavar="FILE", help="torchvision's vgg16 or vgg16_bn weights, to save the download")
     add("--freeze-blocks", metavar="N", type=int, choices=range(6), default=0,
         help="keep the first N of the five VGG blocks as they are (4: ten convolutions)")
+    add("--anchors", metavar="FILE", type=anchor_file, help="anchor sizes, as --suggest-anchors writes them")
     add("--clip-anchors", action=_SWITCH, default=False, help="cut the anchors at the picture's border")
 
     add = parser.add_argument_group("augmentation, as probabilities").add_argument
@@ -3107,12 +3183,13 @@ def parse_args(argv=None, saved=None):
     if empty := [name for name, value in vars(args).items() if value == []]:  # argparse's reading of --flag=--
         parser.error(f"argument --{empty[0].replace('_', '-')}: expected a value, not --")
     args.given = flags_given(argv)
-    for name, value in (saved or {}).items():
-        if name not in args.given:
-            setattr(args, name, tuple(value) if isinstance(value, list) else value)
-    actions = args.evaluate, args.score_detections, args.predict, args.resume, args.audit
-    if sum(map(bool, actions)) > 1:
-        parser.error("--evaluate, --score-detections, --predict, --resume and --audit exclude one another")
+    saved = saved or {}
+    chosen = saved if saved or args.recipe == "own" else PAPER_RECIPE
+    for name in chosen.keys() - args.given:
+        setattr(args, name, tuple(chosen[name]) if isinstance(chosen[name], list) else chosen[name])
+    actions = "evaluate", "score_detections", "predict", "resume", "audit", "suggest_anchors"
+    if len(chosen := [f"--{name.replace('_', '-')}" for name in actions if getattr(args, name)]) > 1:
+        parser.error(f"{' and '.join(chosen)} exclude one another")
     if args.write_detections and not args.evaluate:
         parser.error("--write-detections needs --evaluate")
     if bool(args.predict) != bool(args.weights):
@@ -3154,7 +3231,8 @@ def print_header(args, data, model, *, amp_dtype, steps):
 
 def load_splits(args):
     """Return the DataSplits that the flags name."""
-    return load_data(args.data, **{name: getattr(args, name) for name in DATA_FLAGS if name != "data"})
+    named = {name: getattr(args, name) for name in DATA_FLAGS if name != "data"}
+    return load_data(args.data, **named, anchor_sizes=args.anchors or ANCHOR_SIZES)
 
 
 def detect_settings(args, score_thresh):
@@ -3166,7 +3244,7 @@ def detect_settings(args, score_thresh):
 def build_state(args, num_classes, device, resumed=None):
     """Return (TrainState, network config) by the flags: a new network, or the one of a resumed checkpoint."""
     config = {"num_classes": num_classes, "width": args.width, "batch_norm": args.batch_norm,
-              "clip_anchors": args.clip_anchors}
+              "clip_anchors": args.clip_anchors, **({"anchor_sizes": list(args.anchors)} if args.anchors else {})}
     model = SSD300(**config, prior_prob=args.prior_prob if args.loss == "focal" else None)
     if args.pretrained and resumed is None:
         load_backbone(model, fetch_backbone(args.backbone_weights, batch_norm=args.batch_norm))
@@ -3320,7 +3398,7 @@ def run_training(args, stop, resumed=None):
     record = {"flags": flags, "environment": environment(device), "classes": list(data.classes), "notes": data.notes}
     write_json(checkpoints / "run.json", record)
     save_figure(plot_augmentations(train_loader.dataset, data.classes), plots / "augmentations.png")
-    save_figure(plot_data(data.train, data.classes), plots / "data.png")
+    save_figure(plot_data(data.train, data.classes, args.anchors or ANCHOR_SIZES), plots / "data.png")
     gallery = functools.partial(draw_gallery, loader=gallery_loader, classes=data.classes,
                                 path=plots / "predictions.png", amp_dtype=amp_dtype)
 
@@ -3428,6 +3506,24 @@ def run_audit(args):
     return 0
 
 
+def run_suggestion(args):
+    """Print what the anchors match of the training boxes, and what anchors made for these would; writes the latter."""
+    data, path = load_splits(args), Path(args.output_dir) / "plots" / "anchors.json"
+    boxes = torch.from_numpy(np.concatenate([r.boxes for r in data.train]))
+    suggested = suggest_anchor_sizes(boxes)
+    print(f"{len(boxes)} training boxes of {args.data}: the share that some anchor overlaps by an IoU of")
+    print("anchors     .5      .7      mean of the best IoU")
+    for name, sizes in (("present", args.anchors or ANCHOR_SIZES), ("suggested", suggested)):
+        best = best_anchor_iou(boxes, sizes)
+        print(f"{name:<10} {(best >= 0.5).float().mean():.4f}  {(best >= 0.7).float().mean():.4f}  {best.mean():.4f}")
+    for cells, pairs in zip(FEATURE_MAPS, suggested, strict=True):
+        print(f"{cells:3d} cells: " + ", ".join(f"{w:.3f} x {h:.3f}" for w, h in pairs))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, to_json([[[round(v, 4) for v in pair] for pair in pairs] for pairs in suggested]) + "\n")
+    print(f"{path}\ntrain with them: --anchors {path}")
+    return 0
+
+
 def advise(error, args):
     """Return what helps against an error for want of memory; None for another error."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
@@ -3456,6 +3552,8 @@ def main(argv=None):
                 return run_scoring(args)
             if args.audit:
                 return run_audit(args)
+            if args.suggest_anchors:
+                return run_suggestion(args)
             args, checkpoint = resume_args(argv, args) if args.resume else (args, None)
             with joined_processes(args):
                 return run_training(args, stop, checkpoint)

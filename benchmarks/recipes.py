@@ -4,17 +4,23 @@
     python benchmarks/recipes.py --data data/BCCD --set bccd --only base multibox --seeds 0 1 2 --parallel 2
     python benchmarks/recipes.py --draw                          # table and figure again, from the JSON lines
 
-A variant is a list of flags added to those of its set; "base" adds none. A run whose line is already in the results
-file (same variant, flags and seed) is not repeated, so the command goes on where it was stopped. Besides the test list
-of the run itself each final checkpoint is measured on the lists named by --pool together, which is less noisy.
+A variant is a list of flags added to those of its set; "base" adds none; --trial is a flag of benchmarks/trials.py,
+where the alternatives to the module's own parts are. A run whose line is already in the results file (same variant,
+flags and seed) is not repeated, so the command goes on where it was stopped. Besides the test list of the run itself
+each final checkpoint is measured on the lists named by --pool together, which is less noisy. What only changes the
+detection needs no training:
+
+    python benchmarks/recipes.py --measure checkpoints/*_final.pth --pool val test --trials soft-nms top-1000
 """
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,10 +31,12 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ssd_object_detection as ssd  # noqa: E402
+from benchmarks import trials  # noqa: E402
 
 # What every run of a set has in common. VOC train -> val at full width needs a GPU.
 SETS = {
     "bccd": "--width .25 --val-fraction 0 --epochs 12 --batch-size 4 --lr 3e-3 --zoom-out .2 --crop .6",
+    "bccd-narrow": "--width .125 --val-fraction 0 --epochs 12 --batch-size 4 --lr 3e-3 --zoom-out .2 --crop .6",
     "shapes": "",
     "voc-small": "--train-split train --test-split val --val-fraction 0 --width .125 --epochs 12 --batch-size 8",
     "voc": "--train-split train --test-split val --val-fraction 0 --no-pretrained --epochs 100",
@@ -44,11 +52,19 @@ VARIANTS = {
     "alpha .75": "--focal-alpha .75",
     "class weight 2": "--cls-weight 2",
     "box weight 2": "--box-weight 2",
+    "GIoU": "--trial giou --box-weight 5",
+    "DIoU": "--trial diou --box-weight 5",
+    "CIoU": "--trial ciou --box-weight 5",
+    "sigmoid focal": "--trial sigmoid --focal-alpha .25",
+    "loss over images": "--trial per-image --clip-grad 0",
     "prior .1": "--prior-prob .1",
     # Anchors and matching
     "clipped anchors": "--clip-anchors",
+    "suggested anchors": "--anchors SUGGESTED",  # the file that --suggest-anchors writes for this data
     "match IoU .4": "--match-iou .4",
     "match IoU .45": "--match-iou .45",
+    "ATSS": "--trial atss",
+    "no L2 norm": "--trial no-l2norm",
     # Augmentation
     "no zoom-out": "--zoom-out 0",
     "zoom-out .5": "--zoom-out .5",
@@ -56,42 +72,84 @@ VARIANTS = {
     "crop 1": "--crop 1",
     "no colour": "--color 0",
     "no shadow, noise, blur": "--shadow 0 --noise 0 --blur 0",
+    "turns by 90 degrees": "--trial turns",
+    "mosaic": "--trial mosaic",
+    "mixup": "--trial mixup",
     # Optimisation
     "SGD": "--optimizer sgd --lr 1e-2 --weight-decay 5e-4",
     "lr / 2": "--lr 1.5e-3",
     "lr x 2": "--lr 6e-3",
     "weight decay .01": "--weight-decay .01",
     "weight decay .2": "--weight-decay .2",
+    "step schedule": "--schedule step",
     "no EMA": "--ema-decay 0",
     "EMA .99": "--ema-decay .99",
     "no batch norm": "--no-batch-norm --lr 1e-3",
     "batch 8": "--batch-size 8",
-    # Detection
-    "NMS .4": "--nms-iou .4",
-    "NMS .5": "--nms-iou .5",
+    "36 epochs": "--epochs 36",
+    "paper": "--recipe paper --warmup-epochs 1",
 }
+DETECTION_TRIALS = ("soft-nms", "diou-nms", "voting", "flip", "top-1000", "nms-.4", "nms-.5")
 FIGURES = ("map_area", "map11", "coco_ap", "ap75", "pooled_map_area", "pooled_coco_ap", "seconds")
+MEASURING = threading.Lock()
 
 
-def measure_pool(checkpoint, data, splits):
-    """Return the VOC and COCO figures of a checkpoint file on several lists of a VOC folder taken together."""
-    saved = ssd.load_checkpoint(checkpoint)
-    ids = [image_id for split in splits for image_id in ssd.read_split(data, split)]
-    records = ssd.make_records([(data, image_id) for image_id in ids], {data: ssd.inspect_all(data, ids)},
-                               tuple(saved["classes"]), collections.defaultdict(dict))
-    device = ssd.pick_device()
-    model = ssd.model_from_checkpoint(saved, checkpoint, device)
-    dataset = ssd.VocDataset(records, ssd.build_transform(train=False))
-    result = ssd.evaluate(model, ssd.make_loader(dataset, batch_size=8), amp_dtype=ssd.pick_amp_dtype(device))
+def measure(checkpoint, data, splits, trial=None):
+    """Return the figures of a checkpoint file on several lists of a VOC folder taken together, with a trial in place.
+
+    One at a time: a trial changes the module.
+    """
+    with MEASURING, trials.applied(trial):
+        saved = ssd.load_checkpoint(checkpoint)
+        ids = [image_id for split in splits for image_id in ssd.read_split(data, split)]
+        records = ssd.make_records([(data, image_id) for image_id in ids], {data: ssd.inspect_all(data, ids)},
+                                   tuple(saved["classes"]), collections.defaultdict(dict))
+        device = ssd.pick_device()
+        model = ssd.model_from_checkpoint(saved, checkpoint, device)
+        dataset = ssd.VocDataset(records, ssd.build_transform(train=False))
+        result = ssd.evaluate(model, ssd.make_loader(dataset, batch_size=8), amp_dtype=ssd.pick_amp_dtype(device))
     coco = ssd.evaluate_coco(result["detections"], ssd.truth_of(records), len(saved["classes"]))
-    return {"pooled_map_area": result["map_area"], "pooled_coco_ap": coco["ap"], "pooled_ap75": coco["ap75"]}
+    return {"map_area": result["map_area"], "map11": result["map11"], "coco_ap": coco["ap"], "ap75": coco["ap75"],
+            "ap_small": coco["ap_small"]}
+
+
+def pooled(figures):
+    """Return a measurement's figures under their names in a line."""
+    return {f"pooled_{name}": value for name, value in figures.items()}
+
+
+def measure_detection(args):
+    """Print the table of finished checkpoints measured as they are and with each trial in place, without training."""
+    lines = []
+    for trial in (None, *args.trials):
+        for number, path in enumerate(args.measure):
+            start = time.time()
+            figures = measure(path, args.data, ["test"], trial)
+            figures |= pooled(measure(path, args.data, args.pool, trial)) if args.pool else {}
+            lines.append({"variant": trial or "base", "flags": [], "seed": number, "checkpoint": path, **figures,
+                          "seconds": time.time() - start})
+    print(table(summarise(lines)))
+    args.folder.mkdir(parents=True, exist_ok=True)
+    ssd.write_text(args.folder / "detection.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def suggest_anchors(folder, data):
+    """Return the file of anchors made for the training list of a data set."""
+    path = folder / "plots" / "anchors.json"
+    if not path.is_file():
+        with contextlib.redirect_stdout(None):
+            if ssd.main(["--suggest-anchors", "--data", data, "--output-dir", str(folder)]):
+                raise SystemExit(2)
+    return str(path)
 
 
 def run_one(name, flags, seed, *, folder, threads, pool, data):
     """Train one variant with one seed in a process of its own; returns its line, raises RuntimeError if it fails."""
     output = folder / "runs" / f"{name.replace(' ', '_').replace('/', 'by').replace(',', '')}-{seed}"
     output.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "ssd_object_detection.py"), *flags, "--seed", str(seed),
+    trial = flags[flags.index("--trial") + 1] if "--trial" in flags else None
+    program = ROOT / ("benchmarks/trials.py" if trial else "ssd_object_detection.py")
+    command = [sys.executable, str(program), *flags, "--seed", str(seed),
                "--output-dir", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     start = time.time()
@@ -107,9 +165,7 @@ def run_one(name, flags, seed, *, folder, threads, pool, data):
             "coco_ap": coco["ap"], "ap75": coco["ap75"], "ap_small": coco["ap_small"], "seconds": time.time() - start,
             "threads": threads, "environment": record["environment"]}
     (checkpoint,) = (output / "checkpoints").glob("*_final.pth")
-    if pool:
-        line |= measure_pool(checkpoint, data, pool)
-    return line
+    return line | (pooled(measure(checkpoint, data, pool, trial)) if pool else {})
 
 
 def read_lines(path):
@@ -181,12 +237,14 @@ def parse_args(argv):
     add("--parallel", type=int, default=1, help="runs at a time; each gets its share of the cores (default: 1)")
     add("--folder", type=Path, default=Path("benchmarks/results/recipes"), help="default: %(default)s")
     add("--draw", action="store_true", help="run nothing: table and figure of what is there")
+    add("--measure", nargs="+", metavar="FILE", help="no training: measure these checkpoints, with --trials in place")
+    add("--trials", nargs="+", choices=trials.TRIALS, default=DETECTION_TRIALS, help="default: all of detection")
     add("--list", action="store_true", help="print the variants and their flags")
     args = parser.parse_args(argv)
     if args.parallel < 1:
         parser.error("--parallel must be 1 or more")
     if args.pool is None:
-        args.pool = ["val", "test"] if args.set == "bccd" else []
+        args.pool = ["val", "test"] if args.set.startswith("bccd") else []
     return args
 
 
@@ -196,10 +254,16 @@ def main(argv=None):
     if args.list:
         print("\n".join(f"{name:<24} {flags}" for name, flags in VARIANTS.items()))
         return 0
+    if args.measure:
+        measure_detection(args)
+        return 0
     args.folder.mkdir(parents=True, exist_ok=True)
     results, picture, failures = args.folder / f"{args.set}.jsonl", args.folder / f"{args.set}.png", []
     shared = ["--data", args.data, *SETS[args.set].split(), *args.flags.split()]
     wanted = [(name, [*shared, *VARIANTS[name].split()], seed) for seed in args.seeds for name in args.only or VARIANTS]
+    if any("SUGGESTED" in flags for _, flags, _ in wanted) and not args.draw:
+        path = suggest_anchors(args.folder, args.data)
+        wanted = [(name, [path if f == "SUGGESTED" else f for f in flags], seed) for name, flags, seed in wanted]
     done = {(line["variant"], tuple(line["flags"]), line["seed"]) for line in read_lines(results)}
     todo = [] if args.draw else [w for w in wanted if (w[0], tuple(w[1]), w[2]) not in done]
     threads = max(1, (os.cpu_count() or 1) // args.parallel)
