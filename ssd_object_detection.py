@@ -579,7 +579,7 @@ def make_records(items, facts, classes, findings, *, only_listed=False, anchor_s
 def drop_shared(records, held, kind, findings):
     """Return the records whose pixels are not those of a held one; the others become findings of a kind."""
     theirs = {r.digest: r.image_path for r in held}
-    shared = {f"{r.image_path} is {theirs[r.digest]}": None for r in records if r.digest in theirs}
+    shared = {f"{r.image_path} has the pixels of {theirs[r.digest]}": None for r in records if r.digest in theirs}
     if shared:
         findings[kind] |= shared
     return [r for r in records if r.digest not in theirs]
@@ -755,7 +755,8 @@ def finish_audit(facts, findings, allow_bad_data):
         print(f"--allow-bad-data leaves out {len(bad)} image(s), such as: {bad[0]}", flush=True)
     elif bad:
         print(*audit_table(findings), sep="\n", flush=True)
-        raise InputError(f"{bad[0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}: see "
+        kind = next(kind for kind, places in findings.items() if bad[0] in places)
+        raise InputError(f"{kind}: {bad[0]}{f', and {len(bad) - 1} more' if len(bad) > 1 else ''}: see "
                          f"{' and '.join(str(Path(root) / 'audit.json') for root in facts)}; mend the data, or leave "
                          "such images out with --allow-bad-data")
 
@@ -1308,14 +1309,15 @@ def autocast(device, amp_dtype):
     return torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
 
 
-def compile_model(model, images, amp_dtype=None):
+def compile_model(model, images, amp_dtype=None, mode=None):
     """Return model compiled for batches of the shape of images (B, 3, H, W); where that fails, one warning and model.
 
-    A trial step pays for forward and backward now. Weights, gradients and batch norm's statistics stay as they were.
+    mode: of torch.compile. A trial step pays for forward and backward now. Weights, gradients and batch norm's
+    statistics stay as they were.
     """
     saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        compiled = torch.compile(model, dynamic=False)
+        compiled = torch.compile(model, dynamic=False, mode=mode)
         with autocast(images.device, amp_dtype):
             sum(output.sum() for output in compiled(images)).backward()
         return compiled
@@ -2608,7 +2610,8 @@ def fit(state, loaders, recipe, *, amp_dtype, saver, settings, redraw, stop):
 
     loaders: training, and validation or None. settings: of `detect`. redraw(state) draws the plots. A signal (stop:
     StopSignals) or an error ends the run after last.pth is written. Returns the path of the checkpoint to test:
-    best.pth, or last.pth if nothing was held out. Raises InputError if in the end a checkpoint cannot be written.
+    best.pth, or last.pth if nothing was held out or best.pth is lost. Raises InputError if in the end a checkpoint
+    cannot be written.
     """
     (train_loader, val_loader), folder = loaders, saver.folder
     criterion = make_criterion(state.model.anchors, recipe)
@@ -2655,7 +2658,8 @@ def fit(state, loaders, recipe, *, amp_dtype, saver, settings, redraw, stop):
         saver.save_last()
     if saver.waiting:
         raise InputError(f"the training is over, but {' and '.join(saver.waiting)} could not be written to {folder}")
-    return folder / ("last.pth" if val_loader is None else "best.pth")
+    best = folder / "best.pth"
+    return best if val_loader is not None and best.is_file() else folder / "last.pth"
 
 
 def draw_gallery(model, loader, classes, path, *, amp_dtype, title):
@@ -3389,6 +3393,10 @@ def run_training(args, stop, resumed=None):
         raise InputError(f"{args.data} has other training images or classes than when the run to resume was saved")
     with first_process_first():
         state, recipe, config = build_state(args, len(data.classes), device, resumed)
+    if state.best_epoch and not (checkpoints / "best.pth").is_file():
+        print(f"warning: {checkpoints / 'best.pth'} of epoch {state.best_epoch} is missing: the best of the epochs to "
+              "come will be measured in its place", file=sys.stderr)
+        state.best_map, state.best_epoch = -1.0, state.epoch
     if rank == 0:
         prepare_folders(checkpoints, plots, keep=resumed is not None)
     flags = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k != "given"}

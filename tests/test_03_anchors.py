@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torchvision.ops import box_convert, box_iou
 
 import ssd_object_detection as ssd
 
@@ -119,3 +120,40 @@ def test_clip_cuts_at_the_border_and_leaves_inner_anchors_alone(anchors):
     assert inside.sum() > 5000
     torch.testing.assert_close(clipped[inside], anchors[inside])
     assert not torch.equal(clipped, anchors)
+
+
+# ---- anchors made for the data ----
+
+
+def boxes_of(sizes, seed=0):
+    """Return boxes (N, 4) of (w, h) pairs, each somewhere inside the picture."""
+    sizes = torch.tensor(sizes)
+    corner = torch.rand(len(sizes), 2, generator=torch.Generator().manual_seed(seed)) * (1 - sizes)
+    return torch.cat((corner, corner + sizes), dim=1)
+
+
+def test_suggested_sizes_are_the_centres_of_groups_and_stay_the_module_s_where_there_are_few_boxes():
+    groups = [(0.03, 0.05), (0.05, 0.03), (0.1, 0.1), (0.13, 0.14)]  # all on the first map, below sqrt(.1 * .2)
+    boxes = boxes_of([(w * f, h * f) for w, h in groups for f in (0.96, 0.98, 1.0, 1.02, 1.04)] + [(0.9, 0.9)] * 3)
+    suggested = ssd.suggest_anchor_sizes(boxes)
+    torch.testing.assert_close(torch.tensor(sorted(suggested[0])), torch.tensor(groups), rtol=0, atol=1e-3)
+    assert suggested[1:] == ssd.ANCHOR_SIZES[1:]
+    assert ssd.suggest_anchor_sizes(torch.zeros(0, 4)) == ssd.ANCHOR_SIZES
+
+
+def test_suggested_sizes_fit_their_boxes_better_and_keep_the_network_s_shape():
+    generator = torch.Generator().manual_seed(1)
+    scale, ratio = torch.rand(500, generator=generator) * 0.6 + 0.05, torch.rand(500, generator=generator) * 0.3 + 0.5
+    boxes = boxes_of(torch.stack((scale * ratio.sqrt(), scale / ratio.sqrt()), dim=1).tolist())
+    suggested = ssd.suggest_anchor_sizes(boxes)
+    assert list(map(len, suggested)) == list(map(len, ssd.ANCHOR_SIZES))
+    assert ssd.best_anchor_iou(boxes, suggested).mean() > ssd.best_anchor_iou(boxes).mean() + 0.02
+    assert suggested == ssd.suggest_anchor_sizes(boxes)
+
+
+def test_best_iou_with_given_sizes_is_that_of_all_their_anchors():
+    sizes = ([(0.05, 0.09)], [(0.2, 0.1), (0.1, 0.3)], *ssd.ANCHOR_SIZES[2:])
+    boxes = boxes_of([(0.05, 0.08), (0.3, 0.1), (0.12, 0.4), (0.8, 0.7)] * 10)
+    every = box_convert(ssd.make_anchors(sizes), "cxcywh", "xyxy")
+    assert len(every) == 37 * 37 + 18 * 18 * (2 + 6) + 81 * 6 + 25 * 4 + 4 * 4
+    torch.testing.assert_close(ssd.best_anchor_iou(boxes, sizes), box_iou(boxes, every).amax(dim=1), rtol=0, atol=1e-5)

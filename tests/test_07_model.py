@@ -144,6 +144,14 @@ def test_without_prior_biases_are_zero():
     assert all((h.bias == 0).all() for h in narrow(prior_prob=None).cls_heads)
 
 
+def test_given_anchor_sizes_shape_anchors_and_heads():
+    sizes = ([(0.05, 0.09)], *ssd.ANCHOR_SIZES[1:])
+    model = narrow(anchor_sizes=sizes)
+    assert torch.equal(model.anchors, ssd.make_anchors(sizes))
+    cls_logits, box_deltas = model(torch.zeros(2, 3, 300, 300, dtype=torch.uint8))
+    assert cls_logits.shape[:2] == box_deltas.shape[:2] == (2, 9966 - 3 * 37 * 37)
+
+
 def test_clipped_anchors_are_those_of_make_anchors():
     assert torch.equal(narrow().anchors, ssd.make_anchors())
     assert torch.equal(narrow(clip_anchors=True).anchors, ssd.make_anchors(clip=True))

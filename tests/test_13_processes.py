@@ -1,5 +1,6 @@
 """Training by several processes, profiling, compiling: what section 13 does beside the recipe."""
 
+import functools
 import json
 import os
 import re
@@ -24,6 +25,21 @@ import ssd_object_detection as ssd
 with ssd.joined_processes(types.SimpleNamespace(device="cpu")):
     grads = here.gradients(torch.load("batch.pt"))
     ssd.write_atomically("gradients.pt", lambda path: torch.save(grads, path))
+"""
+
+DYING = """
+import os, signal, sys
+import ssd_object_detection as ssd
+
+train_one_epoch = ssd.train_one_epoch
+
+def dying(state, *args, **more):
+    if state.epoch == 1 and ssd.process_rank()[0] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_one_epoch(state, *args, **more)
+
+ssd.train_one_epoch = dying
+sys.exit(ssd.main(sys.argv[1:]))
 """
 
 
@@ -84,8 +100,25 @@ def test_two_processes_train_as_one_does(tiny_voc, flags_of, tmp_path):
     for one, two in zip(*rows, strict=True):
         for name in ("train_loss", "train_loss_cls", "train_loss_box", "val_map_area"):
             assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-5), name
-    for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-5, msg=name)
+    # From the checkpoint after the first epoch each goes on as the other did.
+    for number, go_on in (("1", functools.partial(torchrun, MODULE, cwd=tmp_path)), ("2", ssd.main)):
+        part = tmp_path / f"{number} resumed"
+        (part / "checkpoints").mkdir(parents=True)
+        shutil.copy(tmp_path / number / "checkpoints" / "previous.pth", part / "checkpoints" / "last.pth")
+        go_on("--resume", "--output-dir", part) if number == "1" else go_on(["--resume", "--output-dir", str(part)])
+        states.append(torch.load(part / "checkpoints" / "last.pth")["train_state"]["model"])
+    for state in states[1:]:
+        for name, value in states[0].items():
+            torch.testing.assert_close(state[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_process_that_dies_ends_the_others_with_a_message(tiny_voc, flags_of, tmp_path):
+    """The second process kills itself in the second epoch, as the kernel does when memory runs out."""
+    (tmp_path / "script.py").write_text(DYING)
+    with pytest.raises(AssertionError) as caught:
+        torchrun("script.py", *flags_of(tiny_voc, tmp_path), cwd=tmp_path)
+    assert "exitcode: -9" in re.sub(" +", " ", str(caught.value)).replace("exitcode :", "exitcode:")
+    assert ssd.load_checkpoint(tmp_path / "checkpoints" / "last.pth", resumable=True)["train_state"]["epoch"] == 1
 
 
 # -- Profile

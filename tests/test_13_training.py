@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 
 import pytest
 import torch
@@ -98,6 +99,12 @@ def test_the_cosine_is_half_way_in_the_middle_and_a_hundredth_at_the_end():
 def test_without_a_warm_up_the_first_step_has_the_peak_rate():
     recipe = tiny_recipe("--warmup-epochs", "0", "--epochs", "1")
     assert ssd.learning_rate(0, recipe, 1) == (pytest.approx(0.01), "cosine")
+
+
+def test_the_step_schedule_drops_to_a_tenth_at_two_thirds_and_to_a_hundredth_at_five_sixths():
+    recipe = tiny_recipe("--schedule", "step", "--epochs", "6", "--warmup-epochs", "1")
+    rates = [ssd.learning_rate(step, recipe, 2)[0] for step in range(12)]
+    assert rates == pytest.approx([0.005] + [0.01] * 7 + [0.001] * 2 + [0.0001] * 2)
 
 
 def test_a_warm_up_longer_than_the_run_stays_finite_and_below_the_peak():
@@ -692,3 +699,19 @@ def test_the_guard_reads_the_device_once_in_ten_steps(records, monkeypatch):
     ssd.train_one_epoch(state, loader_of([records[0]] * 12, 1), ssd.make_criterion(state.model.anchors, recipe), recipe,
                         skips=skips)
     assert reads == [10, 2]
+
+
+def test_a_run_resumed_without_its_best_checkpoint_says_so_and_measures_the_best_to_come(
+        tiny_voc, flags_of, tmp_path, capfd, no_pictures):
+    assert ssd.main(flags_of(tiny_voc, tmp_path / "whole")) == 0
+    lone = tmp_path / "lone" / "checkpoints"
+    lone.mkdir(parents=True)
+    for name, epochs in (("previous.pth", 1), ("last.pth", 2)):  # one epoch is left; none is
+        shutil.copy(tmp_path / "whole" / "checkpoints" / name, lone / "last.pth")
+        (lone / "best.pth").unlink(missing_ok=True)
+        capfd.readouterr()
+        assert ssd.main(["--resume", "--output-dir", str(lone.parent)]) == 0
+        said = capfd.readouterr().err
+        assert f"{lone / 'best.pth'} of epoch {epochs} is missing" in said  # each epoch was the best so far
+        assert (lone / "best.pth").is_file() == (epochs == 1)
+        assert ssd.load_checkpoint(lone / "ssd_tiny_set_final.pth")["metrics"]["epoch"] == 2

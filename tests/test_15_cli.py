@@ -382,6 +382,56 @@ def test_a_loss_that_is_never_finite_stops_the_run_with_advice(
 # ---- the audit ----
 
 
+ANCHOR_FILES = {  # content, what the message says of it
+    "{": "cannot be read as JSON", "[[[0.1, 0.1]]]": "must hold 6 lists", "3": "must hold 6 lists",
+    "[[[0.1]], [], [], [], [], []]": "must hold 6 lists", "[[],[],[],[],[],[]]": "must hold 6 lists",
+    "[[[1,0]],[[1,1]],[[1,1]],[[1,1]],[[1,1]],[[1,1]]]": "must hold 6 lists",
+}
+
+
+@pytest.mark.parametrize("content", ANCHOR_FILES)
+def test_a_bad_file_of_anchors_is_told_before_any_data_is_touched(content, tmp_path, capsys):
+    path = tmp_path / "anchors.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as caught:
+        ssd.parse_args(["--anchors", str(path)])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert str(path) in message
+    assert ANCHOR_FILES[content] in message
+
+
+def test_suggested_anchors_can_be_trained_with_resumed_and_evaluated(tiny_voc, flags_of, tmp_path, capsys, no_pictures):
+    out = tmp_path / "out"
+    assert ssd.main(["--suggest-anchors", "--data", str(tiny_voc), "--output-dir", str(out)]) == 0
+    printed, path = capsys.readouterr().out, out / "plots" / "anchors.json"
+    means = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith(("present", "suggested"))]
+    assert means[1] >= means[0] > 0.5
+    sizes = json.loads(path.read_text())
+    flags = flags_of(tiny_voc, out, "--anchors", str(path))
+    assert ssd.main(flags) == 0
+    path.unlink()  # the checkpoint has them
+    assert ssd.main(["--resume", "--output-dir", str(out)]) == 0
+    final = out / "checkpoints" / "ssd_tiny_set_final.pth"
+    anchors = ssd.load_detector(final).model.anchors
+    torch.testing.assert_close(anchors, ssd.make_anchors(sizes), rtol=0, atol=1e-6)
+    assert not torch.equal(anchors, ssd.make_anchors())
+    capsys.readouterr()
+    assert ssd.main(["--evaluate", str(final), "--output-dir", str(tmp_path / "again")]) == 0
+    assert "Test mAP@.5" in capsys.readouterr().out
+
+
+def test_the_paper_s_recipe_yields_to_flags_given_and_a_resumed_run_keeps_both():
+    args = ssd.parse_args(["--recipe", "paper", "--lr", ".002", "--width", ".25"])
+    assert (args.loss, args.optimizer, args.lr, args.batch_size) == ("multibox", "sgd", 0.002, 32)
+    assert (args.schedule, args.ema_decay, args.shadow, args.batch_norm, args.warmup_epochs) == ("step", 0, 0, False, 0)
+    assert ssd.PAPER_RECIPE.keys() <= vars(args).keys()
+    saved = {name: value for name, value in vars(args).items() if name != "given"}
+    again = ssd.parse_args(["--resume"], saved)
+    assert {n: v for n, v in vars(again).items() if n not in ("given", "resume")} == {
+        n: v for n, v in saved.items() if n != "resume"}
+
+
 def test_the_audit_prints_its_table_and_touches_nothing_but_its_file(make_voc, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = make_voc(tmp_path / "voc", {"train": 4, "val": 1})
