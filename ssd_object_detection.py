@@ -96,7 +96,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 L2_NORM_SCALE = 20.0  # ParseNet section 3.2, SSD section 3.1
 
 SCORE_THRESH, NMS_IOU_THRESH, MAX_DETECTIONS = 0.01, 0.45, 200  # SSD section 2.2, "Inference"
-PRE_NMS_TOP_K = 400  # per class: the authors' released Caffe code
+# Differs from paper: its code keeps 400 a class, which ends the list of 30 touching blood cells at a recall of .97.
+PRE_NMS_TOP_K = 1000
 DRAW_SCORE_THRESH = 0.4  # detections below it are left out of pictures
 
 FORMAT_VERSION = 2  # of a checkpoint; `load_checkpoint` reads the older ones too
@@ -1424,8 +1425,8 @@ def detect(
     """Turn raw outputs into detections: a list of B triples boxes (D, 4), labels (D,) 1..K, scores (D,), best first.
 
     cls_logits (B, A, K + 1), box_deltas (B, A, 4), anchors_cxcywh (A, 4). Boxes are normalised xyxy cut at the
-    picture's border. Per class the best 400 at or above score_thresh, a number or a tensor (K,), go through NMS, over
-    all classes the best max_detections stay (SSD section 2.2), None: all. D may be 0.
+    picture's border. Per class the best 1,000 at or above score_thresh, a number or a tensor (K,), go through NMS,
+    over all classes the best max_detections stay (SSD section 2.2), None: all. D may be 0.
     """
     scores = F.softmax(cls_logits.float(), dim=-1)[..., 1:]
     boxes = decode(box_deltas.float(), anchors).clamp(0, 1)

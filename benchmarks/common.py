@@ -69,7 +69,7 @@ def peer_targets(batch, size=ssd.IMAGE_SIZE):
 def peer_model(num_classes, device):
     """Return torchvision's SSD300 with random weights; its class count includes the background."""
     model = torchvision.models.detection.ssd300_vgg16(
-        weights=None, weights_backbone=None, num_classes=num_classes + 1)
+        weights=None, weights_backbone=None, num_classes=num_classes + 1, topk_candidates=ssd.PRE_NMS_TOP_K)
     return model.to(device)
 
 

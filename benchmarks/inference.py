@@ -5,7 +5,7 @@ torchvision), the others with pictures that are there.
 
 Random weights; the networks' outputs are exchanged for made ones in which about as many candidates pass the .01
 threshold as a trained network leaves (`candidates`): the cost of NMS depends on it. `decode + NMS` is that part
-alone. Both keep at most 400 a class and 200 in all.
+alone. Both keep at most 1,000 a class and 200 in all.
 
     python benchmarks/inference.py
     python benchmarks/inference.py --device cuda --compile --json inference.json

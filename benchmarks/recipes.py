@@ -10,7 +10,7 @@ flags and seed) is not repeated, so the command goes on where it was stopped. Be
 each final checkpoint is measured on the lists named by --pool together, which is less noisy. What only changes the
 detection needs no training:
 
-    python benchmarks/recipes.py --measure checkpoints/*_final.pth --pool val test --trials soft-nms top-1000
+    python benchmarks/recipes.py --measure checkpoints/*_final.pth --pool val test --trials soft-nms top-400
 """
 
 import argparse
@@ -89,7 +89,7 @@ VARIANTS = {
     "36 epochs": "--epochs 36",
     "paper": "--recipe paper --warmup-epochs 1",
 }
-DETECTION_TRIALS = ("soft-nms", "diou-nms", "voting", "flip", "top-1000", "nms-.4", "nms-.5")
+DETECTION_TRIALS = ("soft-nms", "diou-nms", "voting", "flip", "top-400", "nms-.4", "nms-.5")
 FIGURES = ("map_area", "map11", "coco_ap", "ap75", "pooled_map_area", "pooled_coco_ap", "seconds")
 MEASURING = threading.Lock()
 

@@ -297,7 +297,7 @@ TRIALS = {
     "diou-nms": suppression(diou_nms),
     "voting": suppression(voting_nms),
     "flip": {"SSD300": FlipAveraged},
-    "top-1000": {"PRE_NMS_TOP_K": 1000},
+    "top-400": {"PRE_NMS_TOP_K": 400},
     **{f"nms-{t}": {"detect": functools.partial(ssd.detect, nms_iou_thresh=float(t))} for t in (".4", ".5", ".55")},
 }
 

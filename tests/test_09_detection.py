@@ -69,14 +69,14 @@ def test_background_is_never_reported():
     assert scores.tolist() == pytest.approx([0.03, 0.02], abs=1e-6)
 
 
-def test_at_most_400_boxes_of_a_class_enter_suppression():
-    # 20 x 30 boxes that do not touch, so that suppression removes none.
-    boxes = [[x / 40, y / 60, (x + 0.9) / 40, (y + 0.9) / 60] for x in range(20) for y in range(30)]
-    scores = [0.2 + 0.001 * i for i in range(600)]
+def test_at_most_1000_boxes_of_a_class_enter_suppression():
+    # 30 x 40 boxes that do not touch, so that suppression removes none.
+    boxes = [[x / 40, y / 60, (x + 0.9) / 40, (y + 0.9) / 60] for x in range(30) for y in range(40)]
+    scores = [0.2 + 0.0005 * i for i in range(1200)]
     _, labels, found = detect(boxes, [[s, 0.05] for s in scores], max_detections=10_000)
-    assert (labels == 1).sum() == 400
-    assert (labels == 2).sum() == 400
-    assert found[labels == 1].tolist() == pytest.approx(sorted(scores, reverse=True)[:400], abs=1e-5)
+    assert (labels == 1).sum() == 1000
+    assert (labels == 2).sum() == 1000
+    assert found[labels == 1].tolist() == pytest.approx(sorted(scores, reverse=True)[:1000], abs=1e-5)
 
 
 def test_boxes_are_cut_at_the_border():
@@ -124,7 +124,7 @@ def slow_detect(logits, deltas, anchors, score_thresh, nms_iou_thresh, max_detec
     found = []
     for label in range(1, logits.shape[1]):
         rows = [i for i in range(len(boxes)) if probability[i, label] >= score_thresh]
-        rows = sorted(rows, key=lambda i: -probability[i, label].item())[:400]
+        rows = sorted(rows, key=lambda i: -probability[i, label].item())[: ssd.PRE_NMS_TOP_K]
         rows = [i for i in rows if boxes[i, 2] > boxes[i, 0] and boxes[i, 3] > boxes[i, 1]]
         kept = nms(boxes[rows].view(-1, 4), probability[rows, label], nms_iou_thresh)
         found += [(probability[rows[k], label].item(), label, boxes[rows[k]].tolist()) for k in kept.tolist()]
@@ -132,7 +132,8 @@ def slow_detect(logits, deltas, anchors, score_thresh, nms_iou_thresh, max_detec
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_detection_agrees_with_a_loop_over_classes(seed):
+def test_detection_agrees_with_a_loop_over_classes(seed, monkeypatch):
+    monkeypatch.setattr(ssd, "PRE_NMS_TOP_K", 100)
     generator = torch.Generator().manual_seed(seed)
     anchors = ssd.make_anchors()[torch.randperm(9966, generator=generator)[:700]]
     logits = 2 * torch.randn(2, 700, 4, generator=generator)
