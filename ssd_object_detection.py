@@ -3047,6 +3047,23 @@ _BY_DATA, _BY_START = "default: chosen by the data set", "default: chosen by the
 _SWITCH = argparse.BooleanOptionalAction
 
 
+def _add_data_flags(parser):
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="voc2007", help="voc2007, voc0712, shapes (generated) or a folder in VOC layout")
+    add("--data-root", metavar="DIR", default="data", help="where VOCdevkit and shapes are or will be")
+    add("--classes", type=class_list, help="names a,b,c (default: VOC's, or those annotated; --predict: all)")
+    add("--train-split", metavar="LIST", help=f"list below ImageSets/Main to train on ({_BY_DATA})")
+    add("--val-split", metavar="LIST", help="list that chooses the best checkpoint (default: see --val-fraction)")
+    add("--test-split", metavar="LIST", help=f"list to measure on once, at the end ({_BY_DATA})")
+    add("--val-fraction", type=below_one, default=0.1,
+        help="seeded share of the training list held out where no --val-split is given; 0: train on everything")
+    add("--allow-bad-data", action="store_true", help="leave out images that cannot be used, in place of stopping")
+    add("--cache", choices=("off", "ram", "disk"), default="off",
+        help="keep training images decoded, in memory or in a nameless file below --data-root")
+    add("--workers", type=natural_int,
+        help="loader processes (default: one a core up to 16 beside a GPU, else 1, on two cores 0)")
+
+
 def _add_training_flags(parser):
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("focal", "multibox"), default="focal", help="softmax focal, or softmax with 3:1 mining")
@@ -3106,21 +3123,7 @@ def build_parser():
         help="fit anchors to the training boxes, print what they match, write OUTPUT_DIR/plots/anchors.json, and stop")
     add("--output-dir", metavar="DIR", default=".", help="where checkpoints/ and plots/ are written")
 
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="voc2007", help="voc2007, voc0712, shapes (generated) or a folder in VOC layout")
-    add("--data-root", metavar="DIR", default="data", help="where VOCdevkit and shapes are or will be")
-    add("--classes", type=class_list, help="names a,b,c (default: VOC's, or those annotated; --predict: all)")
-    add("--train-split", metavar="LIST", help=f"list below ImageSets/Main to train on ({_BY_DATA})")
-    add("--val-split", metavar="LIST", help="list that chooses the best checkpoint (default: see --val-fraction)")
-    add("--test-split", metavar="LIST", help=f"list to measure on once, at the end ({_BY_DATA})")
-    add("--val-fraction", type=below_one, default=0.1,
-        help="seeded share of the training list held out where no --val-split is given; 0: train on everything")
-    add("--allow-bad-data", action="store_true", help="leave out images that cannot be used, in place of stopping")
-    add("--cache", choices=("off", "ram", "disk"), default="off",
-        help="keep training images decoded, in memory or in a nameless file below --data-root")
-    add("--workers", type=natural_int,
-        help="loader processes (default: one a core up to 16 beside a GPU, else 1, on two cores 0)")
-
+    _add_data_flags(parser)
     add = parser.add_argument_group("network").add_argument
     add("--width", type=positive_float, help=f"factor on every channel count ({_BY_DATA})")
     add("--batch-norm", action=_SWITCH, help="batch norm after every convolution (default: when training from scratch)")

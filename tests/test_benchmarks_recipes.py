@@ -48,6 +48,24 @@ def test_recipes_run_what_is_missing_and_nothing_twice(recipes, tiny_voc, tmp_pa
     assert (tmp_path / "shapes.png").stat().st_size > 10_000
 
 
+def test_trials_and_suggested_anchors_are_run_and_checkpoints_measured_with_trials(recipes, tiny_voc, tmp_path, capsys):
+    argv = ["--data", str(tiny_voc), "--set", "shapes", "--pool", "val", "test", "--folder", str(tmp_path)]
+    more = ["--seeds", "0", "--flags", FLAGS]
+    assert recipes.main([*argv, *more, "--only", "suggested anchors", "sigmoid focal", "--parallel", "2"]) == 0
+    lines = {row["variant"]: row for row in recipes.read_lines(tmp_path / "shapes.jsonl")}
+    assert lines["suggested anchors"]["flags"][-2:] == ["--anchors", str(tmp_path / "plots" / "anchors.json")]
+    assert lines["sigmoid focal"]["flags"][-4:-2] == ["--trial", "sigmoid"]
+    assert all(0 <= row["pooled_map_area"] <= 1 for row in lines.values())
+    checkpoint = tmp_path / "runs" / "suggested_anchors-0" / "checkpoints" / "ssd_tiny_set_final.pth"
+    capsys.readouterr()
+    assert recipes.main([*argv, "--measure", str(checkpoint), "--trials", "nms-.5", "flip"]) == 0
+    printed, found = capsys.readouterr().out, recipes.read_lines(tmp_path / "detection.jsonl")
+    assert [row["variant"] for row in found] == ["base", "nms-.5", "flip"]
+    plain = recipes.measure(checkpoint, tiny_voc, ["val", "test"])
+    assert found[0]["pooled_map_area"] == plain["map_area"] == lines["suggested anchors"]["pooled_map_area"]
+    assert len(re.findall(r"^(base|nms-.5|flip) +1 ", printed, re.M)) == 3
+
+
 def test_a_failed_run_is_told_and_leaves_no_line(recipes, tmp_path, capsys):
     argv = ["--data", str(tmp_path / "nowhere"), "--set", "shapes", "--only", "base", "--folder", str(tmp_path)]
     assert recipes.main([*argv, "--seeds", "0"]) == 2
@@ -71,8 +89,11 @@ def test_table_has_mean_and_spread_best_first(recipes, tmp_path):
 
 def test_every_variant_is_flags_that_the_command_knows(recipes):
     parser = recipes.ssd.build_parser()
+    parser.add_argument("--trial", choices=recipes.trials.TRIALS)
+    parser.add_argument("--anchors-made", dest="anchors")
     for name, flags in {**recipes.VARIANTS, **recipes.SETS}.items():
-        assert parser.parse_args(flags.split()), name
+        assert parser.parse_args(flags.replace("--anchors SUGGESTED", "--anchors-made x").split()), name
+    assert set(recipes.DETECTION_TRIALS) <= recipes.trials.TRIALS.keys()
     assert len(set(recipes.VARIANTS.values())) == len(recipes.VARIANTS)
 
 
