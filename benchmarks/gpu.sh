@@ -21,10 +21,10 @@ part() { # part NAME SECONDS COMMAND...
 
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$out/machine.txt"
 common=(--data "$data" --device cuda)
-part training_step 90 "$python" benchmarks/training_step.py "${common[@]}" --batch-size 32 --compile --rounds 7 --json "$out/training_step.json"
-part inference 60 "$python" benchmarks/inference.py "${common[@]}" --compile --rounds 7 --json "$out/inference.json"
+part training_step 120 "$python" benchmarks/training_step.py "${common[@]}" --batch-size 32 --compile --rounds 7 --json "$out/training_step.json"
+part inference 50 "$python" benchmarks/inference.py "${common[@]}" --compile --rounds 7 --json "$out/inference.json"
 part losses 30 "$python" benchmarks/losses.py "${common[@]}" --json "$out/losses.json"
-part loader 60 "$python" benchmarks/loader.py "${common[@]}" --workers "$workers" --images 2500 --rounds 2 --json "$out/loader.json"
+part loader 50 "$python" benchmarks/loader.py "${common[@]}" --workers "$workers" --images 2500 --rounds 2 --json "$out/loader.json"
 part end_to_end 90 "$python" benchmarks/end_to_end.py "${common[@]}" --images 2500 --batch-size 32 --workers "$workers" \
     --cache ram --compile --rounds 2 --json "$out/end_to_end.json"
 part train 200 "$python" ssd_object_detection.py --data "$data" --train-split train --val-fraction .05 --test-split val \

@@ -161,9 +161,10 @@ def run_one(name, flags, seed, *, folder, threads, pool, data):
     if not record["test"]:
         raise RuntimeError(f"{name}, seed {seed}: the data has no test list: name one with --test-split in --flags")
     voc, coco = record["test"]["voc"], record["test"]["coco"]
+    machine = {k: record["environment"][k] for k in ("python", "torch", "albumentations", "device", "cpu_count")}
     line = {"variant": name, "flags": flags, "seed": seed, "map_area": voc["map_area"], "map11": voc["map11"],
             "coco_ap": coco["ap"], "ap75": coco["ap75"], "ap_small": coco["ap_small"], "seconds": time.time() - start,
-            "threads": threads, "environment": record["environment"]}
+            "threads": threads, "environment": machine}
     (checkpoint,) = (output / "checkpoints").glob("*_final.pth")
     return line | (pooled(measure(checkpoint, data, pool, trial)) if pool else {})
 
@@ -180,13 +181,13 @@ def read_lines(path):
 
 
 def summarise(lines):
-    """Return [(flags, variant, {figure: values of the seeds})], by falling mean mAP."""
+    """Return [(flags, variant, {figure: values of the seeds})], by falling mean mAP, pooled if measured."""
     groups = collections.defaultdict(list)
     for line in lines:
         groups[line["variant"], tuple(line["flags"])].append(line)
     rows = [(flags, name, {f: [g[f] for g in group if g.get(f) is not None] for f in FIGURES})
             for (name, flags), group in groups.items()]
-    return sorted(rows, key=lambda row: -np.mean(row[2]["map_area"]))
+    return sorted(rows, key=lambda row: -np.mean(row[2]["pooled_map_area"] or row[2]["map_area"]))
 
 
 def table(rows):
@@ -208,7 +209,8 @@ def draw(rows):
     figure = Figure(figsize=(13, 1.8 + 0.32 * len(rows)), layout="constrained")
     panels = [("map_area", "mAP@.5 (area), test"), ("coco_ap", "COCO AP, test")]
     if any(row[2]["pooled_map_area"] for row in rows):
-        panels.insert(1, ("pooled_map_area", "mAP@.5 (area), pooled lists"))
+        panels = [panels[0], ("pooled_map_area", "mAP@.5 (area), lists pooled"),
+                  ("pooled_coco_ap", "COCO AP, lists pooled")]
     for axes, (key, title) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
         for place, (_, name, figures) in enumerate(rows):
             values = figures[key]
