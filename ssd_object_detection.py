@@ -434,7 +434,7 @@ AUDIT_KINDS = {
     "image and annotation differ in size": None, "unknown class": None, "image also in the test list": None,
     "image also in the validation list": "left out of training", "class not named by --classes": "left out",
     "box beyond the picture": "clipped", "box reversed, without area or outside": "dropped",
-    "same box and class twice": "dropped", "object that no anchor overlaps by half": "kept",
+    "same box and class twice": "dropped", "object that no anchor overlaps by half": "see --suggest-anchors",
 }
 
 
@@ -523,12 +523,11 @@ def write_audit(root, files, findings):
 
 def audit_table(findings):
     """Return the lines of the audit's table: how many, what, what was done about it, the first places."""
-    lines = []
-    for kind, remedy in AUDIT_KINDS.items():
-        if places := list(findings.get(kind, ())):
-            what, more = f"{kind}: {remedy or 'unusable'}", "; ..." if len(places) > 3 else ""
-            lines.append(f"{len(places):6d}  {what:<48}  {'; '.join(places[:3])}{more}")
-    return lines
+    rows = [(f"{kind}: {remedy or 'unusable'}", list(findings[kind])) for kind, remedy in AUDIT_KINDS.items()
+            if findings.get(kind)]
+    width = max((len(what) for what, _ in rows), default=0)
+    return [f"{len(places):6d}  {what:<{width}}  {'; '.join(places[:3])}{'; ...' if len(places) > 3 else ''}"
+            for what, places in rows]
 
 
 def make_records(items, facts, classes, findings, *, only_listed=False, anchor_sizes=ANCHOR_SIZES):
