@@ -238,13 +238,14 @@ def jpeg():
     return cv2.imencode(".jpg", pixels)[1].tobytes()
 
 
-def png_header(width, height):
-    """A PNG that says it is of a size, without any pixel of it."""
+def black_png(width, height):
+    """A black and white PNG without white: whole, and a few thousandths of its pixels long."""
     def chunk(kind, body):
         return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
 
-    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
+    rows = zlib.compress(bytes((1 + (width + 7) // 8) * height))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 LAUGHS = ('<!DOCTYPE annotation [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>' + annotation([CAT])).replace(
@@ -257,7 +258,7 @@ UNUSABLE = {
     "image unreadable, empty": lambda root: bad_image(root, b""),
     "image unreadable, truncated": lambda root: bad_image(root, jpeg()[:20_000]),
     "image unreadable, short of its last bytes": lambda root: bad_image(root, jpeg()[:-40]),
-    "image unreadable, a decompression bomb": lambda root: bad_image(root, png_header(15_000, 10_000)),
+    "image unreadable, a decompression bomb": lambda root: bad_image(root, black_png(15_000, 10_000)),
     "image and annotation differ in size": lambda root: bad_image(root, jpeg()),
     "annotation missing": lambda root: (root / "Annotations" / "b.xml").unlink(),
     "annotation unreadable": lambda root: (root / "Annotations" / "b.xml").write_text("<annotation><size>"),
