@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 
 import pytest
 import torch
@@ -707,7 +706,9 @@ def test_a_run_resumed_without_its_best_checkpoint_says_so_and_measures_the_best
     lone = tmp_path / "lone" / "checkpoints"
     lone.mkdir(parents=True)
     for name, epochs in (("previous.pth", 1), ("last.pth", 2)):  # one epoch is left; none is
-        shutil.copy(tmp_path / "whole" / "checkpoints" / name, lone / "last.pth")
+        saved = ssd.load_checkpoint(tmp_path / "whole" / "checkpoints" / name, resumable=True)
+        saved["train_state"]["best_map"] = 0.99  # which no epoch to come will reach
+        ssd.save_checkpoint(lone / "last.pth", saved)
         (lone / "best.pth").unlink(missing_ok=True)
         capfd.readouterr()
         assert ssd.main(["--resume", "--output-dir", str(lone.parent)]) == 0

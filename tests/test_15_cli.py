@@ -427,9 +427,10 @@ def test_the_paper_s_recipe_yields_to_flags_given_and_a_resumed_run_keeps_both()
     assert (args.schedule, args.ema_decay, args.shadow, args.batch_norm, args.warmup_epochs) == ("step", 0, 0, False, 0)
     assert ssd.PAPER_RECIPE.keys() <= vars(args).keys()
     saved = {name: value for name, value in vars(args).items() if name != "given"}
-    again = ssd.parse_args(["--resume"], saved)
-    assert {n: v for n, v in vars(again).items() if n not in ("given", "resume")} == {
-        n: v for n, v in saved.items() if n != "resume"}
+    for argv in (["--resume"], ["--resume", "--recipe", "paper"]):
+        again = ssd.parse_args(argv, saved)
+        assert {n: v for n, v in vars(again).items() if n not in ("given", "resume")} == {
+            n: v for n, v in saved.items() if n != "resume"}
 
 
 def test_the_audit_prints_its_table_and_touches_nothing_but_its_file(make_voc, tmp_path, monkeypatch, capsys):
