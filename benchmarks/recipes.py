@@ -46,8 +46,8 @@ VARIANTS = {
     # Loss
     "multibox": "--loss multibox",
     "gamma 0": "--focal-gamma 0",
-    "gamma 1": "--focal-gamma 1",
-    "gamma 1.5": "--focal-gamma 1.5",
+    "gamma .5": "--focal-gamma .5",
+    "gamma 2": "--focal-gamma 2",
     "alpha .25": "--focal-alpha .25",
     "alpha .75": "--focal-alpha .75",
     "class weight 2": "--cls-weight 2",

@@ -72,7 +72,7 @@ class SigmoidHeads(ssd.SSD300):
                 head.bias.view(-1, self.num_classes + 1)[:, 1:] = -math.log((1 - prior_prob) / prior_prob)
 
 
-def sigmoid_focal_loss(cls_logits, labels, *, alpha=-1.0, gamma=2.0):
+def sigmoid_focal_loss(cls_logits, labels, *, alpha=-1.0, gamma=ssd.FOCAL_GAMMA):
     """Return the focal loss of K sigmoids, summed over the classes (Focal loss Eq. 5); else as the module's."""
     truth = F.one_hot(labels, cls_logits.shape[-1])[..., 1:].float()
     return ops.sigmoid_focal_loss(cls_logits[..., 1:].float(), truth, alpha=alpha, gamma=gamma).sum(dim=-1)

@@ -48,7 +48,7 @@ def gradients(batch):
     rank, world = ssd.process_rank()
     part, found = {name: value[rank::world] for name, value in batch.items()}, {}
     for loss in ("focal", "multibox"):
-        recipe = types.SimpleNamespace(match_iou=0.5, loss=loss, focal_alpha=-1.0, focal_gamma=2.0, cls_weight=1.0,
+        recipe = types.SimpleNamespace(match_iou=0.5, loss=loss, focal_alpha=-1.0, focal_gamma=1.0, cls_weight=1.0,
                                        box_weight=1.0)
         torch.manual_seed(0)
         model = ssd.SSD300(3, width=0.0625, prior_prob=0.01).double()  # float32's rounding makes 2e-6

@@ -21,7 +21,7 @@ def batch_of(boxes=BOXES, labels=(1, 2, 1)):
 
 
 def recipe(**more):
-    values = {"match_iou": 0.5, "loss": "focal", "focal_alpha": -1.0, "focal_gamma": 2.0, "cls_weight": 1.0,
+    values = {"match_iou": 0.5, "loss": "focal", "focal_alpha": -1.0, "focal_gamma": 1.0, "cls_weight": 1.0,
               "box_weight": 1.0}
     return types.SimpleNamespace(**values | more)
 
