@@ -3136,7 +3136,7 @@ def build_parser():
     add("--freeze-blocks", metavar="N", type=int, choices=range(6), default=0,
         help="keep the first N of the five VGG blocks as they are (4: ten convolutions)")
     add("--anchors", metavar="FILE", type=anchor_file, 
-        help="anchor sizes, as --suggest-anchors writes them (BCCD, three seeds: mAP@.5 .864, else .846)")
+        help="anchor sizes, as --suggest-anchors writes them (BCCD, gamma 2, three seeds: mAP@.5 .864, else .846)")
     add("--clip-anchors", action=_SWITCH, default=False, help="cut the anchors at the picture's border")
 
     add = parser.add_argument_group("augmentation, as probabilities").add_argument
