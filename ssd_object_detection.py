@@ -98,7 +98,7 @@ L2_NORM_SCALE = 20.0  # ParseNet section 3.2, SSD section 3.1
 # Differs from paper: 2 (Focal loss section 5.1) gave less here than 3:1 mining, 1 as much or more (README, recipes).
 FOCAL_GAMMA = 1.0
 SCORE_THRESH, NMS_IOU_THRESH, MAX_DETECTIONS = 0.01, 0.45, 200  # SSD section 2.2, "Inference"
-# Differs from paper: its code keeps 400 a class, which ends the list of 30 touching blood cells at a recall of .97.
+# Differs from paper: its code keeps 400 a class, with which crowded pictures (blood cells) end at a recall of .97.
 PRE_NMS_TOP_K = 1000
 DRAW_SCORE_THRESH = 0.4  # detections below it are left out of pictures
 
@@ -3068,10 +3068,10 @@ def _add_data_flags(parser):
 
 def _add_training_flags(parser):
     add = parser.add_argument_group("loss").add_argument
-    add("--loss", choices=("focal", "multibox"), default="focal", 
+    add("--loss", choices=("focal", "multibox"), default="focal",
         help="softmax focal, or softmax with 3:1 mining (BCCD, three seeds: mAP@.5 .864 +-.008 and .859 +-.005)")
     add("--focal-alpha", type=alpha_weight, default=-1.0, help="weight of objects against background; -1: none")
-    add("--focal-gamma", type=natural_float, default=FOCAL_GAMMA, 
+    add("--focal-gamma", type=natural_float, default=FOCAL_GAMMA,
         help="focusing exponent (BCCD, three seeds: mAP@.5 .864 with 1, .846 with 2)")
     add("--prior-prob", type=open_interval, default=0.01, help="foreground probability that the focal head starts from")
     add("--cls-weight", type=positive_float, default=1.0, help="factor on the class loss")
@@ -3135,7 +3135,7 @@ def build_parser():
     add("--backbone-weights", metavar="FILE", help="torchvision's vgg16 or vgg16_bn weights, to save the download")
     add("--freeze-blocks", metavar="N", type=int, choices=range(6), default=0,
         help="keep the first N of the five VGG blocks as they are (4: ten convolutions)")
-    add("--anchors", metavar="FILE", type=anchor_file, 
+    add("--anchors", metavar="FILE", type=anchor_file,
         help="anchor sizes, as --suggest-anchors writes them (BCCD, gamma 2, three seeds: mAP@.5 .864, else .846)")
     add("--clip-anchors", action=_SWITCH, default=False, help="cut the anchors at the picture's border")
 
@@ -3402,9 +3402,11 @@ def run_training(args, stop, resumed=None):
         raise InputError(f"{args.data} has other training images or classes than when the run to resume was saved")
     with first_process_first():
         state, recipe, config = build_state(args, len(data.classes), device, resumed)
-    if state.best_epoch and not (checkpoints / "best.pth").is_file():
+    is_lost = rank == 0 and state.best_epoch > 0 and not (checkpoints / "best.pth").is_file()
+    if is_lost:
         print(f"warning: {checkpoints / 'best.pth'} of epoch {state.best_epoch} is missing: the best of the epochs to "
               "come will be measured in its place", file=sys.stderr)
+    if average_over_processes(torch.tensor(float(is_lost), device=device)) > 0:  # the first process decides for all
         state.best_map, state.best_epoch = -1.0, state.epoch
     if rank == 0:
         prepare_folders(checkpoints, plots, keep=resumed is not None)
