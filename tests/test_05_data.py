@@ -317,7 +317,7 @@ def test_a_picture_that_is_also_held_out_leaves_the_training_list(tmp_path):
     shutil.copy(root / "JPEGImages" / "a.jpg", root / "JPEGImages" / "c.jpg")
     data = ssd.load_data(str(root), val_split="val")
     assert [[r.image_id for r in part] for part in (data.train, data.val)] == [["b"], ["c"]]
-    assert "a.jpg is " in data.notes[0]
+    assert "a.jpg has the pixels of " in data.notes[0]
 
 
 def test_an_object_that_no_anchor_overlaps_by_half_is_kept_and_counted(tmp_path):
