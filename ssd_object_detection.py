@@ -752,13 +752,12 @@ def finish_audit(facts, findings, allow_bad_data):
     """Write each folder's audit.json; raises InputError, after the table, for images that cannot be used."""
     for root, files in facts.items():
         write_audit(root, files, findings)
-    bad = [place for kind, places in findings.items() if AUDIT_KINDS[kind] is None for place in places]
+    bad = [(kind, place) for kind, places in findings.items() if AUDIT_KINDS[kind] is None for place in places]
     if bad and allow_bad_data:
-        print(f"--allow-bad-data leaves out {len(bad)} image(s), such as: {bad[0]}", flush=True)
+        print(f"--allow-bad-data leaves out {len(bad)} image(s), such as: {bad[0][1]}", flush=True)
     elif bad:
         print(*audit_table(findings), sep="\n", flush=True)
-        kind = next(kind for kind, places in findings.items() if bad[0] in places)
-        raise InputError(f"{kind}: {bad[0]}{f', and {len(bad) - 1} more' if len(bad) > 1 else ''}: see "
+        raise InputError(f"{': '.join(bad[0])}{f', and {len(bad) - 1} more' if len(bad) > 1 else ''}: see "
                          f"{' and '.join(str(Path(root) / 'audit.json') for root in facts)}; mend the data, or leave "
                          "such images out with --allow-bad-data")
 

@@ -93,8 +93,6 @@ def atss_match(gt_boxes, gt_labels, anchors_xyxy, match_iou_thresh=0.5, *, neare
     standard deviation of their IoUs; a positive's centre lies inside its object. Each object still owns one anchor.
     """
     centres = (anchors_xyxy[:, :2] + anchors_xyxy[:, 2:]) / 2
-    per_map = [cells**2 * (2 + 2 * len(ratios))
-               for cells, ratios in zip(ssd.FEATURE_MAPS, ssd.ASPECT_RATIOS, strict=True)]
     matched_gt = gt_labels.new_full((len(gt_labels), len(anchors_xyxy)), -1, dtype=torch.int64)
     for row, boxes, labels in zip(matched_gt, gt_boxes, gt_labels, strict=True):
         gts = (labels > 0).nonzero()[:, 0]
@@ -105,8 +103,9 @@ def atss_match(gt_boxes, gt_labels, anchors_xyxy, match_iou_thresh=0.5, *, neare
         middle = (boxes[:, :2] + boxes[:, 2:]) / 2
         distance = torch.cdist(middle, centres)
         is_candidate, start = torch.zeros_like(iou, dtype=torch.bool), 0
-        for count, ratios in zip(per_map, ssd.ASPECT_RATIOS, strict=True):
-            wanted = min(count, nearest * (2 + 2 * len(ratios)))
+        for cells, sizes in zip(ssd.FEATURE_MAPS, ssd.ANCHOR_SIZES, strict=True):
+            count = cells**2 * len(sizes)
+            wanted = min(count, nearest * len(sizes))
             chosen = start + distance[:, start : start + count].topk(wanted, dim=1, largest=False).indices
             is_candidate.scatter_(1, chosen, True)
             start += count
