@@ -1181,8 +1181,8 @@ class SSD300(nn.Module):
             nn.Sequential(*conv(ch(256), ch(128), 1), *conv(ch(128), ch(256), stride=2, padding=0)),  # 5 -> 2
         ])
         map_channels = [ch(c) for c in (512, 512, 1024, 512, 256, 256)]
-        per_cell = map(len, anchor_sizes)
-        pairs = list(zip(map_channels, per_cell, strict=True))
+        self.anchors_per_cell = [len(sizes) for sizes in anchor_sizes]
+        pairs = list(zip(map_channels, self.anchors_per_cell, strict=True))
         self.cls_heads = nn.ModuleList(nn.Conv2d(c, n * (num_classes + 1), 3, padding=1) for c, n in pairs)
         self.box_heads = nn.ModuleList(nn.Conv2d(c, n * 4, 3, padding=1) for c, n in pairs)
         self.register_buffer("anchors", make_anchors(anchor_sizes, clip=clip_anchors))
@@ -1451,6 +1451,19 @@ def detect(
     return results
 
 
+def average_with_mirror(model, images, outputs):
+    """Return a model's outputs for images, averaged with those for their mirror images: probabilities and offsets."""
+    def mirrored(values):  # (B, A, n): each row of cells the other way round
+        maps = values.split([c * c * n for c, n in zip(FEATURE_MAPS, model.anchors_per_cell, strict=True)], dim=1)
+        rows = (part.view(len(part), cells, cells, -1, part.shape[-1])
+                for part, cells in zip(maps, FEATURE_MAPS, strict=True))
+        return torch.cat([part.flip(2).flatten(1, 3) for part in rows], dim=1)
+
+    cls_logits, box_deltas = map(mirrored, model(images.flip(3)))
+    scores = (F.softmax(outputs[0], dim=-1) + F.softmax(cls_logits, dim=-1)) / 2
+    return scores.log(), (outputs[1] + box_deltas * box_deltas.new_tensor([-1, 1, 1, 1])) / 2
+
+
 # ---- 10. Evaluation ----
 
 
@@ -1717,12 +1730,13 @@ def score_detections(detections, records, num_classes):
 
 
 @torch.no_grad()
-def evaluate(model, loader, *, amp_dtype=None, criterion=None, **settings):
+def evaluate(model, loader, *, amp_dtype=None, criterion=None, flip_average=False, **settings):
     """Run a model over a loader of a VocDataset and score it by the VOC rules at IoU .5.
 
     Returns {"map_area", "map11", "classes": as evaluate_voc, "detections": as it takes them}, and with a criterion
-    (outputs, batch -> losses) the means "loss", "loss_cls", "loss_box". settings: of `detect`. Classes without
-    ground truth are left out of the mean APs, which are NaN if no class has any.
+    (outputs, batch -> losses) the means "loss", "loss_cls", "loss_box". flip_average: detections, but not losses, are
+    of `average_with_mirror`. settings: of `detect`. Classes without ground truth are left out of the mean APs, which
+    are NaN if no class has any.
     """
     model.eval()
     device, records, parts, losses = model.anchors.device, loader.dataset.records, collections.defaultdict(list), {}
@@ -1730,10 +1744,11 @@ def evaluate(model, loader, *, amp_dtype=None, criterion=None, **settings):
         batch = to_device(batch, device)
         with autocast(device, amp_dtype):
             outputs = model(batch["images"])
+            final = average_with_mirror(model, batch["images"], outputs) if flip_average else outputs
         if criterion is not None:
             for name, value in criterion(outputs, batch).items():
                 losses[name] = losses.get(name, 0.0) + value.item() * len(batch["images"]) / len(records)
-        found = detect(*outputs, model.anchors, **settings)
+        found = detect(*final, model.anchors, **settings)
         for index, (boxes, labels, scores) in zip(batch["indices"].tolist(), found, strict=True):
             size = np.array([records[index].width, records[index].height] * 2)
             parts["image_ids"].append(np.full(len(labels), index))
@@ -2610,7 +2625,7 @@ class Saver:
 def fit(state, loaders, recipe, *, amp_dtype, saver, settings, redraw, stop):
     """Train until the epochs or the patience run out, writing checkpoints and metrics.jsonl after every epoch.
 
-    loaders: training, and validation or None. settings: of `detect`. redraw(state) draws the plots. A signal (stop:
+    loaders: training, and validation or None. settings: of `evaluate`. redraw(state) draws the plots. A signal (stop:
     StopSignals) or an error ends the run after last.pth is written. Returns the path of the checkpoint to test:
     best.pth, or last.pth if nothing was held out or best.pth is lost. Raises InputError if in the end a checkpoint
     cannot be written.
@@ -2773,7 +2788,7 @@ class Detector:
 
         Other threads open and shrink the next images while the network works. classes: names to report, None for
         all; settings: score_thresh (None: that of each class in self.score_thresh), nms_iou_thresh, max_detections,
-        see `detect`.
+        see `detect`, and flip_average, see `evaluate`.
         """
         labels, opened = self.labels_of(classes), ahead(self._open, images, depth=2 * batch_size)
         for batch in iter(lambda: list(itertools.islice(opened, batch_size)), []):
@@ -2795,7 +2810,8 @@ class Detector:
         return picture, self._resize(image=np.asarray(picture))["image"]
 
     @torch.inference_mode()
-    def _detect(self, pictures, arrays, wanted, score_thresh=None, max_detections=MAX_DETECTIONS, **more):
+    def _detect(self, pictures, arrays, wanted, score_thresh=None, max_detections=MAX_DETECTIONS, flip_average=False,
+                **more):
         """Return the Detections of the wanted labels in pictures, of which arrays are 300x300 copies."""
         anchors, results = self.model.anchors, []
         if score_thresh is None:
@@ -2803,6 +2819,8 @@ class Detector:
         batch = to_device({"images": torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)}, anchors.device)
         with autocast(anchors.device, self.amp_dtype):
             outputs = self.model(batch["images"])
+            if flip_average:
+                outputs = average_with_mirror(self.model, batch["images"], outputs)
         found = detect(*outputs, anchors, score_thresh=score_thresh, max_detections=None, **more)
         for picture, (boxes, labels, scores) in zip(pictures, found, strict=True):
             keep = torch.isin(labels, labels.new_tensor(wanted)).nonzero()[:max_detections, 0]
@@ -3153,6 +3171,8 @@ def build_parser():
              f"list, {DRAW_SCORE_THRESH} where there was none)")
     add("--nms-iou", type=unit_interval, default=NMS_IOU_THRESH, help="IoU from which the lower score of a class goes")
     add("--max-detections", type=positive_int, default=MAX_DETECTIONS, help="most detections an image")
+    add("--flip-average", action="store_true",
+        help="average each picture's output with that of its mirror image, in twice the time, to measure and predict")
     return parser
 
 
@@ -3248,9 +3268,10 @@ def load_splits(args):
 
 
 def detect_settings(args, score_thresh):
-    """Return the settings of `detect`, with a threshold for where no flag gives one."""
+    """Return the settings of `evaluate` and `predict`, with a threshold for where no flag gives one."""
     thresh = score_thresh if args.score_thresh is None else args.score_thresh
-    return {"score_thresh": thresh, "nms_iou_thresh": args.nms_iou, "max_detections": args.max_detections}
+    return {"score_thresh": thresh, "nms_iou_thresh": args.nms_iou, "max_detections": args.max_detections,
+            "flip_average": args.flip_average}
 
 
 def build_state(args, num_classes, device, resumed=None):
@@ -3375,9 +3396,10 @@ def finish_training(args, data, chosen, gallery, *, device, amp_dtype):
     if data.test:
         loader = make_loader(VocDataset(data.test, build_transform(train=False)), batch_size=args.batch_size,
                              workers=args.workers, pin_memory=device.type == "cuda")
-        result = evaluate(model, loader, amp_dtype=amp_dtype, **detect_settings(args, SCORE_THRESH))
+        settings = detect_settings(args, SCORE_THRESH)
+        result = evaluate(model, loader, amp_dtype=amp_dtype, **settings)
         final["test"], summary = report(result, data.test, data.classes, Path(args.output_dir) / "plots" / "evaluation",
-                                        checkpoint=str(path), data=args.data, split=args.test_split)
+                                        checkpoint=str(path), data=args.data, split=args.test_split, detection=settings)
     save_checkpoint(path, final)
     return path, final, summary
 
@@ -3463,7 +3485,7 @@ def run_evaluation(args, checkpoint):
         folder.mkdir(parents=True, exist_ok=True)
         write_devkit_files(folder, args.test_split, result["detections"], data.test, data.classes)
     _, summary = report(result, data.test, data.classes, plots / "evaluation", checkpoint=args.evaluate,
-                        data=args.data, split=args.test_split)
+                        data=args.data, split=args.test_split, detection=detect_settings(args, SCORE_THRESH))
     draw_gallery(model, make_gallery_loader(data.test), data.classes, plots / "predictions.png",
                  amp_dtype=pick_amp_dtype(model.anchors.device, args.amp), title=Path(args.evaluate).name)
     print(summary)

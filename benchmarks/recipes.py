@@ -62,6 +62,7 @@ VARIANTS = {
     # Anchors and matching
     "clipped anchors": "--clip-anchors",
     "suggested anchors": "--anchors SUGGESTED",
+    "suggested anchors, mining": "--anchors SUGGESTED --loss multibox",
     "suggested anchors, 28 epochs": "--anchors SUGGESTED --epochs 28",
     "match IoU .4": "--match-iou .4",
     "match IoU .45": "--match-iou .45",
@@ -75,6 +76,8 @@ VARIANTS = {
     "no colour": "--color 0",
     "no shadow, noise, blur": "--shadow 0 --noise 0 --blur 0",
     "turns by 90 degrees": "--trial turns",
+    "upside down": "--trial upside-down",
+    "plain last epochs": "--trial plain-end",
     "mosaic": "--trial mosaic",
     "mixup": "--trial mixup",
     # Optimisation

@@ -185,6 +185,28 @@ class Mixup(Mixed):
         return {"image": image, "index": first["index"], **both}
 
 
+class PlainEnd(ssd.VocDataset):
+    """In the last epochs training samples are flipped and nothing else (Ge et al. 2021, "YOLOX", section 2.1)."""
+
+    plain_from = math.inf
+    plain = ssd.build_transform(train=True, zoom_out=0, crop=0, color=0, shadow=0, noise=0, blur=0)
+
+    def __getitem__(self, key):
+        if isinstance(key, tuple) and key[1] >= self.plain_from:
+            self.transform = self.plain
+        return super().__getitem__(key)
+
+
+def plain_end(share=0.15):
+    """Return a patch: the last `share` of the epochs, one at least, are a `PlainEnd`."""
+    def make_loaders(args, data, *, plain=ssd.make_loaders, **options):
+        loaders = plain(args, data, **options)
+        loaders[0].dataset.plain_from = args.epochs - max(1, round(share * args.epochs))
+        return loaders
+
+    return {"VocDataset": PlainEnd, "make_loaders": make_loaders}
+
+
 # ---- Detection ----
 
 
@@ -257,28 +279,6 @@ def voting_nms(boxes, scores, thresh, *, agree=0.7):
     return weight @ boxes / weight.sum(dim=1, keepdim=True), scores[kept]
 
 
-class FlipAveraged(ssd.SSD300):
-    """In evaluation, each picture's outputs beside those of its mirror image, as twice the anchors."""
-
-    def forward(self, images):
-        outputs = super().forward(images)
-        if self.training:
-            return outputs
-        cls_logits, box_deltas = super().forward(images.flip(3))
-        boxes = ssd.decode(box_deltas, self.anchors)
-        mirrored = torch.stack((1 - boxes[..., 2], boxes[..., 1], 1 - boxes[..., 0], boxes[..., 3]), dim=-1)
-        at = mirror_of(self.anchors)
-        return ((outputs[0].softmax(dim=-1) + cls_logits[:, at].softmax(dim=-1)).div(2).log(),
-                (outputs[1] + ssd.encode(mirrored[:, at], self.anchors)) / 2)
-
-
-def mirror_of(anchors):
-    """Return (A,) int64: the anchor whose mirror image each anchor is; on a centred grid there always is one."""
-    mirrored = anchors.clone()
-    mirrored[:, 0] = 1 - mirrored[:, 0]
-    return torch.cdist(anchors, mirrored, p=1).argmin(dim=1)
-
-
 # What each trial puts in place of names of the module.
 TRIALS = {
     "giou": iou_box_loss(ops.generalized_box_iou_loss),
@@ -292,10 +292,12 @@ TRIALS = {
     "turns": add_step(A.RandomRotate90(p=1.0)),
     "mosaic": {"VocDataset": Mosaic},
     "mixup": {"VocDataset": Mixup},
+    "plain-end": plain_end(),
+    "upside-down": add_step(A.VerticalFlip(p=0.5)),
     "soft-nms": suppression(soft_nms),
     "diou-nms": suppression(diou_nms),
     "voting": suppression(voting_nms),
-    "flip": {"SSD300": FlipAveraged},
+    "flip": {"evaluate": functools.partial(ssd.evaluate, flip_average=True)},
     "top-400": {"PRE_NMS_TOP_K": 400},
     **{f"nms-{t}": {"detect": functools.partial(ssd.detect, nms_iou_thresh=float(t))} for t in (".4", ".5", ".55")},
 }

@@ -174,3 +174,54 @@ def test_detection_leaves_no_gradient():
     ((boxes, _, scores),) = ssd.detect(logits, torch.zeros(1, 2, 4), anchors_of(BOXES[:2]))
     assert not boxes.requires_grad
     assert not scores.requires_grad
+
+
+class Pointing(torch.nn.Module):
+    """A network whose anchor n says of the pixel above it: class 1 by its brightness; centred, of the anchor's size."""
+
+    anchors_per_cell = (4, 6, 6, 6, 4, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("anchors", ssd.make_anchors())
+
+    def forward(self, images):
+        x, y = (self.anchors[:, :2] * 300).long().unbind(dim=1)
+        bright = images[:, 0, y, x].float() / 20
+        return (torch.stack((-bright, bright, torch.zeros_like(bright)), dim=-1),
+                torch.cat(((0.5 - self.anchors[:, :1]), self.anchors[:, 1:]), dim=1).expand(len(images), -1, -1))
+
+
+def test_the_mean_with_the_mirror_image_pairs_each_anchor_with_its_reflection():
+    model = Pointing()
+    side = torch.arange(300, dtype=torch.uint8).expand(1, 3, 300, 300)  # 0 to 255, then again from 0
+    images = torch.minimum(side, side.flip(3)).contiguous()  # its own mirror image, but for what an anchor's pixel is
+    logits, deltas = ssd.average_with_mirror(model, images, model(images))
+    torch.testing.assert_close(logits.softmax(dim=-1), model(images)[0].softmax(dim=-1), rtol=0, atol=0.02)
+    # A reflection has the same height, width and cy; its horizontal offset changes its sign, as it does on the way.
+    torch.testing.assert_close(deltas, model(images)[1])
+
+
+def test_a_picture_and_its_mirror_image_have_mirrored_detections():
+    torch.manual_seed(0)
+    model = ssd.SSD300(2, width=0.0625, anchor_sizes=[[(0.1, 0.2)] * n for n in (1, 2, 3, 1, 2, 3)]).eval()
+    images = torch.randint(0, 256, (2, 3, 300, 300), dtype=torch.uint8)
+    with torch.no_grad():
+        here, there = (ssd.average_with_mirror(model, x, model(x)) for x in (images, images.flip(3)))
+        plain = ssd.detect(*model(images), model.anchors, max_detections=20)
+        found = [ssd.detect(*outputs, model.anchors, max_detections=20) for outputs in (here, there)]
+    for (boxes, labels, scores), (boxes_there, labels_there, scores_there), other in zip(*found, plain, strict=True):
+        torch.testing.assert_close(scores, scores_there, rtol=1e-4, atol=1e-5)
+        assert labels.tolist() == labels_there.tolist()
+        back = torch.stack((1 - boxes_there[:, 2], boxes_there[:, 1], 1 - boxes_there[:, 0], boxes_there[:, 3]), dim=1)
+        torch.testing.assert_close(boxes, back, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(scores, other[2], atol=1e-4)
+
+
+def test_the_mean_of_certain_scores_is_finite_where_it_counts():
+    model = Pointing()
+    outputs = torch.full((1, len(model.anchors), 3), -1e4), torch.zeros(1, len(model.anchors), 4)
+    outputs[0][..., 0] = 1e4
+    model.forward = lambda images: outputs
+    logits, _ = ssd.average_with_mirror(model, torch.zeros(1, 3, 300, 300), outputs)
+    assert torch.equal(logits.softmax(dim=-1)[0, :, 0], torch.ones(len(model.anchors)))

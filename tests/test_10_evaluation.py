@@ -594,6 +594,26 @@ def test_settings_reach_detect(records):
     assert len(ssd.evaluate(model, loader_of(records), score_thresh=0.9999)["detections"]["scores"]) == 0
 
 
+def test_the_mirror_image_is_averaged_in_for_detections_but_not_for_losses(records, monkeypatch):
+    seen = []
+
+    def averaged(model, images, outputs):
+        seen.append(len(images))
+        return outputs[0] * 0 - torch.tensor([0.0, 9, 9]), outputs[1]
+
+    monkeypatch.setattr(ssd, "average_with_mirror", averaged)
+    model, loader = Stub(perfect_answers(records), num_classes=2), loader_of(records, batch_size=2)
+
+    def criterion(outputs, batch):
+        return {"loss": outputs[0].amax()}
+
+    plain, both = (ssd.evaluate(model, loader, criterion=criterion, flip_average=f) for f in (False, True))
+    assert seen == [2, 2, 1]
+    assert both["loss"] == plain["loss"]
+    assert len(plain["detections"]["labels"]) == 8
+    assert len(both["detections"]["labels"]) == 0
+
+
 def test_losses_are_means_over_the_images(records):
     model = Stub(perfect_answers(records), num_classes=2)
 

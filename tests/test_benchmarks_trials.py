@@ -143,6 +143,18 @@ def test_mixed_sets_mix_in_training_only_and_by_seed(tiny_voc):
         assert 4 < sum(counts) < 28
 
 
+def test_the_plain_end_shows_the_last_epochs_pictures_as_they_are_or_mirrored(tiny_voc):
+    args = ssd.parse_args(["--data", str(tiny_voc), "--epochs", "20", "--val-fraction", "0", "--workers", "0"])
+    with trials.applied("plain-end"):
+        dataset = ssd.make_loaders(args, ssd.load_splits(args), pin_memory=False)[0].dataset
+        early = [dataset[0, epoch]["image"] for epoch in range(4)]
+        late = [dataset[0, epoch]["image"] for epoch in range(17, 20)]
+        image = ssd.VocDataset(dataset.records, ssd.build_transform(train=False))[0]["image"]
+    is_plain = [[torch.equal(x, image) or torch.equal(x, image.flip(2)) for x in part] for part in (early, late)]
+    assert all(is_plain[1])
+    assert not any(is_plain[0])
+
+
 def test_turns_keep_objects_with_their_pixels():
     image = np.zeros((300, 300, 3), np.uint8)
     image[30:60, 150:240] = 255
@@ -198,17 +210,3 @@ def test_suppression_that_drops_what_nms_drops_is_detect_itself():
     for one, two in zip(ssd.detect(logits, deltas, ANCHORS), again["detect"](logits, deltas, ANCHORS), strict=True):
         for a, b in zip(one, two, strict=True):
             torch.testing.assert_close(a, b)
-
-
-def test_flip_averaging_gives_the_same_for_a_picture_and_its_mirror_image():
-    torch.manual_seed(0)
-    model = trials.FlipAveraged(2, width=0.0625).eval()
-    images = torch.randint(0, 256, (1, 3, 300, 300), dtype=torch.uint8)
-    at = trials.mirror_of(model.anchors)
-    assert torch.equal(at[at], torch.arange(len(at)))
-    with torch.no_grad():
-        here, there = model(images), model(images.flip(3))
-    torch.testing.assert_close(there[0][:, at], here[0], rtol=1e-4, atol=1e-4)
-    mirrored = here[1] * torch.tensor([-1.0, 1, 1, 1])
-    torch.testing.assert_close(there[1][:, at], mirrored, rtol=1e-3, atol=1e-3)
-    assert model.train()(torch.cat((images, images)))[0].shape[1] == len(at)
