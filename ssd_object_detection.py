@@ -2679,6 +2679,19 @@ def fit(state, loaders, recipe, *, amp_dtype, saver, settings, redraw, stop):
     return best if val_loader is not None and best.is_file() else folder / "last.pth"
 
 
+def sparingly(function, share=0.05):
+    """Return a function that calls another, or does nothing where that would take more than `share` of the time."""
+    due = 0.0
+
+    def call(*values):
+        nonlocal due
+        if (began := time.perf_counter()) >= due:
+            function(*values)
+            due = (now := time.perf_counter()) + (now - began) / share
+
+    return call
+
+
 def draw_gallery(model, loader, classes, path, *, amp_dtype, title):
     """Write predictions.png: a model's detections on the loader's images, with the truth dashed."""
     records = loader.dataset.records
@@ -3442,9 +3455,13 @@ def run_training(args, stop, resumed=None):
     gallery = functools.partial(draw_gallery, loader=gallery_loader, classes=data.classes,
                                 path=plots / "predictions.png", amp_dtype=amp_dtype)
 
-    def redraw(state):
+    def draw_curves():
         save_figure(plot_losses(state.history), plots / "loss.png")
         save_figure(plot_training(state.history), plots / "training.png")
+
+    @sparingly
+    def redraw(state):
+        draw_curves()
         gallery(state.ema.model, title=f"After epoch {state.epoch}")
 
     prepare_speed(args, state, amp_dtype=amp_dtype, batch_size=train_loader.batch_sampler.batch_size // world,
@@ -3454,6 +3471,7 @@ def run_training(args, stop, resumed=None):
                  redraw=redraw if rank == 0 else lambda state: None, stop=stop)
     if rank > 0:
         return 0
+    draw_curves()
     path, final, summary = finish_training(args, data, chosen, gallery, device=device, amp_dtype=amp_dtype)
     seconds = time.perf_counter() - began
     write_json(checkpoints / "run.json", record | {"test": final.get("test"), "chosen": chosen.name, "wall_s": seconds})

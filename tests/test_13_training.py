@@ -718,3 +718,18 @@ def test_a_run_resumed_without_its_best_checkpoint_says_so_and_measures_the_best
         assert f"{lone / 'best.pth'} of epoch {epochs} is missing" in said
         assert (lone / "best.pth").is_file() == (epochs == 1)
         assert ssd.load_checkpoint(lone / "ssd_tiny_set_final.pth")["metrics"]["epoch"] == 2
+
+
+def test_what_is_done_sparingly_takes_its_share_of_the_time_at_most(monkeypatch):
+    clock, calls = [100.0], []
+    monkeypatch.setattr(ssd.time, "perf_counter", lambda: clock[0])
+
+    def slow(value):
+        calls.append((value, clock[0]))
+        clock[0] += 2.0
+
+    slow = ssd.sparingly(slow, share=0.1)
+    for value in range(100):
+        slow(value)
+        clock[0] += 1.0
+    assert calls == [(0, 100.0), (20, 122.0), (40, 144.0), (60, 166.0), (80, 188.0)]  # 20 s of other work between

@@ -509,7 +509,8 @@ def run(args, checkpoint):
     folder = plots / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     _, summary = ssd.report(result, data.test, data.classes, folder, checkpoint=args.evaluate, data=args.data,
-                            split=args.test_split, analysis=numbers)
+                            split=args.test_split, detection=ssd.detect_settings(args, ssd.SCORE_THRESH),
+                            analysis=numbers)
     print(f"\n{tables(numbers)}\n")
     ssd.save_figure(plot_errors(numbers["tide"]), folder / "errors.png")
     ssd.save_figure(plot_sizes(numbers["sizes"]), folder / "sizes.png")
