@@ -94,7 +94,7 @@ VARIANTS = {
     "36 epochs": "--epochs 36",
     "paper": "--recipe paper --warmup-epochs 1",
 }
-DETECTION_TRIALS = ("soft-nms", "diou-nms", "voting", "flip", "top-400", "nms-.4", "nms-.5")
+DETECTION_TRIALS = ("soft-nms", "diou-nms", "voting", "flip", "four-flips", "top-400", "nms-.4", "nms-.5")
 FIGURES = ("map_area", "map11", "coco_ap", "ap75", "pooled_map_area", "pooled_coco_ap", "seconds")
 MEASURING = threading.Lock()
 

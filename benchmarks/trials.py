@@ -297,7 +297,8 @@ TRIALS = {
     "soft-nms": suppression(soft_nms),
     "diou-nms": suppression(diou_nms),
     "voting": suppression(voting_nms),
-    "flip": {"evaluate": functools.partial(ssd.evaluate, flip_average=True)},
+    "flip": {"evaluate": functools.partial(ssd.evaluate, flip_average="horizontal")},
+    "four-flips": {"evaluate": functools.partial(ssd.evaluate, flip_average="both")},
     "top-400": {"PRE_NMS_TOP_K": 400},
     **{f"nms-{t}": {"detect": functools.partial(ssd.detect, nms_iou_thresh=float(t))} for t in (".4", ".5", ".55")},
 }

@@ -196,32 +196,43 @@ def test_the_mean_with_the_mirror_image_pairs_each_anchor_with_its_reflection():
     model = Pointing()
     side = torch.arange(300, dtype=torch.uint8).expand(1, 3, 300, 300)  # 0 to 255, then again from 0
     images = torch.minimum(side, side.flip(3)).contiguous()  # its own mirror image, but for what an anchor's pixel is
-    logits, deltas = ssd.average_with_mirror(model, images, model(images))
+    logits, deltas = ssd.average_with_flips(model, images, model(images), "horizontal")
     torch.testing.assert_close(logits.softmax(dim=-1), model(images)[0].softmax(dim=-1), rtol=0, atol=0.02)
     # A reflection has the same height, width and cy; its horizontal offset changes its sign, as it does on the way.
     torch.testing.assert_close(deltas, model(images)[1])
 
 
-def test_a_picture_and_its_mirror_image_have_mirrored_detections():
+@pytest.mark.parametrize(("flips", "dims"), [("horizontal", [3]), ("both", [3]), ("both", [2]), ("both", [2, 3])])
+def test_a_picture_and_its_flipped_image_have_flipped_detections(flips, dims):
     torch.manual_seed(0)
     model = ssd.SSD300(2, width=0.0625, anchor_sizes=[[(0.1, 0.2)] * n for n in (1, 2, 3, 1, 2, 3)]).eval()
     images = torch.randint(0, 256, (2, 3, 300, 300), dtype=torch.uint8)
     with torch.no_grad():
-        here, there = (ssd.average_with_mirror(model, x, model(x)) for x in (images, images.flip(3)))
+        here, there = (ssd.average_with_flips(model, x, model(x), flips) for x in (images, images.flip(dims)))
         plain = ssd.detect(*model(images), model.anchors, max_detections=20)
         found = [ssd.detect(*outputs, model.anchors, max_detections=20) for outputs in (here, there)]
-    for (boxes, labels, scores), (boxes_there, labels_there, scores_there), other in zip(*found, plain, strict=True):
+    for (boxes, labels, scores), (x1_y1_x2_y2, labels_there, scores_there), other in zip(*found, plain, strict=True):
         torch.testing.assert_close(scores, scores_there, rtol=1e-4, atol=1e-5)
         assert labels.tolist() == labels_there.tolist()
-        back = torch.stack((1 - boxes_there[:, 2], boxes_there[:, 1], 1 - boxes_there[:, 0], boxes_there[:, 3]), dim=1)
-        torch.testing.assert_close(boxes, back, rtol=1e-4, atol=1e-4)
+        x1, y1, x2, y2 = x1_y1_x2_y2.unbind(dim=1)
+        x1, x2 = (1 - x2, 1 - x1) if 3 in dims else (x1, x2)
+        y1, y2 = (1 - y2, 1 - y1) if 2 in dims else (y1, y2)
+        torch.testing.assert_close(boxes, torch.stack((x1, y1, x2, y2), dim=1), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(scores, other[2], atol=1e-4)
 
 
-def test_the_mean_of_certain_scores_is_finite_where_it_counts():
+def test_without_flips_the_outputs_are_passed_on_and_other_names_are_refused():
+    outputs = object()
+    assert ssd.average_with_flips(Pointing(), torch.zeros(1, 3, 300, 300), outputs, "off") is outputs
+    with pytest.raises(ValueError, match="one of off, horizontal, both, not 'vertical'"):
+        ssd.average_with_flips(Pointing(), torch.zeros(1, 3, 300, 300), outputs, "vertical")
+
+
+@pytest.mark.parametrize("flips", ["horizontal", "both"])
+def test_the_mean_of_certain_scores_is_finite_where_it_counts(flips):
     model = Pointing()
     outputs = torch.full((1, len(model.anchors), 3), -1e4), torch.zeros(1, len(model.anchors), 4)
     outputs[0][..., 0] = 1e4
     model.forward = lambda images: outputs
-    logits, _ = ssd.average_with_mirror(model, torch.zeros(1, 3, 300, 300), outputs)
+    logits, _ = ssd.average_with_flips(model, torch.zeros(1, 3, 300, 300), outputs, flips)
     assert torch.equal(logits.softmax(dim=-1)[0, :, 0], torch.ones(len(model.anchors)))

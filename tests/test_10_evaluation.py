@@ -594,21 +594,23 @@ def test_settings_reach_detect(records):
     assert len(ssd.evaluate(model, loader_of(records), score_thresh=0.9999)["detections"]["scores"]) == 0
 
 
-def test_the_mirror_image_is_averaged_in_for_detections_but_not_for_losses(records, monkeypatch):
+def test_flips_are_averaged_in_for_detections_but_not_for_losses(records, monkeypatch):
     seen = []
 
-    def averaged(model, images, outputs):
-        seen.append(len(images))
+    def averaged(model, images, outputs, flips):
+        if flips == "off":
+            return outputs
+        seen.append((len(images), flips))
         return outputs[0] * 0 - torch.tensor([0.0, 9, 9]), outputs[1]
 
-    monkeypatch.setattr(ssd, "average_with_mirror", averaged)
+    monkeypatch.setattr(ssd, "average_with_flips", averaged)
     model, loader = Stub(perfect_answers(records), num_classes=2), loader_of(records, batch_size=2)
 
     def criterion(outputs, batch):
         return {"loss": outputs[0].amax()}
 
-    plain, both = (ssd.evaluate(model, loader, criterion=criterion, flip_average=f) for f in (False, True))
-    assert seen == [2, 2, 1]
+    plain, both = (ssd.evaluate(model, loader, criterion=criterion, flip_average=f) for f in ("off", "both"))
+    assert seen == [(2, "both"), (2, "both"), (1, "both")]
     assert both["loss"] == plain["loss"]
     assert len(plain["detections"]["labels"]) == 8
     assert len(both["detections"]["labels"]) == 0

@@ -189,16 +189,17 @@ def test_the_settings_reach_detection(detector, picture):
     assert detector.predict(picture, score_thresh=best[3], max_detections=50).scores == best[:4]
 
 
-def test_with_flip_averaging_a_mirrored_picture_gives_mirrored_boxes(detector, picture):
-    picture = picture.resize((300, 300))  # so that nothing is rounded otherwise in the mirror image
-    mirrored = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+@pytest.mark.parametrize(("flips", "turn"), [("horizontal", "FLIP_LEFT_RIGHT"), ("both", "FLIP_TOP_BOTTOM")])
+def test_with_flip_averaging_a_flipped_picture_gives_flipped_boxes(detector, picture, flips, turn):
+    picture = picture.resize((300, 300))  # so that nothing is rounded otherwise in the flipped image
+    flipped = picture.transpose(Image.Transpose[turn])
     plain = detector.predict(picture, **EVERYTHING)
-    here, there = (detector.predict(p, flip_average=True, **EVERYTHING) for p in (picture, mirrored))
+    here, there = (detector.predict(p, flip_average=flips, **EVERYTHING) for p in (picture, flipped))
     assert here.scores[:10] == pytest.approx(there.scores[:10], abs=1e-4)
     assert here.scores[:10] != pytest.approx(plain.scores[:10], abs=1e-4)
     x1, y1, x2, y2 = here.boxes_px[:10].T
-    np.testing.assert_allclose(np.stack((picture.width - x2, y1, picture.width - x1, y2), 1), there.boxes_px[:10],
-                               atol=0.1)
+    back = (300 - x2, y1, 300 - x1, y2) if turn == "FLIP_LEFT_RIGHT" else (x1, 300 - y2, x2, 300 - y1)
+    np.testing.assert_allclose(np.stack(back, 1), there.boxes_px[:10], atol=0.1)
 
 
 def test_a_loaded_detector_is_the_averaged_network_in_evaluation_mode(tiny_run, detector):

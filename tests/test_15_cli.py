@@ -5,6 +5,7 @@ import contextlib
 import errno
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -714,8 +715,8 @@ def test_evaluating_the_final_checkpoint_repeats_the_test_line(tiny_run, tmp_pat
     assert numbers["coco"]["per_class"].keys() == {"angular", "round"}
     assert (numbers["checkpoint"], numbers["split"], numbers["num_images"]) == (str(tiny_run.final), "test", 4)
     assert numbers["detection"] == {"score_thresh": 0.001, "nms_iou_thresh": 0.45, "max_detections": 200,
-                                    "flip_average": False}
-    assert final["test"]["detection"]["flip_average"] is False
+                                    "flip_average": "off"}
+    assert final["test"]["detection"]["flip_average"] == "off"
     for name in ("evaluation/precision_recall", "evaluation/confusion", "predictions"):
         png(tmp_path / "plots" / f"{name}.png")
     assert not (tmp_path / "checkpoints").exists()
@@ -723,14 +724,14 @@ def test_evaluating_the_final_checkpoint_repeats_the_test_line(tiny_run, tmp_pat
 
 def test_flip_averaging_is_measured_where_it_is_asked_for(tiny_run, tmp_path, capsys):
     found = []
-    for name, flags in (("plain", []), ("averaged", ["--flip-average"])):
+    for name, flags in (("plain", []), ("two", ["--flip-average", "horizontal"]), ("four", ["--flip-average", "both"])):
         argv = ["--evaluate", str(tiny_run.final), "--output-dir", str(tmp_path / name), "--device", "cpu", "--workers",
                 "0", "--amp", "off", *flags]
         assert ssd.main(argv) == 0
         found.append(json.loads((tmp_path / name / "plots" / "evaluation" / "evaluation.json").read_text()))
-    assert [f["detection"]["flip_average"] for f in found] == [False, True]
-    assert found[0]["voc"] != found[1]["voc"]
-    assert capsys.readouterr().out.count("Test mAP@.5") == 2
+    assert [f["detection"]["flip_average"] for f in found] == ["off", "horizontal", "both"]
+    assert all(a["voc"] != b["voc"] for a, b in itertools.combinations(found, 2))
+    assert capsys.readouterr().out.count("Test mAP@.5") == 3
 
 
 def test_written_detections_are_scored_like_the_checkpoint(tiny_run, tmp_path, capsys):
