@@ -99,10 +99,10 @@ FIGURES = ("map_area", "map11", "coco_ap", "ap75", "pooled_map_area", "pooled_co
 MEASURING = threading.Lock()
 
 
-def measure(checkpoint, data, splits, trial=None):
+def measure(checkpoint, data, splits, trial=None, **settings):
     """Return the figures of a checkpoint file on several lists of a VOC folder taken together, with a trial in place.
 
-    One at a time: a trial changes the module.
+    settings: of detection, see `ssd.evaluate`. One at a time: a trial changes the module.
     """
     with MEASURING, trials.applied(trial):
         saved = ssd.load_checkpoint(checkpoint)
@@ -112,7 +112,8 @@ def measure(checkpoint, data, splits, trial=None):
         device = ssd.pick_device()
         model = ssd.model_from_checkpoint(saved, checkpoint, device)
         dataset = ssd.VocDataset(records, ssd.build_transform(train=False))
-        result = ssd.evaluate(model, ssd.make_loader(dataset, batch_size=8), amp_dtype=ssd.pick_amp_dtype(device))
+        result = ssd.evaluate(model, ssd.make_loader(dataset, batch_size=8), amp_dtype=ssd.pick_amp_dtype(device),
+                              **settings)
     coco = ssd.evaluate_coco(result["detections"], ssd.truth_of(records), len(saved["classes"]))
     return {"map_area": result["map_area"], "map11": result["map11"], "coco_ap": coco["ap"], "ap75": coco["ap75"],
             "ap_small": coco["ap_small"]}
@@ -171,7 +172,7 @@ def run_one(name, flags, seed, *, folder, threads, pool, data):
             "coco_ap": coco["ap"], "ap75": coco["ap75"], "ap_small": coco["ap_small"], "seconds": time.time() - start,
             "threads": threads, "environment": machine}
     (checkpoint,) = (output / "checkpoints").glob("*_final.pth")
-    return line | (pooled(measure(checkpoint, data, pool, trial)) if pool else {})
+    return line | (pooled(measure(checkpoint, data, pool, trial, **record["test"]["detection"])) if pool else {})
 
 
 def read_lines(path):
