@@ -2707,10 +2707,13 @@ def sparingly(function, share=0.05):
     return call
 
 
-def draw_gallery(model, loader, classes, path, *, amp_dtype, title):
-    """Write predictions.png: a model's detections on the loader's images, with the truth dashed."""
+def draw_gallery(model, loader, classes, path, *, amp_dtype, title, settings):
+    """Write predictions.png: a model's detections on the loader's images, with the truth dashed.
+
+    settings: of `evaluate`; the score threshold is DRAW_SCORE_THRESH.
+    """
     records = loader.dataset.records
-    found = evaluate(model, loader, amp_dtype=amp_dtype, score_thresh=DRAW_SCORE_THRESH)["detections"]
+    found = evaluate(model, loader, amp_dtype=amp_dtype, **settings | {"score_thresh": DRAW_SCORE_THRESH})["detections"]
     boxes_px = found["boxes_px"] - np.array([1, 1, 0, 0])  # VOC pixels -> edges
     mine = [found["image_ids"] == i for i in range(len(records))]
     parts = [(boxes_px[m], found["labels"][m].tolist(), found["scores"][m].tolist()) for m in mine]
@@ -2724,6 +2727,9 @@ def draw_gallery(model, loader, classes, path, *, amp_dtype, title):
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
 HUB_FILES = ("config.json", "model.safetensors")  # what load_detector reads of a published model
+# The flags of detection, by the settings of `evaluate` that they are.
+DETECTION_FLAGS = {"score_thresh": "score_thresh", "nms_iou_thresh": "nms_iou", "max_detections": "max_detections",
+                   "flip_average": "flip_average"}
 
 
 def open_image(source):
@@ -2791,8 +2797,12 @@ def ahead(function, items, *, threads=None, depth=16):
 class Detector:
     """A trained model with its class names; see `load_detector`. Several threads may share one."""
 
-    def __init__(self, model, classes, amp_dtype=None, score_thresh=None):
-        """score_thresh: {class name: threshold} for where `predict` is given none; DRAW_SCORE_THRESH for the others."""
+    def __init__(self, model, classes, amp_dtype=None, score_thresh=None, **settings):
+        """score_thresh: {class name: threshold} for where `predict` is given none; DRAW_SCORE_THRESH for the others.
+
+        settings: what `predict` does without being given, see `stream`.
+        """
+        self.settings = settings
         self.model, self.classes, self.amp_dtype = model.eval(), tuple(classes), amp_dtype
         self.score_thresh = {name: (score_thresh or {}).get(name, DRAW_SCORE_THRESH) for name in self.classes}
         self._resize = resize_transform()
@@ -2816,12 +2826,14 @@ class Detector:
 
         Other threads open and shrink the next images while the network works. classes: names to report, None for
         all; settings: score_thresh (None: that of each class in self.score_thresh), nms_iou_thresh, max_detections,
-        see `detect`, and flip_average, see `evaluate`.
+        see `detect`, and flip_average, see `evaluate`. A checkpoint's detector has those of its run as defaults, but
+        for score_thresh.
         """
         labels, opened = self.labels_of(classes), ahead(self._open, images, depth=2 * batch_size)
         for batch in iter(lambda: list(itertools.islice(opened, batch_size)), []):
             readable = [pair for pair in batch if pair[1] is not None]
-            found = iter(self._detect(*zip(*readable, strict=True), labels, **settings) if readable else ())
+            found = iter(self._detect(*zip(*readable, strict=True), labels, **self.settings | settings) if readable
+                         else ())
             yield from ((picture, None if array is None else next(found)) for picture, array in batch)
 
     def labels_of(self, classes=None):
@@ -2883,7 +2895,7 @@ def load_published(source):
     try:
         content = json.loads((folder / HUB_FILES[0]).read_text(encoding="utf-8"))
         published = {name: content[name] for name in ("format_version", "config", "classes")}
-        published["score_thresh"] = content.get("score_thresh")
+        published |= {"score_thresh": content.get("score_thresh"), "args": content.get("flags", {})}
         return published | {"model": reader.load_file(folder / HUB_FILES[1])}
     except Exception as error:  # whatever is wrong with a foreign file
         raise InputError(f"{source}: not a model of this module ({type(error).__name__}: {error})") from None
@@ -2898,8 +2910,9 @@ def load_detector(source, device="auto", precision="auto"):
     published = Path(source).is_dir() or (is_hub_id and not Path(source).exists())
     checkpoint, device = load_published(source) if published else load_checkpoint(source), pick_device(device)
     model = model_from_checkpoint(checkpoint, source, device)
-    amp_dtype = pick_amp_dtype(device, precision)
-    return Detector(model, checkpoint["classes"], amp_dtype, checkpoint.get("score_thresh"))
+    saved, amp_dtype = checkpoint.get("args", {}), pick_amp_dtype(device, precision)
+    settings = {key: saved[flag] for key, flag in DETECTION_FLAGS.items() if flag in saved and key != "score_thresh"}
+    return Detector(model, checkpoint["classes"], amp_dtype, checkpoint.get("score_thresh"), **settings)
 
 
 def find_inputs(arguments):
@@ -3296,10 +3309,9 @@ def load_splits(args):
 
 
 def detect_settings(args, score_thresh):
-    """Return the settings of `evaluate` and `predict`, with a threshold for where no flag gives one."""
-    thresh = score_thresh if args.score_thresh is None else args.score_thresh
-    return {"score_thresh": thresh, "nms_iou_thresh": args.nms_iou, "max_detections": args.max_detections,
-            "flip_average": args.flip_average}
+    """Return the settings of `evaluate`, with a threshold for where no flag gives one."""
+    settings = {key: getattr(args, flag) for key, flag in DETECTION_FLAGS.items()}
+    return settings | ({"score_thresh": score_thresh} if args.score_thresh is None else {})
 
 
 def build_state(args, num_classes, device, resumed=None):
@@ -3335,7 +3347,9 @@ def report(result, records, classes, folder, **about):
     save_figure(plot_confusion(matrix, classes), folder / "confusion.png")
     numbers = about | {"num_images": len(records)} | summarize(result, coco, matrix, classes)
     write_json(folder / "evaluation.json", numbers)
-    return numbers, f"Test mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point)"
+    flips = about.get("detection", {}).get("flip_average", "off")
+    return numbers, (f"Test mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point)"
+                     f"{'' if flips == 'off' else f', flips averaged: {flips}'}")
 
 
 @contextlib.contextmanager
@@ -3468,7 +3482,8 @@ def run_training(args, stop, resumed=None):
     save_figure(plot_augmentations(train_loader.dataset, data.classes), plots / "augmentations.png")
     save_figure(plot_data(data.train, data.classes, args.anchors or ANCHOR_SIZES), plots / "data.png")
     gallery = functools.partial(draw_gallery, loader=gallery_loader, classes=data.classes,
-                                path=plots / "predictions.png", amp_dtype=amp_dtype)
+                                path=plots / "predictions.png", amp_dtype=amp_dtype,
+                                settings=detect_settings(args, SCORE_THRESH))
 
     def draw_curves():
         save_figure(plot_losses(state.history), plots / "loss.png")
@@ -3520,7 +3535,8 @@ def run_evaluation(args, checkpoint):
     _, summary = report(result, data.test, data.classes, plots / "evaluation", checkpoint=args.evaluate,
                         data=args.data, split=args.test_split, detection=detect_settings(args, SCORE_THRESH))
     draw_gallery(model, make_gallery_loader(data.test), data.classes, plots / "predictions.png",
-                 amp_dtype=pick_amp_dtype(model.anchors.device, args.amp), title=Path(args.evaluate).name)
+                 amp_dtype=pick_amp_dtype(model.anchors.device, args.amp), title=Path(args.evaluate).name,
+                 settings=detect_settings(args, SCORE_THRESH))
     print(summary)
     return 0
 
@@ -3542,8 +3558,9 @@ def run_prediction(args):
     """Detect in what the command line names; returns 1 if something could not be read, listed at the end, else 0."""
     paths, folder = find_inputs(args.predict), Path(args.output_dir) / "plots" / "predictions"
     detector = load_detector(args.weights, args.device, args.amp)
+    given = {key: getattr(args, flag) for key, flag in DETECTION_FLAGS.items() if flag in args.given}
     problems = predict_files(detector, paths, folder, save_crops=args.save_crops, save_xml=args.save_xml,
-                             classes=args.classes, **detect_settings(args, None))
+                             classes=args.classes, **given)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return int(bool(problems))
@@ -3563,10 +3580,10 @@ def resume_args(argv, args):
 
 
 def evaluation_args(argv, args):
-    """Return (args, checkpoint) to evaluate, on the data of its run unless --data names others."""
+    """Return (args, checkpoint) to evaluate, detecting as its run did, and on its data unless --data names others."""
     checkpoint = load_checkpoint(args.evaluate)
-    known = [] if "data" in args.given else [name for name in DATA_FLAGS if name in checkpoint["args"]]
-    return parse_args(argv, {name: checkpoint["args"][name] for name in known}), checkpoint
+    kept = {*DETECTION_FLAGS.values(), *(() if "data" in args.given else DATA_FLAGS)}
+    return parse_args(argv, {name: value for name, value in checkpoint["args"].items() if name in kept}), checkpoint
 
 
 def run_audit(args):

@@ -96,7 +96,7 @@ VARIANTS = {
     "paper": "--recipe paper --warmup-epochs 1",
 }
 DETECTION_TRIALS = ("soft-nms", "diou-nms", "voting", "flip", "four-flips", "top-400", "nms-.4", "nms-.5")
-FIGURES = ("map_area", "map11", "coco_ap", "ap75", "pooled_map_area", "pooled_coco_ap", "seconds")
+FIGURES = ("map_area", "map11", "coco_ap", "ap75", "pooled_map_area", "to_base", "pooled_coco_ap", "seconds")
 MEASURING = threading.Lock()
 
 
@@ -187,18 +187,35 @@ def read_lines(path):
     return lines
 
 
+def to_base(line, lines):
+    """Return a line's mAP, pooled if measured, less that of the base with the same seed; None if there is none.
+
+    The base's flags begin those of its variants.
+    """
+    bases = [b for b in lines if b["variant"] == "base" and b["seed"] == line["seed"]
+             and line["flags"][: len(b["flags"])] == b["flags"]]
+    if line["variant"] == "base" or not bases:
+        return None
+    base = max(bases, key=lambda b: len(b["flags"]))
+    key = "pooled_map_area" if {"pooled_map_area"} <= line.keys() & base.keys() else "map_area"
+    return line[key] - base[key]
+
+
 def summarise(lines):
     """Return [(flags, variant, {figure: values of the seeds})], by falling mean mAP, pooled if measured."""
     groups = collections.defaultdict(list)
     for line in lines:
-        groups[line["variant"], tuple(line["flags"])].append(line)
+        groups[line["variant"], tuple(line["flags"])].append(line | {"to_base": to_base(line, lines)})
     rows = [(flags, name, {f: [g[f] for g in group if g.get(f) is not None] for f in FIGURES})
             for (name, flags), group in groups.items()]
     return sorted(rows, key=lambda row: -np.mean(row[2]["pooled_map_area"] or row[2]["map_area"]))
 
 
 def table(rows):
-    """Return the table as text: mean and, with two seeds or more, the standard deviation of every figure."""
+    """Return the table as text: mean and, with two seeds or more, the standard deviation of every figure.
+
+    to_base is the difference to the base with the same seeds, in mAP.
+    """
     width = max(10, *(len(name) for _, name, _ in rows))
     lines = [f"{'variant':<{width}}  seeds " + "".join(f"{f:>18}" for f in FIGURES)]
     for _, name, figures in rows:
@@ -206,7 +223,8 @@ def table(rows):
         for key, values in figures.items():
             digits = 0 if key == "seconds" else 4
             spread = f" ±{np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-            cells += f"{f'{np.mean(values):.{digits}f}{spread}' if values else '-':>18}"
+            sign = "+" if key == "to_base" else ""
+            cells += f"{f'{np.mean(values):{sign}.{digits}f}{spread}' if values else '-':>18}"
         lines.append(f"{name:<{width}}  {len(figures['map_area']):5d} {cells}")
     return "\n".join(lines)
 

@@ -734,6 +734,39 @@ def test_flip_averaging_is_measured_where_it_is_asked_for(tiny_run, tmp_path, ca
     assert capsys.readouterr().out.count("Test mAP@.5") == 3
 
 
+def test_a_checkpoint_is_measured_and_predicts_as_its_run_detected_unless_flags_say_otherwise(
+    tiny_run, tmp_path, capsys
+):
+    saved, path = ssd.load_checkpoint(tiny_run.final), tmp_path / "four.pth"
+    saved["args"] |= {"flip_average": "both", "max_detections": 7, "nms_iou": 0.6}
+    ssd.save_checkpoint(path, saved)
+    picture = str(tiny_run.data / "JPEGImages" / "test_0.jpg")
+
+    def detection(*flags):
+        assert ssd.main(["--evaluate", str(path), "--output-dir", str(tmp_path), "--device", "cpu", *flags]) == 0
+        return json.loads((tmp_path / "plots" / "evaluation" / "evaluation.json").read_text())["detection"]
+
+    run = {"score_thresh": 0.001, "nms_iou_thresh": 0.6, "max_detections": 7, "flip_average": "both"}
+    assert detection() == detection("--data", str(tiny_run.data)) == run
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" (11-point), flips averaged: both")
+    assert detection("--flip-average", "off", "--max-detections", "9") == run | {"flip_average": "off",
+                                                                               "max_detections": 9}
+    assert TEST_LINE.match(capsys.readouterr().out.splitlines()[-1])
+
+    detector = ssd.load_detector(path, "cpu", "off")
+    alone, plain = ssd.load_detector(tiny_run.final, "cpu", "off"), {"score_thresh": 0.0, "max_detections": 7}
+    found = detector.predict(picture, score_thresh=0.0).to_dict()
+    assert found == alone.predict(picture, nms_iou_thresh=0.6, flip_average="both", **plain).to_dict()
+    assert detector.predict(picture, flip_average="off", nms_iou_thresh=0.45, **plain).to_dict() == alone.predict(
+        picture, **plain).to_dict() != found
+    argv = ["--predict", picture, "--weights", str(path), "--output-dir", str(tmp_path), "--device", "cpu", "--amp",
+            "off", "--score-thresh", "0"]
+    for flags, expected in (([], found), (["--max-detections", "3"], {k: v[:3] for k, v in found.items()})):
+        assert ssd.main([*argv, *flags]) == 0
+        report = json.loads((tmp_path / "plots" / "predictions" / "predictions.json").read_text())
+        assert report[picture] == expected
+
+
 def test_written_detections_are_scored_like_the_checkpoint(tiny_run, tmp_path, capsys):
     where = ["--output-dir", str(tmp_path)]
     argv = ["--evaluate", str(tiny_run.final), *where, "--device", "cpu", "--amp", "off", "--workers", "0",

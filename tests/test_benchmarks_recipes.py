@@ -87,6 +87,19 @@ def test_table_has_mean_and_spread_best_first(recipes, tmp_path):
     assert len(recipes.draw(rows).axes) == 2
 
 
+def test_a_variant_is_compared_with_the_base_of_its_own_seeds_and_flags(recipes):
+    lines = [line("base", seed, 0.5 + seed / 10, flags=["--epochs", "3"], pooled_map_area=0.6 + seed / 10)
+             for seed in range(3)]
+    lines += [line("base", 1, 0.1, flags=["--epochs", "4"])]
+    lines += [line("one", seed, 0, flags=["--epochs", "3", "--x"], pooled_map_area=0.8) for seed in (1, 2, 5)]
+    lines += [line("two", 1, 0.3, flags=["--epochs", "4", "--y"])]
+    found = {name: figures["to_base"] for _, name, figures in recipes.summarise(lines)}
+    assert found["one"] == pytest.approx([0.1, 0.0])  # seed 5 has no base
+    assert found["two"] == pytest.approx([0.2])
+    assert found["base"] == []
+    assert re.search(r"^two +1 .* [+]0[.]2000 ", recipes.table(recipes.summarise(lines)), re.M)
+
+
 def test_every_variant_is_flags_that_the_command_knows(recipes):
     parser = recipes.ssd.build_parser()
     parser.add_argument("--trial", choices=recipes.trials.TRIALS)

@@ -277,7 +277,8 @@ def write_card(folder, name, run, plots, *, licence=None, data_licence=None, onn
              "## Use", USE.format(name=name, packages="torch, torchvision, albumentations 2.0.8, matplotlib, tqdm")]
     if onnx_check:
         parts += ["`model.onnx` needs numpy, pillow and onnxruntime only:", f"```python\n{EXAMPLE}```",
-                  f"Compared with PyTorch when it was written: {onnx_check}."]
+                  f"Compared with PyTorch when it was written: {onnx_check}."
+                  f"{'' if flags.get('flip_average', 'off') == 'off' else ' It does not average over flips.'}"]
     figures = [("figure", "value"), *report.further_figures(run["test"])]
     parts += ["## Measured", report.protocol(run), report.markdown(report.table_rows(run["test"])),
               report.markdown(figures)]

@@ -173,12 +173,13 @@ def protocol(run):
         return "Not yet measured on a test list."
     objects = sum(row.get("num_gt") or 0 for _, row in class_rows(test))
     thresh = flags.get("score_thresh")
-    thresh = ssd.SCORE_THRESH if thresh is None else thresh
+    thresh, flips = ssd.SCORE_THRESH if thresh is None else thresh, flags.get("flip_average", "off")
     return (f"On list {flags.get('test_split') or 'test'} of {data_name(flags)}, {objects} objects that count, measured"
             f" once after training: mAP@.5 **{test['map_area']:.4f}** (area), **{test['map11']:.4f}** (11-point). The "
             "VOC2007 devkit's rules: one hit an object at IoU .5 or more, difficult objects count neither way. Scores "
             f"from {thresh:g}, non-maximum suppression at IoU {flags.get('nms_iou')}, at most "
-            f"{flags.get('max_detections')} detections a picture.")
+            f"{flags.get('max_detections')} detections a picture"
+            f"{'' if flips == 'off' else f', outputs averaged over flips of the picture ({flips})'}.")
 
 
 def table_rows(test):
