@@ -120,6 +120,19 @@ def test_a_float_file_gives_the_same(tiny_run, onnx_file, tmp_path, tiny_voc, ca
         np.testing.assert_allclose(ours, theirs[:, :30], atol=1e-4)
 
 
+def test_the_run_s_settings_of_detection_are_the_graph_s_unless_others_are_given(tiny_run, tmp_path, capsys):
+    saved, path = ssd.load_checkpoint(tiny_run.final), tmp_path / "seven.pth"
+    saved["args"] |= {"flip_average": "both", "max_detections": 7, "nms_iou": 0.9}
+    ssd.save_checkpoint(path, saved)
+    argv = ["onnx", str(path), "--score-thresh", THRESH, "--images"]
+    pictures = [str(tiny_run.data / "JPEGImages" / f"test_{i}.jpg") for i in range(4)]
+    for flags, count in (([], 28), (["--max-detections", "9"], 36), (["--nms-iou", "0"], 28)):
+        assert export.main([*argv, *pictures, *flags]) == 0
+        assert f"{count} detections in 4 images" in capsys.readouterr().out
+        boxes, _, _ = session_of(path.with_suffix(".onnx")).run(None, {"images": np.zeros((1, 3, 300, 300), np.uint8)})
+        assert boxes.shape[1] == count // 4
+
+
 @pytest.mark.parametrize("num_anchors", [60, 700])
 @pytest.mark.parametrize("settings", [{}, {"score_thresh": 0.0}, {"score_thresh": 0.3, "nms_iou_thresh": 0.7},
                                       {"max_detections": 7}, {"nms_iou_thresh": 0.0}])

@@ -219,7 +219,12 @@ def example_images(flags, given, count=16):
 
 
 def export_onnx(checkpoint, model, path, images, *, kind="uint8", **settings):
-    """Write an ONNX file, unless it finds other things in the images than PyTorch; returns what was compared."""
+    """Write an ONNX file, unless it finds other things in the images than PyTorch; returns what was compared.
+
+    settings: of `to_onnx`, None for those of the checkpoint's run, where they are known.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    settings = {key: value for key, value in ssd.detection_of(checkpoint).items() if key != "flip_average"} | given
     whole = to_onnx(model, checkpoint["classes"], kind=kind, **settings)
     summary = ""
 
@@ -352,8 +357,8 @@ def build_parser():
     add("--output", metavar="FILE", help="default: CHECKPOINT with the ending .onnx")
     add("--input", choices=("uint8", "float"), default="uint8", help="type of the input, 0 to 255 in both cases")
     add("--score-thresh", type=ssd.unit_interval, default=ssd.SCORE_THRESH, help="least score")
-    add("--nms-iou", type=ssd.unit_interval, default=ssd.NMS_IOU_THRESH, help="IoU from which the lower score goes")
-    add("--max-detections", type=ssd.positive_int, default=ssd.MAX_DETECTIONS, help="rows of the output")
+    add("--nms-iou", type=ssd.unit_interval, help="IoU from which the lower score goes (default: as in the run)")
+    add("--max-detections", type=ssd.positive_int, help="rows of the output (default: as in the run)")
     add("--images", nargs="+", metavar="PATH", help="images to check with (default: 16 of the data's folder)")
     add = commands.add_parser("hf", help="write a folder for Hugging Face", formatter_class=ssd._Formatter).add_argument
     add("checkpoint", metavar="CHECKPOINT")
