@@ -64,6 +64,7 @@ VARIANTS = {
     "clipped anchors": "--clip-anchors",
     "suggested anchors": "--anchors SUGGESTED",
     "suggested anchors, mining": "--anchors SUGGESTED --loss multibox",
+    "suggested anchors, 28 epochs": "--anchors SUGGESTED --epochs 28",
     "suggested anchors, gamma .5": "--anchors SUGGESTED --focal-gamma .5",
     "suggested anchors, class weight 2": "--anchors SUGGESTED --cls-weight 2",
     "match IoU .4": "--match-iou .4",
