@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import ssd_object_detection as ssd  # noqa: E402
 from benchmarks import trials  # noqa: E402
 
-# What every run of a set has in common: bccd is README's command. VOC train -> val at full width needs a GPU.
+# What every run of a set has in common; README's BCCD command is multibox of bccd. VOC at full width needs a GPU.
 # SUGGESTED stands for the file that --suggest-anchors writes for the data.
 SETS = {
     "bccd": "--anchors SUGGESTED --width .125 --val-fraction 0 --epochs 28 --batch-size 4 --lr 3e-3 --zoom-out .2 "
