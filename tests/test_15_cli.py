@@ -85,7 +85,7 @@ def test_every_flag_is_read_outside_the_parser():
             read.add(node.attr)
         elif isinstance(node, (ast.Tuple, ast.List)):  # names = ("data", ...), read by getattr(args, name)
             read |= {e.value for e in node.elts if isinstance(e, ast.Constant) and isinstance(e.value, str)}
-    read |= set(ssd.Recipe._fields)
+    read |= {*ssd.Recipe._fields, *ssd.DETECTION_FLAGS.values()}  # read by getattr(args, name) as well
     assert {action.dest for action in actions()} <= read
 
 
