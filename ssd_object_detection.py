@@ -2707,6 +2707,12 @@ def sparingly(function, share=0.05):
     return call
 
 
+def draw_curves(history, folder):
+    """Write loss.png and training.png of what was recorded after each epoch."""
+    save_figure(plot_losses(history), folder / "loss.png")
+    save_figure(plot_training(history), folder / "training.png")
+
+
 def draw_gallery(model, loader, classes, path, *, amp_dtype, title, settings):
     """Write predictions.png: a model's detections on the loader's images, with the truth dashed.
 
@@ -3317,10 +3323,10 @@ def load_splits(args):
     return load_data(args.data, **named, anchor_sizes=args.anchors or ANCHOR_SIZES)
 
 
-def detect_settings(args, score_thresh):
-    """Return the settings of `evaluate`, with a threshold for where no flag gives one."""
+def detect_settings(args):
+    """Return the settings of `evaluate` that the flags give; the score threshold is SCORE_THRESH if none gives one."""
     settings = {key: getattr(args, flag) for key, flag in DETECTION_FLAGS.items()}
-    return settings | ({"score_thresh": score_thresh} if args.score_thresh is None else {})
+    return settings | ({"score_thresh": SCORE_THRESH} if args.score_thresh is None else {})
 
 
 def build_state(args, num_classes, device, resumed=None):
@@ -3447,7 +3453,7 @@ def finish_training(args, data, chosen, gallery, *, device, amp_dtype):
     if data.test:
         loader = make_loader(VocDataset(data.test, build_transform(train=False)), batch_size=args.batch_size,
                              workers=args.workers, pin_memory=device.type == "cuda")
-        settings = detect_settings(args, SCORE_THRESH)
+        settings = detect_settings(args)
         result = evaluate(model, loader, amp_dtype=amp_dtype, **settings)
         final["test"], summary = report(result, data.test, data.classes, Path(args.output_dir) / "plots" / "evaluation",
                                         checkpoint=str(path), data=args.data, split=args.test_split, detection=settings)
@@ -3490,27 +3496,23 @@ def run_training(args, stop, resumed=None):
     write_json(checkpoints / "run.json", record)
     save_figure(plot_augmentations(train_loader.dataset, data.classes), plots / "augmentations.png")
     save_figure(plot_data(data.train, data.classes, args.anchors or ANCHOR_SIZES), plots / "data.png")
+    settings = detect_settings(args)
     gallery = functools.partial(draw_gallery, loader=gallery_loader, classes=data.classes,
-                                path=plots / "predictions.png", amp_dtype=amp_dtype,
-                                settings=detect_settings(args, SCORE_THRESH))
-
-    def draw_curves():
-        save_figure(plot_losses(state.history), plots / "loss.png")
-        save_figure(plot_training(state.history), plots / "training.png")
+                                path=plots / "predictions.png", amp_dtype=amp_dtype, settings=settings)
 
     @sparingly
     def redraw(state):
-        draw_curves()
+        draw_curves(state.history, plots)
         gallery(state.ema.model, title=f"After epoch {state.epoch}")
 
     prepare_speed(args, state, amp_dtype=amp_dtype, batch_size=train_loader.batch_sampler.batch_size // world,
                   steps=(recipe.epochs - state.epoch) * len(train_loader))
     chosen = fit(state, (train_loader, val_loader), recipe, amp_dtype=amp_dtype,
-                 saver=Saver(state, checkpoints, base, args.save_minutes), settings=detect_settings(args, SCORE_THRESH),
+                 saver=Saver(state, checkpoints, base, args.save_minutes), settings=settings,
                  redraw=redraw if rank == 0 else lambda state: None, stop=stop)
     if rank > 0:
         return 0
-    draw_curves()
+    draw_curves(state.history, plots)
     path, final, summary = finish_training(args, data, chosen, gallery, device=device, amp_dtype=amp_dtype)
     seconds = time.perf_counter() - began
     write_json(checkpoints / "run.json", record | {"test": final.get("test"), "chosen": chosen.name, "wall_s": seconds})
@@ -3519,7 +3521,10 @@ def run_training(args, stop, resumed=None):
 
 
 def evaluate_checkpoint(args, checkpoint):
-    """Return (data, model, result of `evaluate`) of a checkpoint on the test list that the flags name."""
+    """Return (data, model, result of `evaluate`, about) of a checkpoint on the test list that the flags name.
+
+    about: what `report` says of the measurement.
+    """
     device, data = pick_device(args.device), load_splits(args)
     if list(data.classes) != list(checkpoint["classes"]):
         raise InputError(f"{args.evaluate} knows the classes {', '.join(checkpoint['classes'])}; {args.data} has "
@@ -3530,22 +3535,22 @@ def evaluate_checkpoint(args, checkpoint):
     print(f"{args.evaluate} on {args.data}, list {args.test_split}: {len(data.test)} images")
     loader = make_loader(VocDataset(data.test, build_transform(train=False)), batch_size=args.batch_size,
                          workers=args.workers)
-    amp_dtype, settings = pick_amp_dtype(device, args.amp), detect_settings(args, SCORE_THRESH)
-    return data, model, evaluate(model, loader, amp_dtype=amp_dtype, **settings)
+    settings = detect_settings(args)
+    about = {"checkpoint": args.evaluate, "data": args.data, "split": args.test_split, "detection": settings}
+    return data, model, evaluate(model, loader, amp_dtype=pick_amp_dtype(device, args.amp), **settings), about
 
 
 def run_evaluation(args, checkpoint):
     """Measure a checkpoint on the test list of its own data set, or of the one that the flags name."""
-    plots, (data, model, result) = Path(args.output_dir) / "plots", evaluate_checkpoint(args, checkpoint)
+    plots, (data, model, result, about) = Path(args.output_dir) / "plots", evaluate_checkpoint(args, checkpoint)
     if args.write_detections:
         folder = Path(args.write_detections)
         folder.mkdir(parents=True, exist_ok=True)
         write_devkit_files(folder, args.test_split, result["detections"], data.test, data.classes)
-    _, summary = report(result, data.test, data.classes, plots / "evaluation", checkpoint=args.evaluate,
-                        data=args.data, split=args.test_split, detection=detect_settings(args, SCORE_THRESH))
+    _, summary = report(result, data.test, data.classes, plots / "evaluation", **about)
     draw_gallery(model, make_gallery_loader(data.test), data.classes, plots / "predictions.png",
                  amp_dtype=pick_amp_dtype(model.anchors.device, args.amp), title=Path(args.evaluate).name,
-                 settings=detect_settings(args, SCORE_THRESH))
+                 settings=about["detection"])
     print(summary)
     return 0
 

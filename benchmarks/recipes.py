@@ -199,7 +199,7 @@ def to_base(line, lines):
     if line["variant"] == "base" or not bases:
         return None
     base = max(bases, key=lambda b: len(b["flags"]))
-    key = "pooled_map_area" if {"pooled_map_area"} <= line.keys() & base.keys() else "map_area"
+    key = "pooled_map_area" if "pooled_map_area" in line.keys() & base.keys() else "map_area"
     return line[key] - base[key]
 
 

@@ -504,13 +504,11 @@ def parse_args(argv=None):
 
 def run(args, checkpoint):
     """Detect, analyze, print, draw and write by the flags."""
-    plots, (data, _, result) = Path(args.output_dir) / "plots", ssd.evaluate_checkpoint(args, checkpoint)
+    plots, (data, _, result, about) = Path(args.output_dir) / "plots", ssd.evaluate_checkpoint(args, checkpoint)
     numbers, errors = analyze(result, data.test, data.classes)
     folder = plots / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
-    _, summary = ssd.report(result, data.test, data.classes, folder, checkpoint=args.evaluate, data=args.data,
-                            split=args.test_split, detection=ssd.detect_settings(args, ssd.SCORE_THRESH),
-                            analysis=numbers)
+    _, summary = ssd.report(result, data.test, data.classes, folder, **about, analysis=numbers)
     print(f"\n{tables(numbers)}\n")
     ssd.save_figure(plot_errors(numbers["tide"]), folder / "errors.png")
     ssd.save_figure(plot_sizes(numbers["sizes"]), folder / "sizes.png")
