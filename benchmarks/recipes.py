@@ -60,6 +60,8 @@ VARIANTS = {
     "sigmoid focal": "--trial sigmoid --focal-alpha .25",
     "loss over images": "--trial per-image --clip-grad 0",
     "prior .1": "--prior-prob .1",
+    "plain positives": "--trial plain-positives",
+    "plain positives, gamma 2": "--trial plain-positives --focal-gamma 2",
     # Anchors and matching
     "clipped anchors": "--clip-anchors",
     "suggested anchors": "--anchors SUGGESTED",
@@ -67,6 +69,9 @@ VARIANTS = {
     "suggested anchors, 28 epochs": "--anchors SUGGESTED --epochs 28",
     "suggested anchors, gamma .5": "--anchors SUGGESTED --focal-gamma .5",
     "suggested anchors, class weight 2": "--anchors SUGGESTED --cls-weight 2",
+    "suggested anchors, class weight 4": "--anchors SUGGESTED --cls-weight 4",
+    "suggested anchors, plain positives": "--anchors SUGGESTED --trial plain-positives",
+    "suggested anchors, plain positives, gamma 2": "--anchors SUGGESTED --trial plain-positives --focal-gamma 2",
     "match IoU .4": "--match-iou .4",
     "match IoU .45": "--match-iou .45",
     "ATSS": "--trial atss",

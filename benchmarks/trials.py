@@ -83,6 +83,12 @@ def sigmoid_scores(cls_logits, dim=-1):
     return cls_logits.sigmoid()
 
 
+def plain_positives_loss(cls_logits, labels, *, alpha=-1.0, gamma=ssd.FOCAL_GAMMA, plain=ssd.focal_loss):
+    """Return the focal loss with gamma 0 at positives (Ridnik et al. 2021, "Asymmetric loss"); else as the module's."""
+    return torch.where(labels > 0, plain(cls_logits, labels, alpha=alpha, gamma=0.0),
+                       plain(cls_logits, labels, alpha=alpha, gamma=gamma))
+
+
 # ---- Matching ----
 
 
@@ -287,6 +293,7 @@ TRIALS = {
     "per-image": per_image_loss(),
     "sigmoid": {"focal_loss": sigmoid_focal_loss, "SSD300": SigmoidHeads,
                 "F": SimpleNamespace(**{**vars(F), "softmax": sigmoid_scores})},
+    "plain-positives": {"focal_loss": plain_positives_loss},
     "no-l2norm": {"L2Norm": lambda channels: torch.nn.Identity()},
     "atss": {"match_anchors": atss_match},
     "turns": add_step(A.RandomRotate90(p=1.0)),
