@@ -159,12 +159,11 @@ def _anchor_sizes():
 ANCHOR_SIZES = _anchor_sizes()
 
 
-def make_anchors(anchor_sizes=ANCHOR_SIZES, *, clip=False):
+def make_anchors(anchor_sizes=ANCHOR_SIZES):
     """Return the 9,966 anchors as cxcywh (A, 4), map by map, row by row, cell by cell (SSD section 2.2).
 
     anchor_sizes: the (w, h) of the anchors that each map's cells have. Neighbouring cells are a stride apart, the
-    grid is centred in the picture. `clip` cuts the anchors at its border (two public reports: the unclipped ones
-    score higher).
+    grid is centred in the picture. Anchors reach beyond its border: on BCCD cutting them there cost .007 mAP@.5.
     """
     # Differs from paper: its centres, (i + .5) / n, are 16.7 pixels apart on a map whose cells see every 16th pixel,
     # because the pooling rounds down: a box offset that grows towards the border, which no convolution can learn.
@@ -174,10 +173,7 @@ def make_anchors(anchor_sizes=ANCHOR_SIZES, *, clip=False):
         cy, cx = torch.meshgrid(centres, centres, indexing="ij")
         grid = torch.stack((cx, cy), dim=-1).view(-1, 1, 2).expand(-1, len(sizes), -1)
         anchors.append(torch.cat((grid, torch.tensor(sizes, dtype=torch.float64).expand_as(grid)), dim=-1).view(-1, 4))
-    anchors = torch.cat(anchors)
-    if clip:
-        anchors = box_convert(box_convert(anchors, "cxcywh", "xyxy").clamp(0, 1), "xyxy", "cxcywh")
-    return anchors.float()
+    return torch.cat(anchors).float()
 
 
 def best_anchor_iou(boxes, anchor_sizes=ANCHOR_SIZES):
@@ -1161,8 +1157,7 @@ class SSD300(nn.Module):
     # Differs from paper: maps of 37, 18, 18, 9, 5, 2 cells with 9,966 anchors (SSD: 38, 19, 10, 5, 3, 1 with 8,732):
     # VGG's pooling rounds down, conv5_3 feeds a head of its own, fc6 is not dilated, nothing pools before it.
 
-    def __init__(self, num_classes, *, width=1.0, batch_norm=False, prior_prob=None, clip_anchors=False,
-                 anchor_sizes=ANCHOR_SIZES):
+    def __init__(self, num_classes, *, width=1.0, batch_norm=False, prior_prob=None, anchor_sizes=ANCHOR_SIZES):
         super().__init__()
         self.num_classes = num_classes
         ch = functools.partial(self.channels, width=width)
@@ -1185,7 +1180,7 @@ class SSD300(nn.Module):
         pairs = list(zip(map_channels, self.anchors_per_cell, strict=True))
         self.cls_heads = nn.ModuleList(nn.Conv2d(c, n * (num_classes + 1), 3, padding=1) for c, n in pairs)
         self.box_heads = nn.ModuleList(nn.Conv2d(c, n * 4, 3, padding=1) for c, n in pairs)
-        self.register_buffer("anchors", make_anchors(anchor_sizes, clip=clip_anchors))
+        self.register_buffer("anchors", make_anchors(anchor_sizes))
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).mul(255).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).mul(255).view(1, 3, 1, 1))
         self.frozen_blocks = 0
@@ -1904,9 +1899,11 @@ def save_checkpoint(path, checkpoint, previous=None):
             except RuntimeError as error:  # what torch makes of a failing write
                 raise OSError(*(getattr(error.__context__, "args", None) or (str(error).splitlines()[0],))) from None
         if previous is not None:
+            second = temporary.with_suffix(".previous.tmp")
             with contextlib.suppress(OSError):  # there is none yet, or the file system has no hard links
-                Path(previous).unlink(missing_ok=True)
-                os.link(path, previous)
+                os.link(path, second)
+                os.replace(second, previous)  # does nothing, leaves both, where they are the same file already
+            second.unlink(missing_ok=True)
 
     write_atomically(path, write)
 
@@ -1945,7 +1942,8 @@ def load_checkpoint(path, *, resumable=False):
 
 def model_from_checkpoint(checkpoint, path="checkpoint", device="cpu"):
     """Return the SSD300 that a checkpoint describes, with its averaged weights, in evaluation mode on a device."""
-    model = SSD300(**checkpoint["config"])
+    # Older checkpoints say whether their anchors were clipped; the anchors themselves are among the weights.
+    model = SSD300(**{key: value for key, value in checkpoint["config"].items() if key != "clip_anchors"})
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
@@ -3208,7 +3206,6 @@ def build_parser():
     add("--anchors", metavar="FILE", type=anchor_file,
         help="anchor sizes, as --suggest-anchors writes them (BCCD, three seeds: mAP@.5 .867 and COCO AP .539, else "
              ".864 and .526)")
-    add("--clip-anchors", action=_SWITCH, default=False, help="cut the anchors at the picture's border")
 
     add = parser.add_argument_group("augmentation, as probabilities",
         "BCCD, three seeds: mAP@.5 .864 +-.008; without shadow, noise and blur .861 +-.003").add_argument
@@ -3332,7 +3329,7 @@ def detect_settings(args):
 def build_state(args, num_classes, device, resumed=None):
     """Return (TrainState, network config) by the flags: a new network, or the one of a resumed checkpoint."""
     config = {"num_classes": num_classes, "width": args.width, "batch_norm": args.batch_norm,
-              "clip_anchors": args.clip_anchors, **({"anchor_sizes": list(args.anchors)} if args.anchors else {})}
+              **({"anchor_sizes": list(args.anchors)} if args.anchors else {})}
     model = SSD300(**config, prior_prob=args.prior_prob if args.loss == "focal" else None)
     if args.pretrained and resumed is None:
         load_backbone(model, fetch_backbone(args.backbone_weights, batch_norm=args.batch_norm))

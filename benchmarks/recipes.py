@@ -63,7 +63,7 @@ VARIANTS = {
     "plain positives": "--trial plain-positives",
     "plain positives, gamma 2": "--trial plain-positives --focal-gamma 2",
     # Anchors and matching
-    "clipped anchors": "--clip-anchors",
+    "clipped anchors": "--trial clipped",
     "suggested anchors": "--anchors SUGGESTED",
     "suggested anchors, mining": "--anchors SUGGESTED --loss multibox",
     "suggested anchors, 28 epochs": "--anchors SUGGESTED --epochs 28",

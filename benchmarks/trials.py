@@ -89,7 +89,12 @@ def plain_positives_loss(cls_logits, labels, *, alpha=-1.0, gamma=ssd.FOCAL_GAMM
                        plain(cls_logits, labels, alpha=alpha, gamma=gamma))
 
 
-# ---- Matching ----
+# ---- Anchors and matching ----
+
+
+def clipped_anchors(anchor_sizes=ssd.ANCHOR_SIZES, plain=ssd.make_anchors):
+    """Return the module's anchors, cxcywh (A, 4), cut at the picture's border, as in the authors' code."""
+    return ops.box_convert(ops.box_convert(plain(anchor_sizes), "cxcywh", "xyxy").clamp(0, 1), "xyxy", "cxcywh")
 
 
 def atss_match(gt_boxes, gt_labels, anchors_xyxy, match_iou_thresh=0.5, *, nearest=9):
@@ -295,6 +300,7 @@ TRIALS = {
                 "F": SimpleNamespace(**{**vars(F), "softmax": sigmoid_scores})},
     "plain-positives": {"focal_loss": plain_positives_loss},
     "no-l2norm": {"L2Norm": lambda channels: torch.nn.Identity()},
+    "clipped": {"make_anchors": clipped_anchors},
     "atss": {"match_anchors": atss_match},
     "turns": add_step(A.RandomRotate90(p=1.0)),
     "mosaic": {"VocDataset": Mosaic},

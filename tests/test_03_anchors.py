@@ -108,20 +108,6 @@ def test_anchors_reach_beyond_the_picture_by_default(anchors):
     assert high.max() > 1.3
 
 
-def test_clip_cuts_at_the_border_and_leaves_inner_anchors_alone(anchors):
-    clipped = ssd.make_anchors(clip=True)
-    low, high = clipped[:, :2] - clipped[:, 2:] / 2, clipped[:, :2] + clipped[:, 2:] / 2
-    assert low.min() > -1e-6
-    assert high.max() < 1 + 1e-6
-    assert (clipped[:, 2:] > 0).all()
-    # First anchor: from .02 - .05 < 0 to .02 + .05.
-    torch.testing.assert_close(clipped[0], torch.tensor([0.035, 0.035, 0.07, 0.07]))
-    inside = ((anchors[:, :2] - anchors[:, 2:] / 2 >= 0) & (anchors[:, :2] + anchors[:, 2:] / 2 <= 1)).all(dim=1)
-    assert inside.sum() > 5000
-    torch.testing.assert_close(clipped[inside], anchors[inside])
-    assert not torch.equal(clipped, anchors)
-
-
 # ---- anchors made for the data ----
 
 

@@ -152,9 +152,8 @@ def test_given_anchor_sizes_shape_anchors_and_heads():
     assert cls_logits.shape[:2] == box_deltas.shape[:2] == (2, 9966 - 3 * 37 * 37)
 
 
-def test_clipped_anchors_are_those_of_make_anchors():
+def test_anchors_are_those_of_make_anchors():
     assert torch.equal(narrow().anchors, ssd.make_anchors())
-    assert torch.equal(narrow(clip_anchors=True).anchors, ssd.make_anchors(clip=True))
 
 
 def test_frozen_blocks_stay_and_the_rest_learns(images):

@@ -50,6 +50,12 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path, checkpoint):
         assert torch.equal(value, checkpoint["model"][name]), name
 
 
+def test_an_older_checkpoint_with_clipped_anchors_keeps_them(checkpoint):
+    checkpoint["config"]["clip_anchors"] = True
+    checkpoint["model"]["anchors"] = checkpoint["model"]["anchors"].clamp(0.1, 0.9)
+    assert torch.equal(ssd.model_from_checkpoint(checkpoint).anchors, checkpoint["model"]["anchors"])
+
+
 @pytest.mark.parametrize("name", ["last.pth", "best.pth", "ssd_tiny_set_final.pth"])
 def test_every_checkpoint_of_a_run_loads_as_data_only(tiny_run, name):
     loaded = torch.load(tiny_run.output / "checkpoints" / name, weights_only=True)
@@ -279,6 +285,10 @@ def test_the_checkpoint_before_is_kept_under_its_own_name(tmp_path, checkpoint):
         assert ssd.load_checkpoint(path)["number"] == number
         assert previous.exists() == (number > 0)
         assert number == 0 or ssd.load_checkpoint(previous)["number"] == number - 1
+    previous.unlink()
+    os.link(path, previous)  # where a kill between the two renamings leaves them
+    ssd.save_checkpoint(path, {**checkpoint, "number": 3}, previous)
+    assert (ssd.load_checkpoint(path)["number"], ssd.load_checkpoint(previous)["number"]) == (3, 2)
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -317,6 +327,7 @@ def test_a_process_killed_while_it_writes_leaves_a_whole_checkpoint(tmp_path):
             loaded = ssd.load_checkpoint(path)
             assert loaded["n"] >= seen
             seen = loaded["n"]
+            assert all((tmp_path / "previous.pth").exists() for _ in range(1000))
     finally:
         process.kill()
         process.wait()

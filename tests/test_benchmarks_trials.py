@@ -68,6 +68,29 @@ def test_the_loss_over_images_is_that_over_positives_times_their_number():
         assert value.item() == pytest.approx(positives * plain[name].item(), rel=1e-5)
 
 
+def test_plain_positives_keep_their_cross_entropy_and_background_is_focused():
+    labels = torch.tensor([[0, 1, 2, 3, 0]] * 2)
+    logits = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    loss = trials.plain_positives_loss(logits, labels, gamma=2.0)
+    plain = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    torch.testing.assert_close(loss[:, 1:4], plain[:, 1:4])
+    torch.testing.assert_close(loss[:, [0, 4]], (1 - (-plain).exp())[:, [0, 4]] ** 2 * plain[:, [0, 4]])
+
+
+def test_clipped_anchors_end_at_the_border_and_inner_ones_are_left_alone():
+    clipped = trials.clipped_anchors()
+    low, high = clipped[:, :2] - clipped[:, 2:] / 2, clipped[:, :2] + clipped[:, 2:] / 2
+    assert low.min() > -1e-6
+    assert high.max() < 1 + 1e-6
+    assert (clipped[:, 2:] > 0).all()
+    torch.testing.assert_close(clipped[0], torch.tensor([0.035, 0.035, 0.07, 0.07]))  # from .02 - .05 to .02 + .05
+    inside = ((ANCHORS[:, :2] - ANCHORS[:, 2:] / 2 >= 0) & (ANCHORS[:, :2] + ANCHORS[:, 2:] / 2 <= 1)).all(dim=1)
+    assert 5000 < inside.sum() < len(ANCHORS)
+    torch.testing.assert_close(clipped[inside], ANCHORS[inside])
+    with trials.applied("clipped"):
+        assert torch.equal(ssd.SSD300(2, width=0.0625).anchors, clipped)
+
+
 def test_sigmoids_without_focusing_are_the_binary_cross_entropy_and_score_by_themselves():
     labels = torch.tensor([[0, 1, 2, 3, 0]] * 2)
     logits = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
