@@ -17,6 +17,7 @@ import argparse
 import collections
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,14 +159,33 @@ def suggest_anchors(folder, data):
     return str(path)
 
 
-def run_one(name, flags, seed, *, folder, threads, pool, data):
-    """Train one variant with one seed in a process of its own; returns its line, raises RuntimeError if it fails."""
+def free_gpu_memory():
+    """Return the GB of GPU memory that are free; None where there is no GPU."""
+    return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else None
+
+
+def runs_that_fit(lines, free):
+    """Return how many runs may go side by side in `free` GB, judged by the most that one has taken; one if unknown.
+
+    What torch's allocator counts leaves out its cache's waste and CUDA's context: a quarter and 1 GB are added.
+    """
+    peak = max((line["memory_gb"] for line in lines if "memory_gb" in line), default=math.inf)
+    return max(1, int(free / (1.25 * peak + 1)))
+
+
+def run_one(name, flags, seed, *, folder, parallel, pool, data):
+    """Train one variant with one seed in a process of its own; returns its line, raises RuntimeError if it fails.
+
+    parallel: how many runs share the cores.
+    """
     output = folder / "runs" / f"{name.replace(' ', '_').replace('/', 'by').replace(',', '')}-{seed}"
     output.mkdir(parents=True, exist_ok=True)
     trial = flags[flags.index("--trial") + 1] if "--trial" in flags else None
     program = ROOT / ("benchmarks/trials.py" if trial else "ssd_object_detection.py")
-    command = [sys.executable, str(program), *flags, "--seed", str(seed),
-               "--output-dir", str(output)]
+    command = [sys.executable, str(program), *flags, "--seed", str(seed), "--output-dir", str(output)]
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    if parallel > 1 and torch.cuda.is_available() and "--workers" not in flags:
+        command += ["--workers", str(threads)]  # the default is for a run that has the machine to itself
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     start = time.time()
     with open(output / "log.txt", "w") as log:
@@ -176,11 +197,33 @@ def run_one(name, flags, seed, *, folder, threads, pool, data):
         raise RuntimeError(f"{name}, seed {seed}: the data has no test list: name one with --test-split in --flags")
     voc, coco = record["test"]["voc"], record["test"]["coco"]
     machine = {k: record["environment"][k] for k in ("python", "torch", "albumentations", "device", "cpu_count")}
+    epochs = read_lines(output / "checkpoints" / "metrics.jsonl")
     line = {"variant": name, "flags": flags, "seed": seed, "map_area": voc["map_area"], "map11": voc["map11"],
             "coco_ap": coco["ap"], "ap75": coco["ap75"], "ap_small": coco["ap_small"], "seconds": time.time() - start,
-            "threads": threads, "environment": machine}
+            "memory_gb": epochs[-1]["memory_gb"], "threads": threads, "environment": machine}
     (checkpoint,) = (output / "checkpoints").glob("*_final.pth")
     return line | (pooled(measure(checkpoint, data, pool, trial, **record["test"]["detection"])) if pool else {})
+
+
+def run_side_by_side(work, jobs, results, parallel):
+    """Call work(job, number of jobs at a time) for each job, `parallel` at a time, on a GPU no more than fit it.
+
+    results: the file of lines that work writes to. Where it does not tell what a run takes the first one goes alone.
+    """
+    jobs, free = list(jobs), free_gpu_memory()
+    if free is not None and parallel > 1:
+        if jobs and not any("memory_gb" in line for line in read_lines(results)):
+            work(jobs.pop(0), 1)
+        fit = runs_that_fit(read_lines(results), free)
+        if fit < parallel:
+            print(f"{free:.0f} GB of GPU memory hold {fit} runs at a time", flush=True)
+        parallel = min(parallel, fit)
+    with ThreadPoolExecutor(parallel) as executor:
+        try:
+            list(executor.map(work, jobs, [parallel] * len(jobs)))
+        except KeyboardInterrupt:
+            executor.shutdown(cancel_futures=True)
+            raise
 
 
 def read_lines(path):
@@ -268,7 +311,8 @@ def parse_args(argv):
     add("--only", nargs="+", metavar="NAME", choices=VARIANTS, help="variants to run (default: all)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     add("--pool", nargs="*", metavar="LIST", help="lists to measure together (default: val test for bccd, else none)")
-    add("--parallel", type=int, default=1, help="runs at a time; each gets its share of the cores (default: 1)")
+    add("--parallel", type=int, default=1, help="runs at a time, on a GPU no more than fit its memory; each gets its "
+                                                "share of the cores (default: %(default)s)")
     add("--folder", type=Path, default=Path("benchmarks/results/recipes"), help="default: %(default)s")
     add("--draw", action="store_true", help="run nothing: table and figure of what is there")
     add("--measure", nargs="+", metavar="FILE", help="no training: measure these checkpoints, with --trials in place")
@@ -300,11 +344,10 @@ def main(argv=None):
         wanted = [(name, [path if f == "SUGGESTED" else f for f in flags], seed) for name, flags, seed in wanted]
     done = {(line["variant"], tuple(line["flags"]), line["seed"]) for line in read_lines(results)}
     todo = [] if args.draw else [w for w in wanted if (w[0], tuple(w[1]), w[2]) not in done]
-    threads = max(1, (os.cpu_count() or 1) // args.parallel)
 
-    def work(job):
+    def work(job, parallel):
         try:
-            line = run_one(*job, folder=args.folder, threads=threads, pool=args.pool, data=args.data)
+            line = run_one(*job, folder=args.folder, parallel=parallel, pool=args.pool, data=args.data)
         except (RuntimeError, ssd.InputError) as error:
             failures.append(str(error))
             print(f"failed: {error}", file=sys.stderr, flush=True)
@@ -313,13 +356,11 @@ def main(argv=None):
             file.write(json.dumps(line) + "\n")
         print(f"{line['variant']}, seed {line['seed']}: {line['map_area']:.4f}, {line['seconds']:.0f} s", flush=True)
 
-    with ThreadPoolExecutor(args.parallel) as executor:
-        try:
-            list(executor.map(work, todo))
-        except KeyboardInterrupt:  # the runs got it too; what waits is not started
-            executor.shutdown(cancel_futures=True)
-            print("interrupted: the same command goes on", file=sys.stderr)
-            return 130
+    try:
+        run_side_by_side(work, todo, results, args.parallel)
+    except KeyboardInterrupt:  # the runs got it too; what waits is not started
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
     if not (rows := summarise(read_lines(results))):
         print(f"{results}: no run there yet", file=sys.stderr)
         return 2

@@ -43,6 +43,7 @@ def test_recipes_run_what_is_missing_and_nothing_twice(recipes, tiny_voc, tmp_pa
         run = tmp_path / "runs" / f"{row['variant'].replace(' ', '_')}-3" / "checkpoints" / "run.json"
         assert json.loads(run.read_text())["test"]["voc"]["map_area"] == row["map_area"]
         assert 0 <= row["pooled_map_area"] <= 1
+        assert 0.1 < row["memory_gb"] < 20
     printed = capsys.readouterr().out
     assert len(re.findall(r"^(base|gamma 0) +1 ", printed, re.M)) == 2
     assert (tmp_path / "shapes.png").stat().st_size > 10_000
@@ -71,6 +72,30 @@ def test_a_failed_run_is_told_and_leaves_no_line(recipes, tmp_path, capsys):
     assert recipes.main([*argv, "--seeds", "0"]) == 2
     assert "base, seed 0: exit code 2, see " in capsys.readouterr().err
     assert not (tmp_path / "shapes.jsonl").exists()
+
+
+def test_runs_side_by_side_are_no_more_than_the_gpu_holds(recipes, tmp_path, monkeypatch, capsys):
+    results, together = tmp_path / "lines.jsonl", []
+
+    def work(job, parallel):
+        together.append((job, parallel))
+        with open(results, "a") as file:
+            file.write(json.dumps(line(job, 0, 0.5, memory_gb=4.0)) + "\n")
+
+    monkeypatch.setattr(recipes, "free_gpu_memory", lambda: None)
+    recipes.run_side_by_side(work, ["a", "b"], results, 5)
+    assert sorted(together) == [("a", 5), ("b", 5)]  # without a GPU as many as were asked for
+    results.unlink()
+    together.clear()
+    monkeypatch.setattr(recipes, "free_gpu_memory", lambda: 20.0)
+    recipes.run_side_by_side(work, ["a", "b", "c"], results, 5)
+    assert together[0] == ("a", 1)  # shows that a run takes 4 GB: three of 6 GB fit
+    assert sorted(together[1:]) == [("b", 3), ("c", 3)]
+    assert "20 GB of GPU memory hold 3 runs at a time" in capsys.readouterr().out
+    together.clear()
+    recipes.run_side_by_side(work, ["d", "e"], results, 2)
+    assert sorted(together) == [("d", 2), ("e", 2)]  # known by now
+    assert recipes.runs_that_fit([], 20.0) == recipes.runs_that_fit([line("a", 0, 0.5, memory_gb=99.0)], 20.0) == 1
 
 
 def test_table_has_mean_and_spread_best_first(recipes, tmp_path):
