@@ -3440,7 +3440,19 @@ def make_loaders(args, data, *, pin_memory):
     return train_loader, val_loader, make_gallery_loader(data.test or data.val or data.train)
 
 
-def finish_training(args, data, chosen, gallery, *, device, amp_dtype):
+def measure_test_list(args, data, model, checkpoint):
+    """Return (result of `evaluate` on the test list, what `report` says of the measurement).
+
+    checkpoint: the model's file.
+    """
+    loader = make_loader(VocDataset(data.test, build_transform(train=False)), batch_size=args.batch_size,
+                         workers=args.workers, pin_memory=model.anchors.device.type == "cuda")
+    settings = detect_settings(args)
+    about = {"checkpoint": str(checkpoint), "data": args.data, "split": args.test_split, "detection": settings}
+    return evaluate(model, loader, amp_dtype=pick_amp_dtype(model.anchors.device, args.amp), **settings), about
+
+
+def finish_training(args, data, chosen, gallery, *, device):
     """Measure the chosen checkpoint on the test list and save it as the final one; returns (path, content, summary)."""
     final = load_checkpoint(chosen)
     final.pop("train_state", None)
@@ -3448,12 +3460,9 @@ def finish_training(args, data, chosen, gallery, *, device, amp_dtype):
     gallery(model, title=f"{chosen.name}, epoch {final['metrics']['epoch']}")
     path = chosen.with_name(f"ssd_{data.name}_final.pth")
     if data.test:
-        loader = make_loader(VocDataset(data.test, build_transform(train=False)), batch_size=args.batch_size,
-                             workers=args.workers, pin_memory=device.type == "cuda")
-        settings = detect_settings(args)
-        result = evaluate(model, loader, amp_dtype=amp_dtype, **settings)
-        final["test"], summary = report(result, data.test, data.classes, Path(args.output_dir) / "plots" / "evaluation",
-                                        checkpoint=str(path), data=args.data, split=args.test_split, detection=settings)
+        result, about = measure_test_list(args, data, model, path)
+        folder = Path(args.output_dir) / "plots" / "evaluation"
+        final["test"], summary = report(result, data.test, data.classes, folder, **about)
     save_checkpoint(path, final)
     return path, final, summary
 
@@ -3510,7 +3519,7 @@ def run_training(args, stop, resumed=None):
     if rank > 0:
         return 0
     draw_curves(state.history, plots)
-    path, final, summary = finish_training(args, data, chosen, gallery, device=device, amp_dtype=amp_dtype)
+    path, final, summary = finish_training(args, data, chosen, gallery, device=device)
     seconds = time.perf_counter() - began
     write_json(checkpoints / "run.json", record | {"test": final.get("test"), "chosen": chosen.name, "wall_s": seconds})
     print(f"{summary}\n{path}\nwall time {datetime.timedelta(seconds=round(seconds))}")
@@ -3530,11 +3539,7 @@ def evaluate_checkpoint(args, checkpoint):
         raise InputError(f"{args.data} has no test list: name one with --test-split")
     model = model_from_checkpoint(checkpoint, args.evaluate, device)
     print(f"{args.evaluate} on {args.data}, list {args.test_split}: {len(data.test)} images")
-    loader = make_loader(VocDataset(data.test, build_transform(train=False)), batch_size=args.batch_size,
-                         workers=args.workers)
-    settings = detect_settings(args)
-    about = {"checkpoint": args.evaluate, "data": args.data, "split": args.test_split, "detection": settings}
-    return data, model, evaluate(model, loader, amp_dtype=pick_amp_dtype(device, args.amp), **settings), about
+    return data, model, *measure_test_list(args, data, model, args.evaluate)
 
 
 def run_evaluation(args, checkpoint):
