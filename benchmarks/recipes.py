@@ -74,6 +74,11 @@ VARIANTS = {
     "suggested anchors, class weight 4": "--anchors SUGGESTED --cls-weight 4",
     "suggested anchors, plain positives": "--anchors SUGGESTED --trial plain-positives",
     "suggested anchors, plain positives, gamma 2": "--anchors SUGGESTED --trial plain-positives --focal-gamma 2",
+    "suggested anchors, plain positives, class weight 2": "--anchors SUGGESTED --trial plain-positives --cls-weight 2",
+    "suggested anchors, plain positives, gamma 2, class weight 2":
+        "--anchors SUGGESTED --trial plain-positives --focal-gamma 2 --cls-weight 2",
+    "suggested anchors, plain positives, gamma 2, background doubled":
+        "--anchors SUGGESTED --trial plain-positives --focal-gamma 2 --focal-alpha .3333 --cls-weight 3",
     "match IoU .4": "--match-iou .4",
     "match IoU .45": "--match-iou .45",
     "ATSS": "--trial atss",
