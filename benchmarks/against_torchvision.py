@@ -109,7 +109,8 @@ def run_ours(args, data, output):
     """Train this project's network by its command line; returns (figures, seconds of its epochs, images seen)."""
     command = [sys.executable, str(ROOT / "ssd_object_detection.py"), "--data", str(data), "--train-split",
                args.train_split, "--test-split", args.test_split, "--val-fraction", "0", "--output-dir", str(output),
-               "--workers", str(args.workers), "--device", args.device, *shlex.split(args.flags),
+               "--workers", str(args.workers), "--device", args.device, "--seed", str(args.seed),
+               *shlex.split(args.flags),
                "--pretrained" if args.imagenet else "--no-pretrained"]
     print("+", shlex.join(command), flush=True)
     code = subprocess.run(command, check=False).returncode
@@ -150,7 +151,7 @@ def parse_args(argv):
     add("--images", type=int, help="use only the first of each list: a trial")
     add("--workers", type=int, default=0, help="loader processes of both (default: %(default)s)")
     add("--device", default="auto", help="default: %(default)s")
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--seed", type=int, default=0, help="of both (default: %(default)s)")
     add("--json", type=Path, help="write the figures here too")
     return parser.parse_args(argv)
 
