@@ -49,6 +49,7 @@ VARIANTS = {
     "base": "",
     # Loss
     "multibox": "--loss multibox",
+    "multibox from the prior": "--loss multibox --trial prior",
     "gamma 0": "--focal-gamma 0",
     "gamma .5": "--focal-gamma .5",
     "gamma 2": "--focal-gamma 2",
@@ -68,6 +69,7 @@ VARIANTS = {
     "clipped anchors": "--trial clipped",
     "suggested anchors": "--anchors SUGGESTED",
     "suggested anchors, mining": "--anchors SUGGESTED --loss multibox",
+    "suggested anchors, mining from the prior": "--anchors SUGGESTED --loss multibox --trial prior",
     "suggested anchors, 28 epochs": "--anchors SUGGESTED --epochs 28",
     "suggested anchors, gamma .5": "--anchors SUGGESTED --focal-gamma .5",
     "suggested anchors, class weight 2": "--anchors SUGGESTED --cls-weight 2",

@@ -72,6 +72,13 @@ class SigmoidHeads(ssd.SSD300):
                 head.bias.view(-1, self.num_classes + 1)[:, 1:] = -math.log((1 - prior_prob) / prior_prob)
 
 
+class PriorHeads(ssd.SSD300):
+    """The heads start from the focal loss's prior whatever the loss."""
+
+    def _initialise(self, prior_prob):
+        super()._initialise(0.01 if prior_prob is None else prior_prob)
+
+
 def sigmoid_focal_loss(cls_logits, labels, *, alpha=-1.0, gamma=ssd.FOCAL_GAMMA):
     """Return the focal loss of K sigmoids, summed over the classes (Focal loss Eq. 5); else as the module's."""
     truth = F.one_hot(labels, cls_logits.shape[-1])[..., 1:].float()
@@ -298,6 +305,7 @@ TRIALS = {
     "per-image": per_image_loss(),
     "sigmoid": {"focal_loss": sigmoid_focal_loss, "SSD300": SigmoidHeads,
                 "F": SimpleNamespace(**{**vars(F), "softmax": sigmoid_scores})},
+    "prior": {"SSD300": PriorHeads},
     "plain-positives": {"focal_loss": plain_positives_loss},
     "no-l2norm": {"L2Norm": lambda channels: torch.nn.Identity()},
     "clipped": {"make_anchors": clipped_anchors},

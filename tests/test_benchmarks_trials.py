@@ -77,6 +77,14 @@ def test_plain_positives_keep_their_cross_entropy_and_background_is_focused():
     torch.testing.assert_close(loss[:, [0, 4]], (1 - (-plain).exp())[:, [0, 4]] ** 2 * plain[:, [0, 4]])
 
 
+def test_the_prior_s_heads_see_a_hundredth_of_objects_whatever_the_loss():
+    with trials.applied("prior"):
+        model = ssd.SSD300(3, width=0.0625)
+    for head in model.cls_heads:
+        probability = head.bias.view(-1, 4).softmax(dim=-1)[:, 1:].sum(dim=-1)
+        torch.testing.assert_close(probability, torch.full_like(probability, 0.01))
+
+
 def test_clipped_anchors_end_at_the_border_and_inner_ones_are_left_alone():
     clipped = trials.clipped_anchors()
     low, high = clipped[:, :2] - clipped[:, 2:] / 2, clipped[:, :2] + clipped[:, 2:] / 2
