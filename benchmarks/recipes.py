@@ -62,7 +62,7 @@ VARIANTS = {
     "CIoU": "--trial ciou --box-weight 5",
     "sigmoid focal": "--trial sigmoid --focal-alpha .25",
     "loss over images": "--trial per-image --clip-grad 0",
-    "prior .1": "--prior-prob .1",
+    "prior .1": "--trial prior-.1",
     "plain positives": "--trial plain-positives",
     "plain positives, gamma 2": "--trial plain-positives --focal-gamma 2",
     # Anchors and matching

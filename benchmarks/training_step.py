@@ -44,7 +44,8 @@ def own_step(batch, num_classes, amp_dtype, compiled=False, mode=None):
     """Return this project's step; mode "reduce-overhead" replays CUDA graphs."""
     device = batch["images"].device
     order = torch.contiguous_format if device.type == "cpu" and amp_dtype is None else torch.channels_last
-    model = ssd.SSD300(num_classes, prior_prob=0.01).to(device, memory_format=order).train()  # as `build_state` has it
+    model = ssd.SSD300(num_classes, prior_prob=ssd.FOCAL_PRIOR)  # as `build_state` has it
+    model = model.to(device, memory_format=order).train()
     optimizer = sgd(model, fused=True)
     network = ssd.compile_model(model, batch["images"], amp_dtype, mode) if compiled else model
 

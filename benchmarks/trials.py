@@ -76,7 +76,7 @@ class PriorHeads(ssd.SSD300):
     """The heads start from the focal loss's prior whatever the loss."""
 
     def _initialise(self, prior_prob):
-        super()._initialise(0.01 if prior_prob is None else prior_prob)
+        super()._initialise(ssd.FOCAL_PRIOR)
 
 
 def sigmoid_focal_loss(cls_logits, labels, *, alpha=-1.0, gamma=ssd.FOCAL_GAMMA):
@@ -306,6 +306,7 @@ TRIALS = {
     "sigmoid": {"focal_loss": sigmoid_focal_loss, "SSD300": SigmoidHeads,
                 "F": SimpleNamespace(**{**vars(F), "softmax": sigmoid_scores})},
     "prior": {"SSD300": PriorHeads},
+    "prior-.1": {"FOCAL_PRIOR": 0.1},
     "plain-positives": {"focal_loss": plain_positives_loss},
     "no-l2norm": {"L2Norm": lambda channels: torch.nn.Identity()},
     "clipped": {"make_anchors": clipped_anchors},

@@ -188,7 +188,7 @@ def test_saved_flags_stand_between_those_given_and_the_defaults():
     ("--val-fraction", "-.1"), ("--val-fraction", "1"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "-1"),
     ("--focal-alpha", "3"), ("--focal-alpha", "-.5"), ("--focal-gamma", "-1"), ("--classes", "a,,b"),
     ("--classes", "a,a"), ("--classes", ""), ("--batch-size", "0"), ("--width", "0"), ("--crop", "1.1"),
-    ("--zoom-out", "nan"), ("--prior-prob", "0"), ("--prior-prob", "1"), ("--freeze-blocks", "6"), ("--amp", "fp8"),
+    ("--zoom-out", "nan"), ("--freeze-blocks", "6"), ("--amp", "fp8"),
     ("--loss", "hinge"), ("--optimizer", "adam"), ("--seed", "-1"), ("--workers", "-1"), ("--max-detections", "0"),
     ("--score-thresh", "2"), ("--nms-iou", "-1"), ("--match-iou", "1.5"), ("--ema-decay", "2"), ("--patience", "-1"),
     ("--eval-interval", "0"), ("--save-minutes", "-1"), ("--clip-grad", "-1"), ("--weight-decay", "-1"),
