@@ -13,6 +13,7 @@ project's evaluator.
 
 import argparse
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -128,6 +129,17 @@ def figures(voc, coco):
             "ap_small": coco["ap_small"]}
 
 
+def table(rows):
+    """Return the figures of both as text; "-" stands for one that the list cannot have (no object is small)."""
+    names = list(rows["torchvision"])
+    lines = [f"{'':<14}" + "".join(f"{name:>10}" for name in names)]
+    for name, row in rows.items():
+        digits = {n: 1 if n in ("seconds", "images") else 4 for n in names}
+        cells = ("-" if row[n] is None or math.isnan(row[n]) else f"{row[n]:.{digits[n]}f}" for n in names)
+        lines.append(f"{name:<14}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
 def shorten(root, images, splits, folder):
     """Return a VOC folder that borrows the files of root, with lists cut to their first images."""
     (folder / "ImageSets" / "Main").mkdir(parents=True)
@@ -181,16 +193,12 @@ def main(argv=None):
     coco = ssd.evaluate_coco(detections, ssd.truth_of(splits.test), len(splits.classes))
     rows = {"this project": {"seconds": seconds, "images": round(seen), **ours},
             "torchvision": {"seconds": used, "images": images, **figures(result, coco)}}
-    names = list(rows["torchvision"])
-    print(f"{'':<14}" + "".join(f"{name:>10}" for name in names))
-    for name, row in rows.items():
-        print(f"{name:<14}" + "".join(f"{row[n]:10.1f}" if n in names[:2] else f"{row[n]:10.4f}" for n in names))
     theirs = rows["torchvision"]["map_area"]
     ratio = ours["map_area"] / theirs if theirs else float("nan")
-    print(f"mAP ratio: {ratio:.3f}")
     if args.json:
         about = {"environment": ssd.environment(device), "flags": args.flags, "data": str(args.data)}
         ssd.write_json(args.json, {**about, "rows": rows, "map_ratio": ratio})
+    print(f"{table(rows)}\nmAP ratio: {ratio:.3f}")
     return 0
 
 

@@ -149,3 +149,11 @@ def test_against_torchvision_compares_both_on_the_same_list(tiny_voc, tmp_path, 
     assert re.search(r"^this project +\d", out, re.M)
     assert re.search(r"^torchvision +\d", out, re.M)
     assert "mAP ratio: " in out
+
+
+def test_the_table_beside_torchvision_has_room_for_what_a_list_cannot_have():
+    row = {"seconds": 12.34, "images": 5, "map_area": 0.25, "ap_small": None}
+    text = load("against_torchvision").table({"this project": row, "torchvision": {**row, "ap_small": float("nan")}})
+    assert [line.split()[-4:] for line in text.splitlines()] == [
+        ["seconds", "images", "map_area", "ap_small"], ["12.3", "5.0", "0.2500", "-"],
+        ["12.3", "5.0", "0.2500", "-"]]
