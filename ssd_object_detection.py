@@ -3164,7 +3164,8 @@ def _add_training_flags(parser):
         help=f"not on biases and norms ({_BY_START}; BCCD, one seed: mAP@.5 .855 with .05, .854 with .2)")
     add("--warmup-epochs", type=natural_float, default=1.0, help="linear warm-up")
     add("--schedule", choices=("cosine", "step"), default="cosine",
-        help="learning rate after the warm-up: a cosine, or a tenth at 2/3 and again at 5/6 of the epochs")
+        help="learning rate after the warm-up: a cosine, or a tenth at 2/3 and again at 5/6 of the epochs (BCCD, one "
+             "seed: mAP@.5 .855 and .833)")
     add("--clip-grad", type=natural_float, default=10.0, help="largest gradient norm; 0: no limit")
     add("--ema-decay", type=unit_interval, default=0.998,
         help="of the averaged weights, which are measured and saved (BCCD, one seed: mAP@.5 .855, with 0 .852)")
@@ -3219,8 +3220,12 @@ def build_parser():
 
     add = parser.add_argument_group("augmentation, as probabilities",
         "BCCD, three seeds: mAP@.5 .864 +-.008; without shadow, noise and blur .861 +-.003").add_argument
-    add("--zoom-out", type=unit_interval, help=f"SSD zoom-out, up to 4 times ({_BY_DATA})")
-    add("--crop", type=unit_interval, help=f"SSD crop, whose first choice is the whole picture ({_BY_DATA})")
+    add("--zoom-out", type=unit_interval,
+        help=f"SSD zoom-out, up to 4 times ({_BY_DATA}; BCCD, one seed: mAP@.5 .855 with .2, .842 with 0, .830 with "
+             ".5)")
+    add("--crop", type=unit_interval,
+        help=f"SSD crop, whose first choice is the whole picture ({_BY_DATA}; BCCD, one seed: mAP@.5 .855 with .6, "
+             "with 0 .860, with 1 .845)")
     add("--color", type=unit_interval, help=f"each of brightness, contrast, saturation and hue ({_BY_DATA})")
     add("--shadow", type=unit_interval, help=f"random shadow ({_BY_DATA})")
     add("--noise", type=unit_interval, help=f"Gaussian noise such as a camera makes ({_BY_DATA})")
