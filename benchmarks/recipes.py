@@ -171,13 +171,18 @@ def free_gpu_memory():
     return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else None
 
 
+def memory_taken(lines):
+    """Return the GB of GPU memory that runs took; the lines of a CPU's runs tell of another memory."""
+    return [line["memory_gb"] for line in lines
+            if "memory_gb" in line and line.get("environment", {}).get("device") != "cpu"]
+
+
 def runs_that_fit(lines, free):
     """Return how many runs may go side by side in `free` GB, judged by the most that one has taken; one if unknown.
 
     What torch's allocator counts leaves out its cache's waste and CUDA's context: a quarter and 1 GB are added.
     """
-    peak = max((line["memory_gb"] for line in lines if "memory_gb" in line), default=math.inf)
-    return max(1, int(free / (1.25 * peak + 1)))
+    return max(1, int(free / (1.25 * max(memory_taken(lines), default=math.inf) + 1)))
 
 
 def run_one(name, flags, seed, *, folder, parallel, pool, data):
@@ -219,7 +224,7 @@ def run_side_by_side(work, jobs, results, parallel):
     """
     jobs, free = list(jobs), free_gpu_memory()
     if free is not None and parallel > 1:
-        if jobs and not any("memory_gb" in line for line in read_lines(results)):
+        if jobs and not memory_taken(read_lines(results)):
             work(jobs.pop(0), 1)
         fit = runs_that_fit(read_lines(results), free)
         if fit < parallel:

@@ -95,6 +95,8 @@ def test_runs_side_by_side_are_no_more_than_the_gpu_holds(recipes, tmp_path, mon
     together.clear()
     recipes.run_side_by_side(work, ["d", "e"], results, 2)
     assert sorted(together) == [("d", 2), ("e", 2)]  # known by now
+    on_cpu = line("c", 0, 0.5, memory_gb=0.1, environment={"device": "cpu"})
+    assert recipes.runs_that_fit([on_cpu], 20.0) == 1  # says nothing of a GPU's memory
     assert recipes.runs_that_fit([], 20.0) == recipes.runs_that_fit([line("a", 0, 0.5, memory_gb=99.0)], 20.0) == 1
 
 
