@@ -1,4 +1,4 @@
-"""Slow reference versions of what the module does in a few array operations: plain loops, one box at a time."""
+"""Slow reference versions of what the module does in few array operations: plain loops, one box at a time."""
 
 import math
 
@@ -15,19 +15,18 @@ def iou(a, b, extra=0.0):
     return shared / (area_a + area_b - shared)
 
 
-def match(gt_boxes, gt_labels, anchors, thresh):
-    """Matched ground truth of each anchor for one image, -1 for background; rows of label 0 do not exist."""
-    real = [g for g in range(len(gt_labels)) if gt_labels[g] > 0]
-    overlap = {(g, a): iou(gt_boxes[g], anchors[a]) for g in real for a in range(len(anchors))}
+def match(gt_boxes, anchors, thresh):
+    """Matched ground truth of each anchor for one image, -1 for background; more anchors than boxes."""
+    rows = range(len(gt_boxes))
+    overlap = [[iou(box, anchor) for anchor in anchors] for box in gt_boxes]
     matched = [-1] * len(anchors)
     for a in range(len(anchors)):
-        for g in real:
-            if overlap[g, a] >= thresh and (matched[a] < 0 or overlap[g, a] > overlap[matched[a], a]):
+        for g in rows:
+            if overlap[g][a] >= thresh and (matched[a] < 0 or overlap[g][a] > overlap[matched[a]][a]):
                 matched[a] = g
     free = set(range(len(anchors)))
-    best = {g: max(overlap[g, a] for a in range(len(anchors))) for g in real}
-    for g in sorted(real, key=lambda g: (-best[g], g)):
-        owned = min(free, key=lambda a: (-overlap[g, a], a))
+    for g in sorted(rows, key=lambda g: (-max(overlap[g]), g)):
+        owned = min(free, key=lambda a: (-overlap[g][a], a))
         matched[owned] = g
         free.remove(owned)
     return matched
@@ -49,7 +48,8 @@ def voc_class(detections, truth, label, iou_thresh=0.5):
     objects = [t for t in truth if t[1] == label]
     is_found = [False] * len(objects)
     outcomes = []
-    ranked = sorted((d for d in detections if d[1] == label), key=lambda d: -d[2])  # stable: ties stay as given
+    of_class = [d for d in detections if d[1] == label]
+    ranked = sorted(of_class, key=lambda d: -d[2])  # stable: ties stay as given
     for image_id, _, _, box in ranked:
         best, best_iou = None, -math.inf
         for row, (gt_image, _, gt_box, _) in enumerate(objects):

@@ -2,15 +2,19 @@ import math
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.ops import box_iou as torchvision_box_iou
 
 import ssd_object_detection as ssd
 
 coordinate = st.floats(-0.5, 1.5, width=32)
 side = st.floats(2**-8, 1.5, width=32)
 cxcywh = st.tuples(coordinate, coordinate, side, side)
+
+# -- Encoding
 
 
 def test_encode_gives_hand_computed_deltas():
@@ -54,8 +58,9 @@ def test_encode_undoes_decode(deltas, anchor):
 def test_round_trip_holds_in_float32_for_all_anchors():
     anchors = ssd.make_anchors()
     rng = np.random.default_rng(0)
-    low = torch.from_numpy(rng.uniform(0, 0.6, (len(anchors), 2))).float()
-    boxes = torch.cat((low, low + torch.from_numpy(rng.uniform(0.05, 0.4, (len(anchors), 2))).float()), dim=1)
+    low = rng.uniform(0, 0.6, (len(anchors), 2))
+    high = low + rng.uniform(0.05, 0.4, (len(anchors), 2))
+    boxes = torch.from_numpy(np.concatenate((low, high), axis=1)).float()
     torch.testing.assert_close(ssd.decode(ssd.encode(boxes, anchors), anchors), boxes, rtol=0, atol=2e-5)
 
 
@@ -90,3 +95,66 @@ def test_leading_dimensions_broadcast(function):
 @pytest.mark.parametrize("function", [ssd.encode, ssd.decode])
 def test_no_boxes_give_no_boxes(function):
     assert function(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0, 4)
+
+
+# -- Overlap
+
+
+def random_boxes(rng, *shape, side=1.0):
+    """Return float64 xyxy boxes (*shape, 4) that have an area."""
+    low = rng.uniform(0, 0.7 * side, (*shape, 2))
+    return np.concatenate((low, low + rng.uniform(0.02 * side, 0.5 * side, (*shape, 2))), axis=-1)
+
+
+def test_iou_has_the_hand_computed_values():
+    box = np.array([0.0, 0.0, 4.0, 2.0])
+    others = np.array([
+        [0, 0, 4, 2], [2, 0, 6, 2], [0, 0, 2, 1], [1, 1, 3, 5],  # itself; half of each; a quarter; 2 of 14
+        [4, 0, 6, 2], [5, 0, 6, 2], [6, 6, 9, 9],  # edge to edge; apart along x; apart along both axes
+    ], dtype=float)
+    assert ssd.box_iou(box, others).tolist() == pytest.approx([1, 4 / 12, 2 / 8, 2 / 14, 0, 0, 0])
+
+
+def test_extra_counts_the_corners_as_pixels_of_the_box():
+    ten, half = np.array([1.0, 1, 10, 10]), np.array([1.0, 1, 10, 5])  # 10 x 10 and 10 x 5 pixels
+    assert ssd.box_iou(ten, half, extra=1.0) == pytest.approx(0.5)
+    assert ssd.box_iou(ten, half) == pytest.approx(36 / 81)
+    pixel = np.array([3.0, 3, 3, 3])
+    assert ssd.box_iou(pixel, pixel, extra=1.0) == 1
+    beside = np.array([4.0, 3, 4, 3])
+    assert ssd.box_iou(pixel, beside, extra=1.0) == 0
+    # Corners that touch share one pixel: 1 of 4 + 4 - 1.
+    assert ssd.box_iou(np.array([1.0, 1, 2, 2]), np.array([2.0, 2, 3, 3]), extra=1.0) == pytest.approx(1 / 7)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(0, 12)] * 4), min_size=2, max_size=8), st.sampled_from([0.0, 1.0]))
+def test_iou_agrees_with_the_reference(corners, extra):
+    boxes = [[min(x), min(y), max(x), max(y)] for x, y in ((c[:2], c[2:]) for c in corners)]
+    boxes = [[x1, y1, x2 + (x1 == x2), y2 + (y1 == y2)] for x1, y1, x2, y2 in boxes]
+    array = np.array(boxes, dtype=np.float64)
+    expected = [[reference.iou(a, b, extra) for b in boxes] for a in boxes]
+    np.testing.assert_array_equal(ssd.box_iou(array[:, None], array, extra), expected)
+
+
+def test_iou_agrees_with_torchvision_in_float32():
+    rng = np.random.default_rng(0)
+    boxes, others = random_boxes(rng, 30).astype(np.float32), random_boxes(rng, 50).astype(np.float32)
+    iou = ssd.box_iou(boxes[:, None], others)
+    assert iou.dtype == np.float32
+    expected = torchvision_box_iou(torch.from_numpy(boxes), torch.from_numpy(others))
+    np.testing.assert_allclose(iou, expected.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "other_shape", "expected"), [
+    ((), (), ()), ((7,), (7,), (7,)), ((7,), (), (7,)), ((3, 1), (7,), (3, 7)), ((7,), (3, 1), (3, 7)),
+    ((2, 3, 1), (2, 1, 5), (2, 3, 5)), ((0, 1), (7,), (0, 7)), ((3, 1), (0,), (3, 0)), ((0,), (0,), (0,)),
+])
+def test_leading_shapes_of_boxes_broadcast(shape, other_shape, expected):
+    rng = np.random.default_rng(0)
+    boxes, others = random_boxes(rng, *shape, side=20), random_boxes(rng, *other_shape, side=20)
+    iou = ssd.box_iou(boxes, others, extra=1.0)
+    assert iou.shape == expected
+    boxes, others = np.broadcast_to(boxes, (*expected, 4)), np.broadcast_to(others, (*expected, 4))
+    for place in np.ndindex(*expected):
+        assert iou[place] == reference.iou(boxes[place], others[place], extra=1.0)

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from torchvision.ops import box_convert, box_iou
 
 import ssd_object_detection as ssd
 
@@ -23,9 +22,8 @@ def test_there_are_9966_anchors_of_float32(anchors):
 
 def test_each_map_has_its_count_and_its_scale(anchors):
     # The first anchor of every cell is the square of the map's scale.
-    for start, count, scale, per_cell in zip(
-        FIRST, COUNTS, (0.1, 0.2, 0.37, 0.54, 0.71, 0.88), (4, 6, 6, 6, 4, 4), strict=True
-    ):
+    scales, counts_per_cell = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88), (4, 6, 6, 6, 4, 4)
+    for start, count, scale, per_cell in zip(FIRST, COUNTS, scales, counts_per_cell, strict=True):
         squares = anchors[start : start + count : per_cell, 2:]
         torch.testing.assert_close(squares, torch.full_like(squares, scale))
 
@@ -57,8 +55,8 @@ def test_last_map_takes_its_geometric_mean_with_1_05(anchors):
 
 
 MAPS = [  # first row, cells a side, anchors a cell, first centre and stride in pixels
-    (0, 37, 4, 6, 8), (5476, 18, 6, 14, 16), (7420, 18, 6, 14, 16), (9364, 9, 6, 22, 32), (9850, 5, 4, 22, 64),
-    (9950, 2, 4, 86, 128),
+    (0, 37, 4, 6, 8), (5476, 18, 6, 14, 16), (7420, 18, 6, 14, 16), (9364, 9, 6, 22, 32),
+    (9850, 5, 4, 22, 64), (9950, 2, 4, 86, 128),
 ]
 
 
@@ -78,16 +76,17 @@ def test_neighbouring_centres_are_as_far_apart_as_what_the_cells_see(index):
     _, cells, _, _, stride = MAPS[index]
 
     def seen(x):
-        pictures = torch.zeros(2, 3, 300, 300)
-        pictures[0, :, :, x : x + 2] = 40.0
+        images = torch.zeros(2, 3, 300, 300)
+        images[0, :, :, x : x + 2] = 40.0
         with torch.no_grad():
-            drawn, blank = model.feature_maps(pictures)[index]
+            drawn, blank = model.feature_maps(images)[index]
         return (drawn - blank)[:, cells // 2]
 
     here, there = seen(140 - stride // 2), seen(140 + stride // 2)
     middle = cells // 2
     assert here[:, middle].abs().max() > 0
-    torch.testing.assert_close(here[:, middle - 1 : middle + 1], there[:, middle : middle + 2], rtol=1e-3, atol=1e-5)
+    moved = there[:, middle : middle + 2]
+    torch.testing.assert_close(here[:, middle - 1 : middle + 1], moved, rtol=1e-3, atol=1e-5)
 
 
 def test_ratios_are_width_by_height_and_keep_the_area(anchors):
@@ -102,44 +101,23 @@ def test_no_anchor_occurs_twice(anchors):
     assert len(torch.unique(anchors, dim=0)) == 9966
 
 
-def test_anchors_reach_beyond_the_picture_by_default(anchors):
+def test_anchors_reach_beyond_the_image_by_default(anchors):
     low, high = anchors[:, :2] - anchors[:, 2:] / 2, anchors[:, :2] + anchors[:, 2:] / 2
     assert low.min() < -0.3
     assert high.max() > 1.3
 
 
-# ---- anchors made for the data ----
-
-
-def boxes_of(sizes, seed=0):
-    """Return boxes (N, 4) of (w, h) pairs, each somewhere inside the picture."""
-    sizes = torch.tensor(sizes)
-    corner = torch.rand(len(sizes), 2, generator=torch.Generator().manual_seed(seed)) * (1 - sizes)
-    return torch.cat((corner, corner + sizes), dim=1)
-
-
-def test_suggested_sizes_are_the_centres_of_groups_and_stay_the_module_s_where_there_are_few_boxes():
-    groups = [(0.03, 0.05), (0.05, 0.03), (0.1, 0.1), (0.13, 0.14)]  # all on the first map, below sqrt(.1 * .2)
-    boxes = boxes_of([(w * f, h * f) for w, h in groups for f in (0.96, 0.98, 1.0, 1.02, 1.04)] + [(0.9, 0.9)] * 3)
-    suggested = ssd.suggest_anchor_sizes(boxes)
-    torch.testing.assert_close(torch.tensor(sorted(suggested[0])), torch.tensor(groups), rtol=0, atol=1e-3)
-    assert suggested[1:] == ssd.ANCHOR_SIZES[1:]
-    assert ssd.suggest_anchor_sizes(torch.zeros(0, 4)) == ssd.ANCHOR_SIZES
-
-
-def test_suggested_sizes_fit_their_boxes_better_and_keep_the_network_s_shape():
-    generator = torch.Generator().manual_seed(1)
-    scale, ratio = torch.rand(500, generator=generator) * 0.6 + 0.05, torch.rand(500, generator=generator) * 0.3 + 0.5
-    boxes = boxes_of(torch.stack((scale * ratio.sqrt(), scale / ratio.sqrt()), dim=1).tolist())
-    suggested = ssd.suggest_anchor_sizes(boxes)
-    assert list(map(len, suggested)) == list(map(len, ssd.ANCHOR_SIZES))
-    assert ssd.best_anchor_iou(boxes, suggested).mean() > ssd.best_anchor_iou(boxes).mean() + 0.02
-    assert suggested == ssd.suggest_anchor_sizes(boxes)
-
-
-def test_best_iou_with_given_sizes_is_that_of_all_their_anchors():
+def test_given_sizes_stand_on_the_same_grid(anchors):
     sizes = ([(0.05, 0.09)], [(0.2, 0.1), (0.1, 0.3)], *ssd.ANCHOR_SIZES[2:])
-    boxes = boxes_of([(0.05, 0.08), (0.3, 0.1), (0.12, 0.4), (0.8, 0.7)] * 10)
-    every = box_convert(ssd.make_anchors(sizes), "cxcywh", "xyxy")
-    assert len(every) == 37 * 37 + 18 * 18 * (2 + 6) + 81 * 6 + 25 * 4 + 4 * 4
-    torch.testing.assert_close(ssd.best_anchor_iou(boxes, sizes), box_iou(boxes, every).amax(dim=1), rtol=0, atol=1e-5)
+    given = ssd.make_anchors(sizes)
+    first, second = 37 * 37, 18 * 18 * 2
+    assert len(given) == first + second + 9966 - COUNTS[0] - COUNTS[1]
+    assert torch.equal(given[:first, :2], anchors[: COUNTS[0] : 4, :2])
+    assert torch.equal(given[:first, 2:], torch.tensor([0.05, 0.09]).expand(first, 2))
+    assert torch.equal(given[first : first + second, 2:].view(-1, 2, 2)[100], torch.tensor(sizes[1]))
+    assert torch.equal(given[first + second :], anchors[FIRST[2] :])
+
+
+def test_another_number_of_maps_is_a_value_error():
+    with pytest.raises(ValueError, match="zip"):
+        ssd.make_anchors(ssd.ANCHOR_SIZES[:5])

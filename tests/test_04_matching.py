@@ -9,166 +9,177 @@ from torchvision.ops import box_convert
 import ssd_object_detection as ssd
 
 ANCHORS = ssd.make_anchors()
-ANCHORS_XYXY = box_convert(ANCHORS, "cxcywh", "xyxy")
+ANCHORS_XYXY = box_convert(ANCHORS, "cxcywh", "xyxy").numpy()
 
 
 @st.composite
 def coarse_boxes(draw, min_size=0, max_size=6):
-    """Boxes on a grid of eighths: equal boxes and equal overlaps are frequent."""
+    """Boxes (G, 4) on a grid of eighths: equal boxes and equal overlaps are frequent."""
     edges = st.lists(st.integers(0, 8), min_size=2, max_size=2, unique=True).map(sorted)
     pairs = draw(st.lists(st.tuples(edges, edges), min_size=min_size, max_size=max_size))
-    return [[x[0] / 8, y[0] / 8, x[1] / 8, y[1] / 8] for x, y in pairs]
+    return np.array([[x[0], y[0], x[1], y[1]] for x, y in pairs], dtype=np.float64).reshape(-1, 4) / 8
 
 
-def padded(boxes_of_images):
-    """Return gt_boxes, gt_labels of a batch in float64, each image padded with label 0."""
-    count = max(map(len, boxes_of_images))
-    gt_boxes = torch.zeros(len(boxes_of_images), count, 4, dtype=torch.float64)
-    gt_labels = torch.zeros(len(boxes_of_images), count, dtype=torch.int64)
-    for i, boxes in enumerate(boxes_of_images):
-        gt_boxes[i, : len(boxes)] = torch.tensor(boxes, dtype=torch.float64).view(-1, 4)
-        gt_labels[i, : len(boxes)] = torch.arange(1, len(boxes) + 1)
-    return gt_boxes, gt_labels
+def matched_of(boxes, anchors, *thresh):
+    return ssd.match_anchors(np.array(boxes, dtype=float), np.array(anchors, dtype=float), *thresh).tolist()
 
 
 def test_hand_case_of_threshold_and_of_the_owned_anchor():
-    anchors = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 3], [0, 0, 4, 1], [6, 6, 8, 8], [5, 5, 9, 9]])
-    boxes, labels = torch.tensor([[[0.0, 0, 4, 4], [6, 6, 7, 7]]]), torch.tensor([[2, 1]])
+    anchors = [[0, 0, 4, 4], [0, 0, 4, 3], [0, 0, 4, 1], [6, 6, 8, 8], [5, 5, 9, 9]]
+    boxes = [[0, 0, 4, 4], [6, 6, 7, 7]]
     # Overlaps of the first box: 1, .75, .25, 0, 0; of the second: 0, 0, 0, .25, .0625.
-    assert ssd.match_anchors(boxes, labels, anchors, 0.5).tolist() == [[0, 0, -1, 1, -1]]
-    assert ssd.match_anchors(boxes, labels, anchors, 0.8).tolist() == [[0, -1, -1, 1, -1]]
+    assert matched_of(boxes, anchors) == [0, 0, -1, 1, -1]
+    assert matched_of(boxes, anchors, 0.8) == [0, -1, -1, 1, -1]
 
 
 def test_overlap_equal_to_the_threshold_matches():
-    anchors = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 2]])  # overlaps 1 and exactly .5
-    boxes, labels = torch.tensor([[[0.0, 0, 4, 4]]]), torch.tensor([[1]])
-    assert ssd.match_anchors(boxes, labels, anchors, 0.5).tolist() == [[0, 0]]
-    assert ssd.match_anchors(boxes, labels, anchors, 0.51).tolist() == [[0, -1]]
+    anchors = [[0, 0, 4, 4], [0, 0, 4, 2]]  # overlaps 1 and exactly .5
+    assert matched_of([[0, 0, 4, 4]], anchors, 0.5) == [0, 0]
+    assert matched_of([[0, 0, 4, 4]], anchors, 0.51) == [0, -1]
 
 
 def test_best_overlap_chooses_first_and_the_other_takes_what_is_left():
-    anchors = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 1]])
-    boxes = torch.tensor([[[0.0, 0, 4, 3], [0, 0, 4, 4]]])  # both like anchor 0 most, with .75 and 1
-    labels = torch.tensor([[1, 1]])
+    anchors = [[0, 0, 4, 4], [0, 0, 4, 1]]
+    boxes = [[0, 0, 4, 3], [0, 0, 4, 4]]  # both like anchor 0 most, with .75 and 1
     # Row 1 overlaps best and owns anchor 0; row 0 must take anchor 1 (overlap 1/3, under the threshold).
-    assert ssd.match_anchors(boxes, labels, anchors, 0.5).tolist() == [[1, 0]]
+    assert matched_of(boxes, anchors) == [1, 0]
 
 
 def test_an_owned_anchor_is_kept_against_a_better_overlap():
-    # Anchor 1 overlaps row 1 by .75, but row 0 owns it: row 1 owns anchor 0 (1.0), so row 0 is left with anchor 1.
-    anchors = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 3]])
-    boxes, labels = torch.tensor([[[0.0, 0, 1, 1], [0, 0, 4, 4]]]), torch.tensor([[1, 1]])
-    assert ssd.match_anchors(boxes, labels, anchors, 0.5).tolist() == [[1, 0]]
+    # Anchor 1 overlaps row 1 by .75, but row 0 owns it: row 1 owns anchor 0 (1.0), so row 0 is left with it.
+    anchors = [[0, 0, 4, 4], [0, 0, 4, 3]]
+    assert matched_of([[0, 0, 1, 1], [0, 0, 4, 4]], anchors) == [1, 0]
+
+
+def test_of_equal_overlaps_the_first_ground_truth_and_the_first_anchor_are_taken():
+    anchors = [[0, 0, 4, 4], [0, 0, 4, 4], [0, 0, 4, 4]]
+    assert matched_of([[0, 0, 4, 4]], anchors, 2.0) == [0, -1, -1]
+    assert matched_of([[0, 0, 4, 4], [0, 0, 4, 4]], anchors) == [0, 1, 0]
+
+
+# -- Against a slow reference
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    st.lists(coarse_boxes(), min_size=1, max_size=3), coarse_boxes(min_size=6, max_size=14),
-    st.sampled_from([0.0625, 0.3, 0.5, 0.75, 1.0]),
-)
-def test_matching_agrees_with_the_reference(images, anchors, thresh):
-    gt_boxes, gt_labels = padded(images)
-    matched = ssd.match_anchors(gt_boxes, gt_labels, torch.tensor(anchors, dtype=torch.float64), thresh)
-    for i in range(len(images)):
-        assert matched[i].tolist() == reference.match(gt_boxes[i].tolist(), gt_labels[i].tolist(), anchors, thresh)
+@given(coarse_boxes(), coarse_boxes(min_size=6, max_size=14), st.sampled_from([0.0625, 0.3, 0.5, 0.75, 1.0]))
+def test_matching_agrees_with_the_reference(boxes, anchors, thresh):
+    matched = ssd.match_anchors(boxes, anchors, thresh)
+    assert matched.tolist() == reference.match(boxes.tolist(), anchors.tolist(), thresh)
 
 
 def test_matching_agrees_with_the_reference_on_the_real_anchors():
     rng = np.random.default_rng(3)
-    low = rng.uniform(0, 0.7, (2, 6, 2))
-    boxes = torch.from_numpy(np.concatenate((low, low + rng.uniform(0.02, 0.3, low.shape)), axis=2))
-    labels = torch.tensor([[1, 2, 3, 4, 5, 6], [3, 1, 2, 0, 0, 0]])
-    anchors = ANCHORS_XYXY.double()
-    matched = ssd.match_anchors(boxes, labels, anchors)
-    for i in range(2):
-        assert matched[i].tolist() == reference.match(boxes[i].tolist(), labels[i].tolist(), anchors.tolist(), 0.5)
+    low = rng.uniform(0, 0.7, (6, 2))
+    boxes = np.concatenate((low, low + rng.uniform(0.02, 0.3, low.shape)), axis=1)
+    anchors = ANCHORS_XYXY.astype(np.float64)
+    expected = reference.match(boxes.tolist(), anchors.tolist(), 0.5)
+    assert ssd.match_anchors(boxes, anchors).tolist() == expected
+
+
+def random_image(rng):
+    """Return boxes (G, 4), at most 100: scattered, tied, crowded or anchors themselves, and some copies."""
+    count = int(101 * rng.random() ** 4)
+    kind = rng.integers(4)
+    if kind == 0:  # of any size, anywhere
+        size = np.exp(rng.uniform(np.log(0.005), 0, (count, 2)))
+        low = rng.random((count, 2)) * (1 - size)
+        boxes = np.concatenate((low, low + size), axis=1)
+    elif kind == 1:  # on a coarse grid
+        low = rng.integers(0, 8, (count, 2))
+        boxes = np.concatenate((low, rng.integers(low + 1, 9)), axis=1) / 8
+    elif kind == 2:  # small ones in one place
+        low = rng.uniform(0.2, 0.7, 2) + rng.normal(0, 0.02, (count, 2))
+        boxes = np.concatenate((low, low + rng.uniform(0.01, 0.1, (count, 2))), axis=1)
+    else:
+        boxes = ANCHORS_XYXY[rng.integers(len(ANCHORS_XYXY), size=count)].astype(np.float64)
+    is_copy = rng.random(count) < rng.choice([0, 0.3, 1])
+    return boxes[np.where(is_copy, rng.integers(max(count, 1), size=count), np.arange(count))]
+
+
+def some_anchors(rng, boxes):
+    """Return more anchors than boxes: those that overlap them most, so that they compete, and ten others."""
+    anchors = ANCHORS_XYXY[rng.permutation(len(ANCHORS_XYXY))[:1500]].astype(np.float64)
+    if len(boxes) == 0:
+        return anchors[:10]
+    overlap = ssd.box_iou(boxes[:, None], anchors).max(axis=0)
+    near = np.argpartition(-overlap, len(boxes) + 20)[: len(boxes) + 20]
+    return anchors[rng.permutation(np.concatenate((near, np.arange(10))))]
+
+
+def test_matching_agrees_with_the_reference_on_a_thousand_images():
+    sizes, num_copies, num_matched = [], 0, 0
+    for seed in range(1000):
+        rng = np.random.default_rng(seed)
+        boxes = random_image(rng)
+        anchors = some_anchors(rng, boxes)
+        matched = ssd.match_anchors(boxes, anchors)
+        assert matched.tolist() == reference.match(boxes.tolist(), anchors.tolist(), 0.5), seed
+        sizes.append(len(boxes))
+        num_copies += len(boxes) - len(np.unique(boxes, axis=0))
+        num_matched += (matched >= 0).sum()
+    assert min(sizes) == 0
+    assert max(sizes) == 100
+    assert num_copies > 1000
+    assert num_matched > sum(sizes) + 5_000  # by the threshold, not by ownership alone
 
 
 @settings(max_examples=50, deadline=None)
-@given(coarse_boxes(min_size=1, max_size=5), st.integers(1, 4))
+@given(coarse_boxes(min_size=1, max_size=5), st.integers(1, 20))
 def test_every_ground_truth_gets_an_anchor_even_repeated_boxes(boxes, copies):
-    gt_boxes, gt_labels = padded([boxes * copies])
-    matched = ssd.match_anchors(gt_boxes.float(), gt_labels, ANCHORS_XYXY)
-    assert set(range(len(boxes) * copies)) <= set(matched[0].tolist())
-
-
-@settings(max_examples=40, deadline=None)
-@given(coarse_boxes(max_size=4), st.integers(1, 3), st.booleans())
-def test_padding_rows_never_match_and_change_nothing(boxes, padding, is_first):
-    gt_boxes, gt_labels = padded([boxes])
-    # Padding that lies exactly on an object would win if it counted.
-    filler = gt_boxes[:, :1] if boxes else torch.tensor([[[0.2, 0.2, 0.4, 0.4]]], dtype=torch.float64)
-    parts = [gt_boxes, filler.expand(-1, padding, -1)], [gt_labels, torch.zeros(1, padding, dtype=torch.int64)]
-    more_boxes, more_labels = (torch.cat(p[::-1] if is_first else p, dim=1) for p in parts)
-    plain = ssd.match_anchors(gt_boxes.float(), gt_labels, ANCHORS_XYXY)
-    more = ssd.match_anchors(more_boxes.float(), more_labels, ANCHORS_XYXY)
-    shift = padding if is_first else 0
-    assert torch.equal(more, torch.where(plain >= 0, plain + shift, -1))
-
-
-def test_images_of_a_batch_do_not_affect_one_another():
-    images = [[[0.1, 0.1, 0.4, 0.5], [0.1, 0.1, 0.4, 0.5]], [], [[0.6, 0.2, 0.9, 0.9]]]
-    gt_boxes, gt_labels = padded(images)
-    together = ssd.match_anchors(gt_boxes.float(), gt_labels, ANCHORS_XYXY)
-    for i in range(3):
-        alone = ssd.match_anchors(gt_boxes[i : i + 1].float(), gt_labels[i : i + 1], ANCHORS_XYXY)
-        assert torch.equal(together[i], alone[0])
-    assert (together[1] == -1).all()
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(coarse_boxes(), min_size=1, max_size=4), st.integers(1, 3), st.booleans())
-def test_what_a_gpu_computes_is_the_same(images, copies, is_flipped):
-    # Repeated boxes want the same anchors; flipped, the padding comes first.
-    gt_boxes, gt_labels = padded([boxes * copies for boxes in images])
-    gt_boxes, gt_labels = (t.flip(1) if is_flipped else t for t in (gt_boxes.float(), gt_labels))
-    plain = ssd.build_targets(gt_boxes, gt_labels, ANCHORS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssd, "counting_is_free", lambda tensor: False)
-        dense = ssd.build_targets(gt_boxes, gt_labels, ANCHORS)
-    assert torch.equal(plain[0], dense[0])
-    assert torch.equal(plain[1], dense[1])
+    boxes = np.tile(boxes, (copies, 1)).astype(np.float32)
+    matched = ssd.match_anchors(boxes, ANCHORS_XYXY)
+    assert set(range(len(boxes))) <= set(matched.tolist())
 
 
 def test_no_ground_truth_makes_every_anchor_background():
-    matched = ssd.match_anchors(torch.zeros(3, 0, 4), torch.zeros(3, 0, dtype=torch.int64), ANCHORS_XYXY)
-    assert matched.shape == (3, 9966)
-    assert matched.dtype == torch.int64
+    matched = ssd.match_anchors(np.zeros((0, 4), np.float32), ANCHORS_XYXY)
+    assert matched.shape == (9966,)
+    assert matched.dtype == np.int64
     assert (matched == -1).all()
 
 
+# -- Targets
+
+
 def test_targets_carry_label_and_encoded_box_of_the_match():
-    gt_boxes = torch.tensor([[[0.1, 0.1, 0.4, 0.5], [0.5, 0.4, 0.9, 0.8]], [[0.2, 0.3, 0.6, 0.9], [0.0] * 4]])
-    gt_labels = torch.tensor([[7, 3], [5, 0]])
-    labels, boxes = ssd.build_targets(gt_boxes, gt_labels, ANCHORS)
-    matched = ssd.match_anchors(gt_boxes, gt_labels, ANCHORS_XYXY)
-    assert labels.shape == (2, 9966)
+    gt_boxes = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.5, 0.4, 0.9, 0.8]])
+    gt_labels = torch.tensor([7, 3])
+    labels, box_targets = ssd.build_targets(gt_boxes, gt_labels, ANCHORS)
+    matched = torch.from_numpy(ssd.match_anchors(gt_boxes.numpy(), ANCHORS_XYXY))
+    assert labels.shape == (9966,)
     assert labels.dtype == torch.int64
-    assert boxes.shape == (2, 9966, 4)
-    assert set(labels[0].tolist()) == {0, 3, 7}
-    assert set(labels[1].tolist()) == {0, 5}
-    for image in range(2):
-        background = matched[image] < 0
-        assert (labels[image][background] == 0).all()
-        assert (boxes[image][background] == 0).all()
-        for anchor in (~background).nonzero()[:, 0].tolist():
-            gt = matched[image, anchor]
-            assert labels[image, anchor] == gt_labels[image, gt]
-        recovered = ssd.decode(boxes[image], ANCHORS)[~background]
-        torch.testing.assert_close(recovered, gt_boxes[image][matched[image][~background]], rtol=0, atol=1e-5)
+    assert box_targets.shape == (9966, 4)
+    assert box_targets.dtype == torch.float32
+    is_positive = matched >= 0
+    assert not labels[~is_positive].any()
+    assert not box_targets[~is_positive].any()
+    assert labels.unique().tolist() == [0, 3, 7]
+    assert torch.equal(labels[is_positive], gt_labels[matched[is_positive]])
+    recovered = ssd.decode(box_targets, ANCHORS)[is_positive]
+    torch.testing.assert_close(recovered, gt_boxes[matched[is_positive]], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("thresh", [0.35, 0.5, 0.7])
 def test_targets_use_the_threshold(thresh):
-    gt_boxes, gt_labels = torch.tensor([[[0.2, 0.2, 0.6, 0.6]]]), torch.tensor([[1]])
-    labels, _ = ssd.build_targets(gt_boxes, gt_labels, ANCHORS, thresh)
-    overlaps = [reference.iou([0.2, 0.2, 0.6, 0.6], a) for a in ANCHORS_XYXY.tolist()]
-    assert labels.sum().item() == max(1, sum(o >= thresh for o in overlaps))
+    box = [0.2, 0.2, 0.6, 0.6]
+    labels, _ = ssd.build_targets(torch.tensor([box]), torch.tensor([1]), ANCHORS, thresh)
+    overlaps = [reference.iou(box, anchor) for anchor in ANCHORS_XYXY.tolist()]
+    assert labels.sum().item() == max(1, sum(overlap >= thresh for overlap in overlaps))
 
 
 def test_targets_without_ground_truth_are_all_background():
-    labels, boxes = ssd.build_targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), ANCHORS)
-    assert labels.shape == (2, 9966)
-    assert boxes.shape == (2, 9966, 4)
+    labels, box_targets = ssd.build_targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), ANCHORS)
+    assert labels.shape == (9966,)
+    assert labels.dtype == torch.int64
+    assert box_targets.shape == (9966, 4)
     assert not labels.any()
-    assert not boxes.any()
+    assert not box_targets.any()
+
+
+def test_targets_of_a_crowd_name_every_object():
+    # Cells in a blood smear: 100 objects, each of its own label, many smaller than any anchor.
+    rng = np.random.default_rng(0)
+    low = torch.from_numpy(rng.uniform(0, 0.9, (100, 2))).float()
+    gt_boxes = torch.cat((low, low + 0.03), dim=1)
+    labels, _ = ssd.build_targets(gt_boxes, torch.arange(1, 101), ANCHORS)
+    assert labels.unique().tolist() == list(range(101))

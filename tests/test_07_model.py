@@ -2,7 +2,9 @@ import math
 
 import pytest
 import torch
+import torchvision
 from torch import nn
+from torchvision.models import VGG16_BN_Weights, VGG16_Weights
 
 import ssd_object_detection as ssd
 
@@ -16,7 +18,8 @@ def narrow(num_classes=3, **kwargs):
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.randint(0, 256, (2, 3, 300, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (2, 3, 300, 300), dtype=torch.uint8, generator=generator)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,8 @@ def test_feature_maps_have_the_documented_sizes(images):
     with torch.no_grad():
         maps = narrow().feature_maps(images[:1].float())
     assert [tuple(m.shape[2:]) for m in maps] == [(n, n) for n in (37, 18, 18, 9, 5, 2)]
-    assert [m.shape[1] for m in maps] == [64, 64, 128, 64, 32, 32]  # an eighth of 512, 512, 1024, 512, 256, 256
+    # An eighth of 512, 512, 1024, 512, 256, 256.
+    assert [m.shape[1] for m in maps] == [64, 64, 128, 64, 32, 32]
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -60,14 +64,19 @@ def test_uint8_and_float_images_give_the_same(images):
             assert torch.equal(a, b)
 
 
-def test_model_normalises_by_the_imagenet_statistics(images):
-    model, seen = narrow(), []
-    model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    picture = torch.tensor([255.0, 0.0, 127.5]).view(1, 3, 1, 1).expand(1, 3, 300, 300)
+def normalised(model, color):
+    """What the first layer is given for an image of one colour, 0 to 255: three numbers."""
+    seen = []
+    handle = model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        model(picture)
+        model(torch.tensor(color).view(1, 3, 1, 1).expand(1, 3, 300, 300))
+    handle.remove()
+    return seen[0][0, :, 7, 7].tolist()
+
+
+def test_model_normalises_by_the_imagenet_statistics():
     expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.5 - 0.406) / 0.225]
-    assert seen[0][0, :, 7, 7].tolist() == pytest.approx(expected, abs=1e-5)
+    assert normalised(narrow(), [255.0, 0.0, 127.5]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_order_of_outputs_is_the_order_of_anchors(images):
@@ -84,7 +93,7 @@ def test_order_of_outputs_is_the_order_of_anchors(images):
     assert deltas[0, -1].tolist() == [5012, 5013, 5014, 5015]
 
 
-def test_a_spot_in_the_picture_changes_only_the_cells_that_see_it():
+def test_a_spot_in_the_image_changes_only_the_cells_that_see_it():
     model = narrow().eval()
     plain = torch.full((1, 3, 300, 300), 120.0)
     spot = plain.clone()
@@ -137,7 +146,8 @@ def test_prior_sets_the_first_foreground_probability(images, num_classes, prior_
         probability = model(images)[0].softmax(dim=-1)[..., 1:]
     assert probability.sum(dim=-1).mean().item() == pytest.approx(prior_prob, rel=0.15)
     # and spreads it evenly over the classes
-    assert probability.mean(dim=(0, 1)).tolist() == pytest.approx([prior_prob / num_classes] * num_classes, rel=0.3)
+    share = prior_prob / num_classes
+    assert probability.mean(dim=(0, 1)).tolist() == pytest.approx([share] * num_classes, rel=0.3)
 
 
 def test_without_prior_biases_are_zero():
@@ -203,79 +213,182 @@ def test_l2_norm_survives_half_precision():
     # The sum of squares, 200 ** 2 * 512, is far beyond the largest float16.
     out = ssd.L2Norm(512)(torch.full((1, 512, 1, 1), 200.0, dtype=torch.float16))
     assert out.dtype == torch.float16
-    torch.testing.assert_close(out.float(), torch.full((1, 512, 1, 1), 20 / math.sqrt(512)), rtol=2e-3, atol=0)
+    expected = torch.full((1, 512, 1, 1), 20 / math.sqrt(512))
+    torch.testing.assert_close(out.float(), expected, rtol=2e-3, atol=0)
 
 
 # -- ImageNet weights
 
+CLASSIFIER = ("classifier.0.weight", "classifier.0.bias", "classifier.3.weight", "classifier.3.bias")
 
-def vgg16_state(batch_norm=False):
-    """A state dict with the names and shapes of torchvision's vgg16; each weight's elements tell where they were."""
-    state, index, c_in = {}, 0, 3
-    for number, c_out in enumerate(FEATURES):
-        if number in (2, 4, 7, 10):
-            index += 1  # a pooling layer
-        state[f"features.{index}.weight"] = torch.rand(c_out, 1, 1, 1).expand(c_out, c_in, 3, 3)
-        state[f"features.{index}.bias"] = torch.rand(1).expand(c_out)
-        if batch_norm:
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                state[f"features.{index + 1}.{name}"] = torch.rand(c_out)
-            state[f"features.{index + 1}.num_batches_tracked"] = torch.tensor(9)
-        index, c_in = index + (3 if batch_norm else 2), c_out
-    # Overlapping strides: element (o, i) is 7 o + i, and 400 MB need no memory.
-    state["classifier.0.weight"] = torch.arange(4096.0 * 7 + 25088).as_strided((4096, 25088), (7, 1))
-    state["classifier.0.bias"] = torch.arange(4096.0)
-    state["classifier.3.weight"] = torch.arange(4096.0 * 3 + 4096).as_strided((4096, 4096), (3, 1))
-    state["classifier.3.bias"] = -torch.arange(4096.0)
-    state["classifier.6.weight"], state["classifier.6.bias"] = torch.zeros(1, 1).expand(1000, 4096), torch.zeros(1000)
+
+def vgg16_features(model, *, batch_norm=False):
+    """Random weights of the shapes of a network's blocks, named as torchvision's vgg16 names its own."""
+    make = torchvision.models.vgg16_bn if batch_norm else torchvision.models.vgg16
+    with torch.device("meta"):
+        names = make().features.state_dict(prefix="features.")
+    state = {}
+    for name, own in zip(names, model.blocks.state_dict().values(), strict=True):
+        values = torch.rand(own.shape[:1]).view(-1, *[1] * (own.ndim - 1)) if own.ndim else torch.tensor(9)
+        state[name] = values.expand(own.shape)  # takes no memory
     return state
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
-def test_load_backbone_copies_convolutions_and_decimates_the_rest(full, batch_norm):
-    model = ssd.SSD300(20, batch_norm=True) if batch_norm else full
-    state = vgg16_state(batch_norm)
-    heads = [h.weight.clone() for h in model.cls_heads]
-    ssd.load_backbone(model, state)
-    given = [v for k, v in state.items() if k.startswith("features.") and v.ndim]
-    own = [v for v in model.blocks.state_dict().values() if v.ndim]
-    assert len(given) == len(own) == (26 + 52 if batch_norm else 26)
+@pytest.fixture(scope="session")
+def vgg16_file(tmp_path_factory):
+    """A file of complete float16 weights as torchvision's vgg16 has them.
+
+    Of fc6 the element (o, i) is (7 o + i) % 2048, of fc7 (3 o + i) % 2048: overlapping strides, no memory.
+    """
+    def rolled(step, rows, columns):
+        return (torch.arange(step * rows + columns) % 2048).half().as_strided((rows, columns), (step, 1))
+
+    state = {name: value.half() for name, value in vgg16_features(ssd.SSD300(1)).items()}
+    biases = torch.arange(4096.0).half() / 4096
+    layers = (rolled(7, 4096, 25088), biases, rolled(3, 4096, 4096), -biases)
+    state |= dict(zip(CLASSIFIER, layers, strict=True))
+    state["classifier.6.weight"] = torch.zeros(1, 1).expand(1000, 4096)
+    state["classifier.6.bias"] = torch.zeros(1000)
+    with torch.device("meta"):
+        theirs = torchvision.models.vgg16().state_dict()
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in theirs.items()}
+    path = tmp_path_factory.mktemp("weights") / "vgg16.pth"
+    torch.save(state, path)
+    return path
+
+
+def test_load_backbone_copies_convolutions_and_decimates_the_rest(full, vgg16_file):
+    state = ssd.fetch_backbone(vgg16_file)
+    heads = [head.weight.clone() for head in full.cls_heads]
+    assert ssd.load_backbone(full, state) is True
+    given = [v.float() for k, v in state.items() if k.startswith("features.")]
+    own = list(full.blocks.state_dict().values())
+    assert len(given) == len(own) == 26
     assert all(torch.equal(a, b) for a, b in zip(own, given, strict=True))
 
-    fc6, fc7 = (m for m in model.fc if isinstance(m, nn.Conv2d))
+    fc6, fc7 = (m for m in full.fc if isinstance(m, nn.Conv2d))
     assert fc6.weight.shape == (1024, 512, 3, 3)
-    for out, channel, row, column in ((0, 0, 0, 0), (1, 0, 0, 0), (1023, 511, 2, 2), (5, 17, 1, 2), (6, 100, 2, 0)):
+    places = ((0, 0, 0, 0), (1, 0, 0, 0), (1023, 511, 2, 2), (5, 17, 1, 2), (6, 100, 2, 0))
+    for out, channel, row, column in places:
         place = channel * 49 + 3 * row * 7 + 3 * column  # rows and columns 0, 3, 6 of 7
-        assert fc6.weight[out, channel, row, column].item() == 7 * 4 * out + place
-    assert fc6.bias.tolist() == list(range(0, 4096, 4))
+        assert fc6.weight[out, channel, row, column].item() == (7 * 4 * out + place) % 2048
+    assert torch.equal(fc6.bias, state["classifier.0.bias"][::4].float())
     assert fc7.weight.shape == (1024, 1024, 1, 1)
     for out, channel in ((0, 0), (1, 0), (0, 1), (1023, 1023), (9, 500)):
-        assert fc7.weight[out, channel, 0, 0].item() == 3 * 4 * out + 4 * channel
-    assert fc7.bias.tolist() == [-v for v in range(0, 4096, 4)]
-    assert all(torch.equal(h.weight, before) for h, before in zip(model.cls_heads, heads, strict=True))
+        assert fc7.weight[out, channel, 0, 0].item() == (3 * 4 * out + 4 * channel) % 2048
+    assert torch.equal(fc7.bias, state["classifier.3.bias"][::4].float())
+    assert all(torch.equal(h.weight, before) for h, before in zip(full.cls_heads, heads, strict=True))
+    assert {p.dtype for p in full.parameters()} == {torch.float32}
+    # torchvision's own training saw images normalised as the network does by itself.
+    transforms = VGG16_Weights.IMAGENET1K_V1.transforms()
+    assert full.mean.flatten().tolist() == pytest.approx([255 * v for v in transforms.mean])
+    assert full.std.flatten().tolist() == pytest.approx([255 * v for v in transforms.std])
 
 
-def test_weights_of_another_network_are_an_input_error(full):
-    state = vgg16_state()
-    no_conv = {k: v for k, v in state.items() if k != "features.28.weight"}
-    other_shape = {**state, "features.0.weight": torch.zeros(64, 3, 5, 5)}
-    no_classifier = {k: v for k, v in state.items() if not k.startswith("classifier")}
-    for wrong in ({}, no_conv, other_shape, no_classifier, vgg16_state(batch_norm=True), {"model": torch.zeros(1)}):
-        with pytest.raises(ssd.InputError) as error:
-            ssd.load_backbone(full, wrong)
-        assert "\n" not in str(error.value)
+def weights_in(state):
+    """A state dict without the counters of batch norm."""
+    return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
-def test_full_width_weights_do_not_go_into_a_narrow_network():
-    with pytest.raises(ssd.InputError):
-        ssd.load_backbone(narrow(), vgg16_state())
+SHAPES = ((4096, 25088), (4096,), (4096, 4096), (4096,))
+NAN_CLASSIFIER = {name: torch.tensor(math.nan).expand(shape) for name, shape in zip(CLASSIFIER, SHAPES, strict=True)}
 
 
-def test_backbone_file_is_read_and_a_wrong_one_is_an_input_error(tmp_path):
-    torch.save({"features.0.bias": torch.arange(3.0)}, tmp_path / "vgg.pth")
-    assert ssd.fetch_backbone(tmp_path / "vgg.pth")["features.0.bias"].tolist() == [0, 1, 2]
+def test_weights_with_batch_norm_but_no_classifier_keep_the_normalisation():
+    model = narrow(batch_norm=True)
+    before = model.mean.clone()
+    assert ssd.load_backbone(model, vgg16_features(model, batch_norm=True)) is False
+    assert torch.equal(model.mean, before)
+
+
+@pytest.mark.parametrize("classifier", [{}, NAN_CLASSIFIER])
+def test_weights_without_a_classifier_leave_the_rest_and_switch_the_normalisation(classifier):
+    model = narrow()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = vgg16_features(model)
+    assert ssd.load_backbone(model, state | classifier) is False
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
+    given = weights_in(state)
+    own = weights_in(model.blocks.state_dict())
+    assert len(own) == 26
+    assert changed == {f"blocks.{name}" for name in own} | {"mean", "std"}
+    assert all(torch.equal(a, b) for a, b in zip(own.values(), given.values(), strict=True))
+    # The authors' network saw 0 to 255 with their training set's mean colour subtracted.
+    expected = [255 - 123.68, 0 - 116.779, 127.5 - 103.939]
+    assert normalised(model, [255.0, 0.0, 127.5]) == pytest.approx(expected, abs=1e-3)
+    transforms = VGG16_Weights.IMAGENET1K_FEATURES.transforms()  # its mean is rounded to whole steps of 255
+    assert model.mean.flatten().tolist() == pytest.approx([255 * v for v in transforms.mean], abs=0.7)
+    assert model.std.flatten().tolist() == pytest.approx([255 * v for v in transforms.std])
+
+
+def test_a_checkpoint_keeps_the_normalisation(tmp_path):
+    model = narrow()
+    ssd.load_backbone(model, vgg16_features(model))
+    config = {"num_classes": 3, "width": 0.125, "batch_norm": False, "anchor_sizes": ssd.ANCHOR_SIZES}
+    content = {"model": model.state_dict(), "config": config, "classes": ["a", "b", "c"]}
+    ssd.save_checkpoint(tmp_path / "a.pth", content)
+    loaded = ssd.model_from_checkpoint(ssd.load_checkpoint(tmp_path / "a.pth"))
+    assert loaded.mean.flatten().tolist() == pytest.approx([123.68, 116.779, 103.939])
+    assert loaded.std.flatten().tolist() == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.parametrize("changes", [
+    {"features.0.weight": torch.zeros(8, 3, 5, 5)}, {"features.30.weight": torch.zeros(8)},
+    {"features.28.weight": None}, {"features.2.bias": "no tensor"},
+])
+def test_weights_of_another_network_are_an_input_error_that_changes_nothing(changes):
+    model = narrow()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ssd.InputError, match="do not fit") as error:
+        ssd.load_backbone(model, vgg16_features(model) | changes)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [
+    {}, {"model": torch.zeros(1)}, {1: torch.zeros(1)}, torch.zeros(3),
+    [1, 2], "text",
+])
+def test_a_backbone_file_of_something_else_is_an_input_error(tmp_path, content):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ssd.InputError) as error:
+        ssd.load_backbone(narrow(), ssd.fetch_backbone(tmp_path / "a.pth"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_classifier_of_another_shape_is_an_input_error():
+    model = narrow()
+    classifier = dict(zip(CLASSIFIER, [torch.zeros(8, 8), torch.zeros(8)] * 2, strict=True))
+    with pytest.raises(ssd.InputError) as error:
+        ssd.load_backbone(model, vgg16_features(model) | classifier)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_with_batch_norm_and_those_of_full_width_fit_only_their_own_network(vgg16_file):
+    model = narrow()
+    for wrong in (vgg16_features(narrow(batch_norm=True), batch_norm=True), ssd.fetch_backbone(vgg16_file)):
+        with pytest.raises(ssd.InputError, match="do not fit"):
+            ssd.load_backbone(model, wrong)
+
+
+@pytest.mark.parametrize(("source", "batch_norm", "weights"), [
+    ("caffe", False, VGG16_Weights.IMAGENET1K_FEATURES), ("imagenet", False, VGG16_Weights.IMAGENET1K_V1),
+    ("caffe", True, VGG16_BN_Weights.IMAGENET1K_V1), ("imagenet", True, VGG16_BN_Weights.IMAGENET1K_V1),
+])
+def test_a_kind_of_backbone_weights_is_fetched_through_torchvision(monkeypatch, source, batch_norm, weights):
+    def fetch(self, **options):
+        assert options["check_hash"]
+        return {"url": self.url}
+
+    monkeypatch.setattr(VGG16_Weights, "get_state_dict", fetch)
+    monkeypatch.setattr(VGG16_BN_Weights, "get_state_dict", fetch)
+    assert ssd.fetch_backbone(source, batch_norm=batch_norm) == {"url": weights.url}
+
+
+def test_a_backbone_file_that_cannot_be_read_is_an_input_error(tmp_path):
     (tmp_path / "text.pth").write_text("no tensors here")
-    for name in ("text.pth", "absent.pth"):
+    (tmp_path / "empty.pth").touch()
+    for name in ("text.pth", "empty.pth", "absent.pth"):
         with pytest.raises(ssd.InputError) as error:
             ssd.fetch_backbone(tmp_path / name)
         assert name in str(error.value)

@@ -1,6 +1,5 @@
 import math
 
-import albumentations as A
 import cv2
 import numpy as np
 import pytest
@@ -11,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ssd_object_detection as ssd
+
+ANCHORS = ssd.make_anchors()
 
 
 def random_case(images=3, anchors=60, num_classes=4, positives=(5, 0, 2), seed=0):
@@ -78,7 +79,8 @@ def test_focal_loss_of_half_precision_is_computed_in_float32():
 
 def mined_mask(logits, labels):
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    return loss, torch.tensor([reference.mined(a, b) for a, b in zip(loss.tolist(), labels.tolist(), strict=True)])
+    rows = zip(loss.tolist(), labels.tolist(), strict=True)
+    return loss, torch.tensor([reference.mined(a, b) for a, b in rows])
 
 
 @settings(max_examples=60, deadline=None)
@@ -137,33 +139,30 @@ def test_class_loss_is_the_sum_over_the_positives_of_the_batch(loss):
     logits, labels = random_case(positives=(5, 0, 2))
     deltas = torch.zeros(3, 60, 4)
     losses = ssd.detection_loss((logits, deltas), (labels, deltas), loss=loss)
-    per_anchor = ssd.focal_loss(logits, labels) if loss == "focal" else ssd.mined_cross_entropy(logits, labels)
+    per_anchor = (ssd.focal_loss if loss == "focal" else ssd.mined_cross_entropy)(logits, labels)
     torch.testing.assert_close(losses["loss_cls"], per_anchor.sum() / 7)
     assert losses["loss_box"] == 0
 
 
-def test_weights_and_focal_numbers_are_passed_on():
+def test_focal_numbers_are_passed_on_and_the_loss_is_the_sum_of_its_parts():
     logits, labels = random_case()
-    deltas = torch.randn(3, 60, 4)
-    outputs, targets = (logits, deltas), (labels, torch.zeros(3, 60, 4))
-    plain = ssd.detection_loss(outputs, targets, alpha=0.3, gamma=1.0)
-    heavy = ssd.detection_loss(outputs, targets, alpha=0.3, gamma=1.0, cls_weight=2.0, box_weight=5.0)
-    torch.testing.assert_close(plain["loss_cls"], ssd.focal_loss(logits, labels, alpha=0.3, gamma=1.0).sum() / 7)
-    torch.testing.assert_close(heavy["loss_cls"], 2 * plain["loss_cls"])
-    torch.testing.assert_close(heavy["loss_box"], 5 * plain["loss_box"])
-    torch.testing.assert_close(heavy["loss"], heavy["loss_cls"] + heavy["loss_box"])
+    deltas = torch.randn(3, 60, 4, generator=torch.Generator().manual_seed(0))
+    losses = ssd.detection_loss((logits, deltas), (labels, torch.zeros(3, 60, 4)), alpha=0.3, gamma=2.0)
+    expected = ssd.focal_loss(logits, labels, alpha=0.3, gamma=2.0).sum() / 7
+    torch.testing.assert_close(losses["loss_cls"], expected)
+    assert losses["loss_box"] > 0
+    torch.testing.assert_close(losses["loss"], losses["loss_cls"] + losses["loss_box"])
 
 
 @pytest.mark.parametrize("loss", ["focal", "multibox"])
 def test_batch_without_objects_has_a_finite_loss_that_still_teaches_background(loss):
     logits = torch.zeros(2, 9966, 4, requires_grad=True)
     deltas = torch.randn(2, 9966, 4, requires_grad=True)
-    targets = ssd.build_targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), ssd.make_anchors())
+    targets = torch.zeros(2, 9966, dtype=torch.int64), torch.zeros(2, 9966, 4)
     losses = ssd.detection_loss((logits, deltas), targets, loss=loss)
     assert torch.isfinite(losses["loss"])
     assert losses["loss_box"] == 0
     losses["loss"].backward()
-    assert logits.grad.abs().sum() > 0
     assert (logits.grad[..., 0] <= 0).all()  # more background is less loss
     for image in logits.grad:
         assert image.abs().sum() > 0
@@ -171,12 +170,14 @@ def test_batch_without_objects_has_a_finite_loss_that_still_teaches_background(l
 
 
 @pytest.mark.parametrize("loss", ["focal", "multibox"])
-def test_one_empty_image_of_several_is_padding_for_matching_and_teaches_background(loss):
-    gt_boxes = torch.tensor([[[0.1, 0.1, 0.5, 0.6], [0.4, 0.4, 0.9, 0.8]], [[0.0] * 4] * 2])
-    targets = ssd.build_targets(gt_boxes, torch.tensor([[1, 2], [0, 0]]), ssd.make_anchors())
+def test_one_empty_image_of_several_teaches_background(loss):
+    boxes = torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.4, 0.4, 0.9, 0.8]])
+    images = [ssd.build_targets(boxes, torch.tensor([1, 2]), ANCHORS),
+              ssd.build_targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), ANCHORS)]
+    labels, box_targets = (torch.stack(parts) for parts in zip(*images, strict=True))
     logits = torch.zeros(2, 9966, 3, requires_grad=True)
     deltas = torch.zeros(2, 9966, 4, requires_grad=True)
-    losses = ssd.detection_loss((logits, deltas), targets, loss=loss)
+    losses = ssd.detection_loss((logits, deltas), (labels, box_targets), loss=loss)
     losses["loss"].backward()
     assert torch.isfinite(losses["loss"])
     assert logits.grad[1].abs().sum() > 0
@@ -187,30 +188,48 @@ def test_one_empty_image_of_several_is_padding_for_matching_and_teaches_backgrou
 def test_divisor_is_never_below_the_number_of_images():
     logits, labels = random_case(positives=(1, 0, 0))
     deltas = torch.zeros(3, 60, 4)
+    expected = ssd.focal_loss(logits, labels).sum() / 3
     losses = ssd.detection_loss((logits, deltas), (labels, deltas))
-    torch.testing.assert_close(losses["loss_cls"], ssd.focal_loss(logits, labels).sum() / 3)
+    torch.testing.assert_close(losses["loss_cls"], expected)
+    losses = ssd.detection_loss((logits, deltas), (labels, deltas), num_positive=torch.tensor(2.5))
+    torch.testing.assert_close(losses["loss_cls"], expected)
+
+
+def test_a_given_number_of_positives_takes_the_place_of_the_batch_s_own():
+    logits, labels = random_case(positives=(5, 0, 2))
+    deltas = torch.ones(3, 60, 4)
+    outputs, targets = (logits, deltas), (labels, torch.zeros(3, 60, 4))
+    own = ssd.detection_loss(outputs, targets)
+    given = ssd.detection_loss(outputs, targets, num_positive=torch.tensor(10.5))
+    for name, value in own.items():
+        torch.testing.assert_close(given[name], value * 7 / 10.5)
 
 
 @pytest.mark.parametrize("loss", ["focal", "multibox"])
-def test_what_a_gpu_computes_is_the_same(loss, monkeypatch):
-    results = []
-    for is_free in (True, False):
-        monkeypatch.setattr(ssd, "counting_is_free", lambda tensor, is_free=is_free: is_free)
-        logits, labels = random_case(4, 40, 3, (30, 0, 5, 1))  # 30 of 40: fewer negatives than three a positive
-        logits = logits.detach().clone().requires_grad_()
-        deltas = torch.linspace(-3, 3, 4 * 40 * 4).view(4, 40, 4).requires_grad_()
-        losses = ssd.detection_loss((logits, deltas), (labels, torch.zeros(4, 40, 4)), loss=loss)
-        losses["loss"].backward()
-        results.append([*losses.values(), logits.grad, deltas.grad])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+def test_the_mean_over_processes_is_the_gradient_of_the_whole_batch(loss):
+    logits, labels = random_case(images=4, positives=(9, 0, 3, 1))
+    deltas = torch.randn(4, 60, 4, generator=torch.Generator().manual_seed(0))
+    box_targets = torch.zeros(4, 60, 4)
+
+    def gradients(rows, **options):
+        leaves = logits.clone().requires_grad_(), deltas.clone().requires_grad_()
+        outputs = tuple(leaf[rows] for leaf in leaves)
+        targets = labels[rows], box_targets[rows]
+        ssd.detection_loss(outputs, targets, loss=loss, **options)["loss"].backward()
+        return [leaf.grad for leaf in leaves]
+
+    whole = gradients([0, 1, 2, 3])
+    mean = torch.tensor(13 / 2)  # of the two processes' positives
+    parts = [gradients(rows, num_positive=mean) for rows in ([0, 2], [1, 3])]
+    for expected, *shares in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(sum(shares) / 2, expected)
 
 
 # -- Learning
 
 
 def drawn_records(folder):
-    """Three pictures with a filled circle, a bright square, or both."""
+    """Return records of three images with a filled circle, a bright square, or both."""
     rng, records = np.random.default_rng(5), []
     scenes = [
         [(1, (40, 60, 140, 160))], [(2, (150, 90, 270, 210))],
@@ -227,22 +246,22 @@ def drawn_records(folder):
         cv2.imwrite(str(path), image)
         labels = np.array([label for label, _ in objects])
         boxes_px = np.array([box for _, box in objects], np.float32)
-        records.append(ssd.Record(str(number), str(path), 300, 300, boxes_px, labels, np.zeros(len(labels), bool)))
+        difficult = np.zeros(len(labels), bool)
+        records.append(ssd.Record(str(number), str(path), 300, 300, boxes_px, labels, difficult))
     return records
 
 
 @pytest.mark.parametrize("loss", ["focal", "multibox"])
-def test_a_narrow_network_learns_a_few_pictures_by_heart(tmp_path, loss):
-    transform = ssd.build_transform(train=False)
-    assert isinstance(transform, A.Compose)
-    dataset = ssd.VocDataset(drawn_records(tmp_path), transform)
+def test_a_narrow_network_learns_a_few_images_by_heart(tmp_path, loss):
+    dataset = ssd.VocDataset(drawn_records(tmp_path), ssd.build_transform(train=False), ANCHORS)
     loader = ssd.make_loader(dataset, batch_size=3)
     torch.manual_seed(0)
     model = ssd.SSD300(2, width=0.125, batch_norm=True, prior_prob=0.01 if loss == "focal" else None)
     assert ssd.evaluate(model, loader)["map_area"] < 0.5  # else learning would prove nothing
     batch = next(iter(loader))
-    targets = ssd.build_targets(batch["gt_boxes"], batch["gt_labels"], model.anchors)
-    steps, optimizer = 40, torch.optim.AdamW(model.parameters(), lr=2e-3)
+    targets = batch["labels"], batch["box_targets"]
+    steps = 40
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     model.train()
     for _ in range(steps):

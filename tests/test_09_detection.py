@@ -55,6 +55,21 @@ def test_scores_below_the_threshold_are_left_out():
     assert scores.tolist() == pytest.approx([0.9, 0.7, 0.5], abs=1e-5)
 
 
+def test_each_class_may_have_its_own_threshold():
+    _, labels, scores = detect(BOXES, PROBABILITIES, score_thresh=torch.tensor([0.55, 0.25]))
+    # Without one: .9 (2), .7 (1), .5 (1), .3 (2), .05 (1).
+    assert labels.tolist() == [2, 1, 2]
+    assert scores.tolist() == pytest.approx([0.9, 0.7, 0.3], abs=1e-5)
+
+
+def test_a_score_equal_to_the_threshold_is_kept():
+    logits = logits_of([[0.25]])
+    score = logits.softmax(dim=-1)[0, 0, 1].item()
+    for thresh, count in ((score, 1), (score + 1e-6, 0)):
+        ((boxes, _, _),) = ssd.detect(logits, torch.zeros(1, 1, 4), anchors_of(BOXES[0]), score_thresh=thresh)
+        assert len(boxes) == count
+
+
 def test_most_detections_are_the_best_of_all_classes():
     _, labels, scores = detect(BOXES, PROBABILITIES, max_detections=3)
     assert scores.tolist() == pytest.approx([0.9, 0.7, 0.5], abs=1e-5)
@@ -147,14 +162,23 @@ def test_detection_agrees_with_a_loop_over_classes(seed, monkeypatch):
         torch.testing.assert_close(boxes, torch.tensor([e[2] for e in expected]))
 
 
+def test_what_stands_below_many_copies_of_one_box_is_found():
+    # 300 copies score best: of five times the 20 detections asked for, suppression leaves one.
+    others = [[x / 10, 0.8, (x + 1) / 10, 0.9] for x in range(6)]
+    boxes, _, scores = detect([BOXES[0]] * 300 + others, [[0.9]] * 300 + [[0.5]] * 6, max_detections=20)
+    torch.testing.assert_close(boxes, torch.tensor([BOXES[0], *others]))
+    assert scores.tolist() == pytest.approx([0.9] + [0.5] * 6, abs=1e-5)
+
+
 @pytest.mark.parametrize("most", [5, 30, 80, 400])
 def test_what_is_kept_does_not_depend_on_how_many_are_asked_for(most):
     generator = torch.Generator().manual_seed(1)
     anchors = ssd.make_anchors()[torch.randperm(9966, generator=generator)[:600]]
-    logits, deltas = 2 * torch.randn(1, 600, 4, generator=generator), torch.randn(1, 600, 4, generator=generator)
-    few, every = (ssd.detect(logits, deltas, anchors, nms_iou_thresh=0.1, max_detections=n)[0] for n in (most, 10_000))
-    assert torch.equal(ssd.detect(logits, deltas, anchors, nms_iou_thresh=0.1, max_detections=None)[0][0], every[0])
-    assert len(every[0]) > 80  # far fewer than a fifth of 1,800 candidates: the best 5 * most are not always enough
+    logits = 2 * torch.randn(1, 600, 4, generator=generator)
+    deltas = torch.randn(1, 600, 4, generator=generator)
+    (few,) = ssd.detect(logits, deltas, anchors, nms_iou_thresh=0.1, max_detections=most)
+    (every,) = ssd.detect(logits, deltas, anchors, nms_iou_thresh=0.1, max_detections=10_000)
+    assert len(every[0]) > 80
     for one, other in zip(few, every, strict=True):
         assert torch.equal(one, other[:most])
 
@@ -174,65 +198,3 @@ def test_detection_leaves_no_gradient():
     ((boxes, _, scores),) = ssd.detect(logits, torch.zeros(1, 2, 4), anchors_of(BOXES[:2]))
     assert not boxes.requires_grad
     assert not scores.requires_grad
-
-
-class Pointing(torch.nn.Module):
-    """A network whose anchor n says of the pixel above it: class 1 by its brightness; centred, of the anchor's size."""
-
-    anchors_per_cell = (4, 6, 6, 6, 4, 4)
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("anchors", ssd.make_anchors())
-
-    def forward(self, images):
-        x, y = (self.anchors[:, :2] * 300).long().unbind(dim=1)
-        bright = images[:, 0, y, x].float() / 20
-        return (torch.stack((-bright, bright, torch.zeros_like(bright)), dim=-1),
-                torch.cat(((0.5 - self.anchors[:, :1]), self.anchors[:, 1:]), dim=1).expand(len(images), -1, -1))
-
-
-def test_the_mean_with_the_mirror_image_pairs_each_anchor_with_its_reflection():
-    model = Pointing()
-    side = torch.arange(300, dtype=torch.uint8).expand(1, 3, 300, 300)  # 0 to 255, then again from 0
-    images = torch.minimum(side, side.flip(3)).contiguous()  # its own mirror image, but for what an anchor's pixel is
-    logits, deltas = ssd.average_with_flips(model, images, model(images), "horizontal")
-    torch.testing.assert_close(logits.softmax(dim=-1), model(images)[0].softmax(dim=-1), rtol=0, atol=0.02)
-    # A reflection has the same height, width and cy; its horizontal offset changes its sign, as it does on the way.
-    torch.testing.assert_close(deltas, model(images)[1])
-
-
-@pytest.mark.parametrize(("flips", "dims"), [("horizontal", [3]), ("both", [3]), ("both", [2]), ("both", [2, 3])])
-def test_a_picture_and_its_flipped_image_have_flipped_detections(flips, dims):
-    torch.manual_seed(0)
-    model = ssd.SSD300(2, width=0.0625, anchor_sizes=[[(0.1, 0.2)] * n for n in (1, 2, 3, 1, 2, 3)]).eval()
-    images = torch.randint(0, 256, (2, 3, 300, 300), dtype=torch.uint8)
-    with torch.no_grad():
-        here, there = (ssd.average_with_flips(model, x, model(x), flips) for x in (images, images.flip(dims)))
-        plain = ssd.detect(*model(images), model.anchors, max_detections=20)
-        found = [ssd.detect(*outputs, model.anchors, max_detections=20) for outputs in (here, there)]
-    for (boxes, labels, scores), (x1_y1_x2_y2, labels_there, scores_there), other in zip(*found, plain, strict=True):
-        torch.testing.assert_close(scores, scores_there, rtol=1e-4, atol=1e-5)
-        assert labels.tolist() == labels_there.tolist()
-        x1, y1, x2, y2 = x1_y1_x2_y2.unbind(dim=1)
-        x1, x2 = (1 - x2, 1 - x1) if 3 in dims else (x1, x2)
-        y1, y2 = (1 - y2, 1 - y1) if 2 in dims else (y1, y2)
-        torch.testing.assert_close(boxes, torch.stack((x1, y1, x2, y2), dim=1), rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(scores, other[2], atol=1e-4)
-
-
-def test_without_flips_the_outputs_are_passed_on_and_other_names_are_refused():
-    outputs = object()
-    assert ssd.average_with_flips(Pointing(), torch.zeros(1, 3, 300, 300), outputs, "off") is outputs
-    with pytest.raises(ValueError, match="one of off, horizontal, both, not 'vertical'"):
-        ssd.average_with_flips(Pointing(), torch.zeros(1, 3, 300, 300), outputs, "vertical")
-
-
-@pytest.mark.parametrize("flips", ["horizontal", "both"])
-def test_the_mean_of_certain_scores_is_finite_where_it_counts(flips):
-    model = Pointing()
-    outputs = torch.full((1, len(model.anchors), 3), -1e4), torch.zeros(1, len(model.anchors), 4)
-    outputs[0][..., 0] = 1e4
-    model.forward = lambda images: outputs
-    logits, _ = ssd.average_with_flips(model, torch.zeros(1, 3, 300, 300), outputs, flips)
-    assert torch.equal(logits.softmax(dim=-1)[0, :, 0], torch.ones(len(model.anchors)))

@@ -1,10 +1,11 @@
-"""tools/export.py: ONNX against PyTorch, the example in the README, the Hugging Face folder there and back."""
+"""tools/export.py: ONNX against PyTorch, the example in the docs, the Hugging Face folder there and back."""
 
 import ast
 import base64
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ pytest.importorskip("safetensors")
 hub = pytest.importorskip("huggingface_hub")
 
 import export  # noqa: E402
+import predict  # noqa: E402
 
 THRESH = "0.001"  # a network trained for two epochs is sure of nothing
 
@@ -111,26 +113,29 @@ def test_the_file_says_what_it_takes_and_knows_its_classes(onnx_file):
 def test_a_float_file_gives_the_same(tiny_run, onnx_file, tmp_path, tiny_voc, capsys):
     path = tmp_path / "float.onnx"
     images = sorted(str(p) for p in (tiny_voc / "JPEGImages").glob("test_*.jpg"))
-    argv = ["onnx", str(tiny_run.final), "--output", str(path), "--input", "float", "--score-thresh", THRESH]
-    assert export.main([*argv, "--max-detections", "30", "--images", *images]) == 0
+    argv = ["onnx", str(tiny_run.final), "--output", str(path), "--score-thresh", THRESH]
+    assert export.main([*argv, "--input", "float32", "--max-detections", "30", "--images", *images]) == 0
     assert "120 detections in 4 images" in capsys.readouterr().out
-    pixels = np.stack([np.asarray(ssd.open_image(p).resize((300, 300))) for p in images]).transpose(0, 3, 1, 2)
+    resized = [np.asarray(ssd.open_image(p).resize((300, 300))) for p in images]
+    pixels = np.stack(resized).transpose(0, 3, 1, 2)
     small = session_of(path).run(None, {"images": pixels.astype(np.float32)})
     for ours, theirs in zip(small, session_of(onnx_file).run(None, {"images": pixels}), strict=True):
         np.testing.assert_allclose(ours, theirs[:, :30], atol=1e-4)
 
 
-def test_the_run_s_settings_of_detection_are_the_graph_s_unless_others_are_given(tiny_run, tmp_path, capsys):
-    saved, path = ssd.load_checkpoint(tiny_run.final), tmp_path / "seven.pth"
-    saved["args"] |= {"flip_average": "both", "max_detections": 7, "nms_iou": 0.9}
-    ssd.save_checkpoint(path, saved)
-    argv = ["onnx", str(path), "--score-thresh", THRESH, "--images"]
-    pictures = [str(tiny_run.data / "JPEGImages" / f"test_{i}.jpg") for i in range(4)]
-    for flags, count in (([], 28), (["--max-detections", "9"], 36), (["--nms-iou", "0"], 28)):
-        assert export.main([*argv, *pictures, *flags]) == 0
-        assert f"{count} detections in 4 images" in capsys.readouterr().out
-        boxes, _, _ = session_of(path.with_suffix(".onnx")).run(None, {"images": np.zeros((1, 3, 300, 300), np.uint8)})
-        assert boxes.shape[1] == count // 4
+def test_the_graph_has_the_run_s_suppression_unless_another_is_given(tiny_run, tmp_path, capsys):
+    saved = torch.load(tiny_run.final, weights_only=True)
+    saved["args"]["nms_iou"] = 0.9
+    torch.save(saved, tmp_path / "loose.pth")
+    image = tiny_run.data / "JPEGImages" / "test_0.jpg"
+    detector = ssd.load_detector(tiny_run.final, "cpu", "off")
+    argv = ["onnx", str(tmp_path / "loose.pth"), "--score-thresh", ".02", "--images", str(image)]
+    counts = []
+    for flags, nms_iou in (([], 0.9), (["--nms-iou", ".2"], 0.2)):
+        assert export.main([*argv, *flags]) == 0
+        counts.append(len(detector.predict(image, score_thresh=0.02, nms_iou_thresh=nms_iou)))
+        assert f"{counts[-1]} detections in 1 images" in capsys.readouterr().out
+    assert counts[0] > counts[1] > 0
 
 
 @pytest.mark.parametrize("num_anchors", [60, 700])
@@ -139,14 +144,17 @@ def test_the_run_s_settings_of_detection_are_the_graph_s_unless_others_are_given
 def test_the_graph_after_the_network_is_detect(num_anchors, settings):
     torch.manual_seed(num_anchors)
     batch, num_classes = 3, 4
-    cls_logits, box_deltas = torch.randn(batch, num_anchors, num_classes + 1) * 2, torch.randn(batch, num_anchors, 4)
+    cls_logits = torch.randn(batch, num_anchors, num_classes + 1) * 2
+    box_deltas = torch.randn(batch, num_anchors, 4)
     cls_logits[2, :, 0] += 30  # an image without a detection
-    anchors = torch.rand(num_anchors, 4) * 0.3 + torch.tensor([-0.1, 0.4, 0.02, 0.02])  # some boxes lose their area
+    # Anchors at the border: some boxes lose their area when they are cut there.
+    anchors = torch.rand(num_anchors, 4) * 0.3 + torch.tensor([-0.1, 0.4, 0.02, 0.02])
     boxes = ssd.decode(box_deltas, anchors).clamp(0, 1)
     assert (boxes[..., 0] == boxes[..., 2]).any()
     graph = export.postprocess_graph(num_classes, num_anchors, **settings).SerializeToString()
     class_scores = cls_logits.softmax(-1)[..., 1:].transpose(1, 2).contiguous()
-    outputs = session_of(graph).run(None, {"class_scores": class_scores.numpy(), "anchor_boxes": boxes.numpy()})
+    inputs = {"class_scores": class_scores.numpy(), "anchor_boxes": boxes.numpy()}
+    outputs = session_of(graph).run(None, inputs)
     for i, (boxes_, labels, scores) in enumerate(ssd.detect(cls_logits, box_deltas, anchors, **settings)):
         found = rows_of(outputs, i)
         assert found[1].tolist() == labels.tolist()
@@ -163,27 +171,31 @@ def test_a_file_that_differs_from_pytorch_is_refused_and_not_left(
     other = torch.load(tiny_run.final, weights_only=True)
     other["model"][head][::3] += by  # what PyTorch finds is no longer what the file finds
     torch.save(other, tmp_path / "other.pth")
-    message = refused("onnx", tmp_path / "other.pth", "--output", tmp_path / "bad.onnx", "--score-thresh", THRESH)
+    where = ("--output", tmp_path / "bad.onnx", "--score-thresh", THRESH)
+    message = refused("onnx", tmp_path / "other.pth", *where)
     assert "refused, ONNX and PyTorch differ" in message
     assert [p.name for p in tmp_path.iterdir()] == ["other.pth"]
 
 
 def test_differences_by_hand():
-    boxes, labels, scores = np.array([[0, 0, 10, 10], [20, 20, 40, 40.0]]), [1, 2], [0.9, 0.5]
+    boxes = np.array([[0, 0, 10, 10], [20, 20, 40, 40.0]])
+    labels, scores = np.array([1, 2]), np.array([0.9, 0.5])
     ours = boxes, labels, scores
-    assert export.largest_differences(ours, ours) == (0, 0, 0)
-    turned = boxes[::-1] + np.array([0, 0.25, 0, 0]), labels[::-1], [0.5, 0.875]
-    np.testing.assert_allclose(export.largest_differences(ours, turned), (0, 0.25, 0.025))
-    assert export.largest_differences(ours, (boxes, [1, 1], scores))[0] == 2  # one too few, one too many
-    assert export.largest_differences(ours, (boxes[:1], [1], [0.9]))[0] == 1
-    assert export.largest_differences((boxes[:0], [], []), ours)[0] == 2
-    twice = np.repeat(boxes[:1], 2, axis=0), [1, 1], [0.9, 0.9]
-    assert export.largest_differences(twice, ours)[0] == 2  # no row is a partner twice
+    differ = export.largest_differences
+    assert differ(ours, ours) == (0, 0, 0)
+    turned = boxes[::-1] + np.array([0, 0.25, 0, 0]), labels[::-1], np.array([0.5, 0.875])
+    np.testing.assert_allclose(differ(ours, turned), (0, 0.25, 0.025))
+    assert differ(ours, (boxes, np.array([1, 1]), scores))[0] == 2  # one too few, one too many
+    assert differ(ours, (boxes + 6, labels, scores))[0] == 4  # other objects
+    assert differ(ours, tuple(column[:1] for column in ours))[0] == 1
+    assert differ(tuple(column[:0] for column in ours), ours) == (2, 0, 0)
+    twice = tuple(np.repeat(column[:1], 2, axis=0) for column in ours)
+    assert differ(twice, ours)[0] == 2  # no row is a partner twice
 
 
 def test_mistakes_are_one_line(tiny_run, tmp_path, refused, monkeypatch):
     assert "none.pth" in refused("onnx", tmp_path / "none.pth")
-    assert "no image" in refused("onnx", tiny_run.final, "--images", tmp_path)
+    assert "broken.jpg" in refused("onnx", tiny_run.final, "--images", tmp_path / "broken.jpg")
     away = torch.load(tiny_run.final, weights_only=True)
     away["args"]["data"] = str(tmp_path / "gone")
     torch.save(away, tmp_path / "away.pth")
@@ -203,21 +215,23 @@ def example_in(text):
     return block.split("```")[0]
 
 
-def test_the_readme_s_example_runs_without_torch(onnx_file, tiny_voc, tmp_path):
-    source = example_in((ROOT / "README.md").read_text(encoding="utf-8"))
+def test_the_example_of_the_docs_runs_without_torch(onnx_file, tiny_voc, tmp_path):
+    source = example_in((ROOT / "docs" / "sharing.md").read_text(encoding="utf-8"))
     assert source == export.EXAMPLE
-    imports = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.Import, ast.ImportFrom))]
-    packages = {name.split(".")[0] for n in imports for name in [getattr(n, "module", None) or n.names[0].name]}
-    assert packages == {"json", "sys", "numpy", "onnxruntime", "PIL"}
+    nodes = list(ast.walk(ast.parse(source)))
+    packages = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    packages |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    assert packages == {"json", "sys", "numpy", "onnxruntime", "PIL"}  # no torch
     picture = tiny_voc / "JPEGImages" / "test_0.jpg"
     (tmp_path / "detect_onnx.py").write_text(source.replace("score >= 0.4", "score >= 0.0"))
-    done = subprocess.run([sys.executable, "detect_onnx.py", str(onnx_file), str(picture)], cwd=tmp_path, text=True,
-                          capture_output=True, check=True)
+    argv = [sys.executable, "detect_onnx.py", str(onnx_file), str(picture)]
+    done = subprocess.run(argv, cwd=tmp_path, text=True, capture_output=True, check=True)
     image = ssd.open_image(picture)
     pixels = np.asarray(image.resize((300, 300), Image.Resampling.BILINEAR)).transpose(2, 0, 1)[None]
     boxes, labels, scores = rows_of(session_of(onnx_file).run(None, {"images": pixels}), 0)
     best = (boxes[0] * (image.size * 2)).round().tolist()
-    assert done.stdout.splitlines()[0] == f"{['angular', 'round'][labels[0] - 1]} {round(float(scores[0]), 3)} {best}"
+    name = ("angular", "round")[labels[0] - 1]
+    assert done.stdout.splitlines()[0] == f"{name} {round(float(scores[0]), 3)} {best}"
     with Image.open(tmp_path / "detected.png") as drawn:
         assert drawn.size == image.size
         assert np.abs(np.asarray(drawn).astype(int) - np.asarray(image)).max() > 50
@@ -226,44 +240,74 @@ def test_the_readme_s_example_runs_without_torch(onnx_file, tiny_voc, tmp_path):
 # ---- the Hugging Face folder ----
 
 
-def test_the_folder_detects_as_the_checkpoint_does(hf_folder, tiny_run, tiny_voc):
-    picture = tiny_voc / "JPEGImages" / "test_1.jpg"
-    results = [ssd.load_detector(source, "cpu", "off").predict(picture, score_thresh=0.0).to_dict()
-               for source in (hf_folder, str(hf_folder), tiny_run.final)]
-    assert results[0] == results[1] == results[2]
-    assert len(results[0]["labels"]) > 20
+def test_the_folder_detects_as_the_checkpoint_does(hf_folder, tiny_run, tiny_voc, tmp_path):
+    picture = str(tiny_voc / "JPEGImages" / "test_1.jpg")
+    found = []
+    for weights in (hf_folder, tiny_run.final):
+        flags = ["--weights", str(weights), "--output-dir", str(tmp_path), "--device", "cpu", "--amp", "off"]
+        for thresh in ([], ["--score-thresh", "0"]):
+            assert predict.main([picture, *flags, *thresh]) == 0
+            found.append(json.loads((tmp_path / "plots" / "predictions" / "predictions.json").read_text()))
+    assert found[:2] == found[2:]
+    assert len(found[1][picture]["labels"]) > max(20, len(found[0][picture]["labels"]))
     assert {p.name for p in hf_folder.iterdir()} == {"README.md", "config.json", "model.safetensors", "plots",
                                                      "ssd_object_detection.py"}
-    assert (hf_folder / "plots" / "precision_recall.png").read_bytes()[:4] == b"\x89PNG"
+    assert (hf_folder / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_config_is_complete_and_names_no_folder_of_the_author(hf_folder, tiny_run, tiny_voc):
     text = (hf_folder / "config.json").read_text(encoding="utf-8")
-    config = json.loads(text)
+    config, checkpoint = json.loads(text), ssd.load_checkpoint(tiny_run.final)
     assert config["id2label"] == {"1": "angular", "2": "round"}
-    assert config["config"] == ssd.load_checkpoint(tiny_run.final)["config"]
-    assert (config["flags"]["data"], config["flags"]["epochs"]) == (tiny_voc.name, 2)
+    assert config["config"] == json.loads(json.dumps(checkpoint["config"]))
+    assert config["score_thresh"] == checkpoint["score_thresh"]
+    assert config["test"]["map_area"] == checkpoint["test"]["map_area"]
+    assert config["test"]["data"] == config["flags"]["data"] == tiny_voc.name
+    assert config["flags"]["epochs"] == 2
     assert str(tiny_voc) not in text
     assert str(tiny_run.output) not in text
 
 
-def test_the_card_tells_what_the_run_recorded(hf_folder, tiny_run):
+def test_the_card_tells_what_the_run_recorded(hf_folder, tiny_run, tiny_voc):
     card = (hf_folder / "README.md").read_text(encoding="utf-8")
-    test = ssd.load_checkpoint(tiny_run.final)["test"]["voc"]
+    test = ssd.load_checkpoint(tiny_run.final)["test"]
     data = hub.ModelCard(card).data
     assert (data.license, data.pipeline_tag) == ("cc-by-4.0", "object-detection")
     assert [(e.metric_type, e.metric_value, e.dataset_split) for e in data.eval_results] == [
-        ("mAP", round(test["map_area"], 4), "test"), ("mAP", round(test["map11"], 4), "test")]
+        ("mAP", round(test[key], 4), "test") for key in ("map_area", "map11", "map75")]
     for name, row in test["per_class"].items():
-        assert f"| {name} | {row['num_gt']} | {row['ap_area']:.4f} | {row['ap11']:.4f} |" in card
+        aps = " | ".join(f"{row[key]:.4f}" for key in ("ap_area", "ap11", "ap75"))
+        assert f"| {name} | {row['num_gt']} | {aps} |" in card
     assert f"**{test['map_area']:.4f}** (area)" in card
     assert "Training data: drawn: free" in card
     assert f"torch {torch.__version__}" in card
-    assert "widget" not in card
+    assert str(tiny_voc.parent) not in card
     for line in card.splitlines():  # each picture named is there
         if line.startswith("!["):
             assert (hf_folder / line.split("](")[1].rstrip(")")).is_file()
-    assert card.count("![") == 7
+    assert card.count("![") == 4
+
+
+def test_the_card_s_program_loads_the_model_in_the_folder(hf_folder, tiny_run, tiny_voc, tmp_path):
+    folder = shutil.copytree(hf_folder, tmp_path / "downloaded")
+    picture = shutil.copy(tiny_voc / "JPEGImages" / "test_1.jpg", folder / "picture.jpg")
+    program = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, env={**os.environ, "PYTHONPATH": ""},
+                          text=True, capture_output=True, check=True)
+    found = ssd.load_detector(tiny_run.final, "cpu", "off").predict(picture)
+    assert len(found) > 0
+    assert done.stdout.startswith(f"{found.names} {found.scores} ")
+
+
+def test_a_model_with_anchors_of_its_own_comes_back(tiny_run, tmp_path):
+    config = {"num_classes": 2, "width": 0.0625, "batch_norm": False, "anchor_sizes": [[(0.1, 0.2)]] * 6}
+    model = ssd.SSD300(**config)
+    checkpoint = {**ssd.load_checkpoint(tiny_run.final), "config": config, "model": model.state_dict()}
+    ssd.save_checkpoint(tmp_path / "own.pth", checkpoint)
+    assert export.main(["hf", str(tmp_path / "own.pth"), str(tmp_path / "out")]) == 0
+    back = ssd.model_from_checkpoint(export.load_weights(tmp_path / "out"))
+    assert all(torch.equal(value, back.state_dict()[key]) for key, value in model.state_dict().items())
+    assert len(back.anchors) == sum(cells * cells for cells in ssd.FEATURE_MAPS)
 
 
 def test_what_was_not_recorded_is_not_claimed(tiny_run, tmp_path):
@@ -280,8 +324,38 @@ def test_what_was_not_recorded_is_not_claimed(tiny_run, tmp_path):
     assert not (tmp_path / "out" / "plots").exists()
 
 
+# ---- what others exported ----
+
+
+def test_a_missing_package_is_one_line_with_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ssd.InputError, match=r"^reading x needs the package safetensors: pip install safet"):
+        export.optional_import("safetensors.torch", "reading x")
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    ({}, r"lacks config\.json and model\.safetensors"), ({"config.json": "{}"}, r"lacks model\.safetensors"),
+    ({"config.json": "{", "model.safetensors": "x"}, "not a model of this module"),
+    ({"config.json": "{}", "model.safetensors": "x"}, "not a model of this module"),
+    ({"config.json": '{"format_version": 2}', "model.safetensors": "x"}, "format 2, this program reads 3"),
+])
+def test_a_folder_that_is_no_model_is_one_line(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ssd.InputError, match=message) as caught:
+        export.load_weights(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["checkpoints/none.pth", "none.pth", "deep/er/none", "none"])
+def test_a_missing_file_is_not_looked_for_on_the_network(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ssd.InputError, match="no such file"):
+        export.load_weights(missing)
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The few answers of the Hugging Face hub that an upload and a download need; files are kept in `files`."""
+    """The few answers of the Hugging Face hub that an upload and a download need; `files` are kept."""
 
     files, log = {}, []
 
@@ -305,12 +379,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.reply({"url": f"http://{self.headers['Host']}/me/tiny", "id": "me/tiny"})
         if "/preupload/" in self.path:
             paths = [file["path"] for file in json.loads(body)["files"]]
-            return self.reply({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
+            regular = {"uploadMode": "regular", "shouldIgnore": False}
+            return self.reply({"files": [{"path": path, **regular} for path in paths]})
         if "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            return self.reply({"commitOid": "c" * 40, "commitUrl": f"http://{self.headers['Host']}/me/tiny/commit/c"})
+            url = f"http://{self.headers['Host']}/me/tiny/commit/c"
+            return self.reply({"commitOid": "c" * 40, "commitUrl": url})
         return self.reply({"errors": [], "warnings": []})  # the check of the card's header
 
     def do_GET(self):
@@ -318,13 +394,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
         name = self.path.split("/resolve/")[-1].split("/", 1)[-1]
         if self.path.startswith("/me/tiny/resolve/") and name in self.files:
             content = self.files[name]
-            return self.reply(content, ETag=f'"{hash(content)}"', X_Repo_Commit="c" * 40, Accept_Ranges="bytes")
+            etag = f'"{hash(content)}"'
+            return self.reply(content, ETag=etag, X_Repo_Commit="c" * 40, Accept_Ranges="bytes")
         if self.path.startswith("/api/models/me/tiny/tree/"):
             sizes = {name: len(content) for name, content in self.files.items()}
-            return self.reply([{"type": "file", "path": n, "size": s, "oid": "a" * 40} for n, s in sizes.items()])
+            more = {"type": "file", "oid": "a" * 40}
+            return self.reply([{"path": name, "size": size, **more} for name, size in sizes.items()])
         if self.path.startswith("/api/models/me/tiny"):
             siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
-            return self.reply({"id": "me/tiny", "sha": "c" * 40, "siblings": siblings, "private": False, "tags": []})
+            more = {"sha": "c" * 40, "private": False, "tags": []}
+            return self.reply({"id": "me/tiny", "siblings": siblings, **more})
         return self.reply({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
 
     do_HEAD = do_GET
@@ -337,15 +416,18 @@ PUSH_AND_LOAD = """
 import json, os, sys
 import export, ssd_object_detection as ssd
 folder, picture = sys.argv[1:]
-for token, repo in (("bad", "me/tiny"), ("good", "forbidden/tiny"), ("good", "not a name"), ("good", "me/tiny")):
+pairs = ("bad", "me/tiny"), ("good", "forbidden/tiny"), ("good", "not a name"), ("good", "me/tiny")
+for token, repo in pairs:
     os.environ["HF_TOKEN"] = "hf_" + token
     try:
         print(json.dumps(export.push(folder, repo)))
     except ssd.InputError as error:
         print(json.dumps(f"refused: {error}"))
-print(json.dumps(ssd.load_detector("me/tiny", "cpu", "off").predict(picture, score_thresh=0.0).to_dict()))
+checkpoint = export.load_weights("me/tiny")
+detector = ssd.Detector(ssd.model_from_checkpoint(checkpoint), checkpoint["classes"])
+print(json.dumps(detector.predict(picture, score_thresh=0.0).to_dict()))
 try:
-    ssd.load_detector("me/other")
+    export.load_weights("me/other")
 except ssd.InputError as error:
     print(json.dumps(str(error)))
 """
@@ -355,11 +437,12 @@ def test_a_pushed_model_comes_back_from_the_hub(hf_folder, tiny_run, tiny_voc, t
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     picture = str(tiny_voc / "JPEGImages" / "test_1.jpg")
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path),
-                   "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools'}", "HF_HUB_DISABLE_XET": "1"}
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                   "HF_HOME": str(tmp_path), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools'}",
+                   "HF_HUB_DISABLE_XET": "1"}
+    argv = [sys.executable, "-c", PUSH_AND_LOAD, str(hf_folder), picture]
     try:
-        done = subprocess.run([sys.executable, "-c", PUSH_AND_LOAD, str(hf_folder), picture], env=environment,
-                              text=True, capture_output=True, timeout=240)
+        done = subprocess.run(argv, env=environment, text=True, capture_output=True, timeout=240)
     finally:
         server.shutdown()
         server.server_close()
@@ -369,9 +452,11 @@ def test_a_pushed_model_comes_back_from_the_hub(hf_folder, tiny_run, tiny_voc, t
     assert "the token may not write there" in forbidden
     assert bad_name.startswith("refused: --push not a name")
     assert url.endswith("/me/tiny/commit/c")
-    assert Hub.files.keys() == {p.relative_to(hf_folder).as_posix() for p in hf_folder.rglob("*") if p.is_file()}
-    assert found == ssd.load_detector(tiny_run.final, "cpu", "off").predict(picture, score_thresh=0.0).to_dict()
-    assert missing.startswith("me/other: no such file or folder, and no model to be had from the Hugging Face hub")
+    files = {p.relative_to(hf_folder).as_posix() for p in hf_folder.rglob("*") if p.is_file()}
+    assert Hub.files.keys() == files
+    detector = ssd.load_detector(tiny_run.final, "cpu", "off")
+    assert found == detector.predict(picture, score_thresh=0.0).to_dict()
+    assert missing.startswith("me/other: no such file or folder, nor on Hugging Face")
     assert all("\n" not in text for text in (bad_token, forbidden, bad_name, missing))
 
 

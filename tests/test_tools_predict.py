@@ -1,0 +1,456 @@
+"""tools/predict.py: files, folders and videos; drawn copies, crops, annotations, averaged flips."""
+
+import itertools
+import json
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageColor
+
+import ssd_object_detection as ssd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import predict
+
+EVERYTHING = {"score_thresh": 0.0, "max_detections": 50}  # after two epochs a network is sure of nothing
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+class Pointer(torch.nn.Module):
+    """A network that finds one box of class 2, where the red channel is bright; in place of a trained one."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("anchors", ssd.make_anchors())
+
+    def forward(self, images):
+        cls_logits = torch.zeros(len(images), len(self.anchors), 3)
+        cls_logits[..., 0] = 20
+        box_deltas = torch.zeros(len(images), len(self.anchors), 4)
+        for i, image in enumerate(images):
+            ys, xs = (image[0].float() - image[2].float() > 120).nonzero(as_tuple=True)
+            if len(xs):
+                box = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) / ssd.IMAGE_SIZE
+                cls_logits[i, 5000] = torch.tensor([0.0, 0.0, 12.0])
+                box_deltas[i, 5000] = ssd.encode(box, self.anchors[5000])
+        return cls_logits, box_deltas
+
+
+@pytest.fixture
+def pointer():
+    return predict.FlipDetector(Pointer(), ("blue", "red"))
+
+
+def red_box(size, box):
+    """Return a black image (width, height) with a red rectangle of edges x1, y1, x2, y2."""
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    pixels[box[1] : box[3], box[0] : box[2], 0] = 255
+    return Image.fromarray(pixels)
+
+
+def turned(orientation):
+    """Return EXIF data of an orientation."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return exif
+
+
+def predictions_in(folder):
+    """Return the content of a folder's predictions.json."""
+    return json.loads((folder / "predictions.json").read_text(encoding="utf-8"))
+
+
+# ---- the network ----
+
+
+@pytest.mark.parametrize(("flips", "turn"), [("horizontal", "FLIP_LEFT_RIGHT"), ("both", "FLIP_TOP_BOTTOM")])
+def test_with_flip_averaging_a_flipped_image_gives_flipped_boxes(tiny_run, flips, turn):
+    checkpoint = ssd.load_checkpoint(tiny_run.final)
+    detector = predict.FlipDetector(ssd.model_from_checkpoint(checkpoint), checkpoint["classes"])
+    image = ssd.open_image(tiny_run.data / "JPEGImages" / "test_0.jpg").resize((300, 300))
+    flipped = image.transpose(Image.Transpose[turn])
+    plain = detector.predict(image, **EVERYTHING)
+    module = ssd.Detector(detector.model, detector.classes)
+    assert plain.to_dict() == module.predict(image, **EVERYTHING).to_dict()
+    detector.flips = predict.FLIPS[flips]
+    here, there = detector.predict(image, **EVERYTHING), detector.predict(flipped, **EVERYTHING)
+    assert here.scores[:10] == pytest.approx(there.scores[:10], abs=1e-4)
+    assert here.scores[:10] != pytest.approx(plain.scores[:10], abs=1e-4)
+    x1, y1, x2, y2 = here.boxes_px[:10].T
+    back = (300 - x2, y1, 300 - x1, y2) if turn == "FLIP_LEFT_RIGHT" else (x1, 300 - y2, x2, 300 - y1)
+    np.testing.assert_allclose(np.stack(back, 1), there.boxes_px[:10], atol=0.1)
+
+
+def test_prefetch_keeps_the_order_and_its_distance():
+    release, drawn = threading.Event(), []
+
+    def work(number):
+        if number == 0:
+            release.wait(30)
+        return number * number
+
+    def numbers():
+        for number in range(100):
+            drawn.append(number)
+            yield number
+
+    results = predict.prefetch(work, numbers(), depth=5)
+    release.set()
+    assert next(results) == 0
+    assert len(drawn) == 6  # never more than `depth` ahead of what was taken
+    assert list(results) == [number * number for number in range(1, 100)]
+    assert list(predict.prefetch(work, [])) == []
+    with pytest.raises(ZeroDivisionError):
+        list(predict.prefetch(lambda number: 1 // number, [1, 0, 2]))
+
+
+def test_the_next_image_is_opened_while_the_network_works(pointer, monkeypatch):
+    opened, open_image, forward = threading.Event(), ssd.open_image, pointer.model.forward
+    images = [red_box((50 + i, 40), (5, 5, 30, 30)) for i in range(predict.BATCH_SIZE + 1)]
+
+    def noticing(source):
+        if source is images[-1]:
+            opened.set()
+        return open_image(source)
+
+    def waiting(batch):
+        assert opened.wait(30), "the next batch was not opened while the first was in the network"
+        return forward(batch)
+
+    monkeypatch.setattr(ssd, "open_image", noticing)
+    monkeypatch.setattr(pointer.model, "forward", waiting)
+    sizes = [picture.size for picture, _ in predict.detect_all(pointer, images)]
+    assert sizes == [image.size for image in images]
+
+
+def test_an_unreadable_image_among_others_leaves_them_alone(pointer, monkeypatch, tmp_path):
+    good, bad = red_box((80, 60), (10, 10, 50, 40)), tmp_path / "none.png"
+    for batch_size, order in itertools.product((1, 2, 4), itertools.permutations((good, bad, bad, good))):
+        monkeypatch.setattr(predict, "BATCH_SIZE", batch_size)
+        results = list(predict.detect_all(pointer, order))
+        assert len(results) == 4
+        for source, result in zip(order, results, strict=True):
+            if source is bad:
+                assert isinstance(result, ssd.InputError)
+                assert "none.png" in str(result)
+            else:
+                assert result[1].names == ["red"]
+
+
+# ---- files ----
+
+
+def test_folders_globs_and_files_name_inputs_once_and_in_order(tmp_path):
+    for name in ("b.JPG", "a.png", "c.mp4", "notes.txt", "deep/d.webp", "[x].png", "odd"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def names(*arguments):
+        return [path.relative_to(tmp_path).as_posix() for path in predict.find_inputs(arguments)]
+
+    assert names(str(tmp_path)) == ["[x].png", "a.png", "b.JPG", "c.mp4"]
+    assert names(f"{tmp_path}/*") == ["[x].png", "a.png", "b.JPG", "c.mp4"]
+    assert names(f"{tmp_path}/**/*.webp") == ["deep/d.webp"]
+    assert names(tmp_path / "odd", f"{tmp_path}/a.*", tmp_path / "a.png") == ["odd", "a.png"]
+    assert names(tmp_path / "[x].png") == ["[x].png"]
+    (tmp_path / "empty").mkdir()
+    for argument in ("empty", "none.png", "*.bmp"):
+        message = "no image or video in this folder" if argument == "empty" else "no such file"
+        with pytest.raises(ssd.InputError, match=message) as caught:
+            predict.find_inputs([tmp_path / "a.png", tmp_path / argument])
+        assert argument in str(caught.value)
+
+
+@given(names=st.lists(st.from_regex(r"[abc]/x(_[12])?\.(jpg|png|mp4)", fullmatch=True), unique=True))
+def test_every_file_has_a_target_of_its_own(names):
+    paths = [Path(name) for name in names]
+    targets = predict.name_targets(paths, Path("out"))
+    assert list(targets) == paths
+    assert len({target.stem for target in targets.values()}) == len(paths)  # crops and annotations differ too
+    for path, target in targets.items():
+        assert target.suffix == path.suffix
+        assert target.stem.startswith(path.stem)
+
+
+def test_files_of_the_same_name_keep_images_of_their_own(pointer, tmp_path, capsys):
+    boxes, paths = [(20, 10, 120, 60), (50, 50, 150, 90), (5, 5, 100, 50)], []
+    for name, box in zip(("a/x.png", "b/x.png", "c/x_1.png"), boxes, strict=True):
+        paths.append(tmp_path / name)
+        paths[-1].parent.mkdir()
+        red_box((200, 100), box).save(paths[-1])
+    out = tmp_path / "out" / "deep"
+    predict.predict_files(pointer, paths, out, score_thresh=0.5)
+    found = predictions_in(out)
+    assert list(found) == [str(path) for path in paths]
+    assert len({path.read_bytes() for path in out.glob("*.png")}) == 3
+    printed = capsys.readouterr().out.splitlines()
+    for path, box, line in zip(paths, boxes, printed, strict=True):
+        np.testing.assert_allclose(found[str(path)]["boxes_px"][0], box, atol=2)
+        assert line.startswith(f"{path}: red ")
+        with Image.open(line.split(" -> ")[1]) as image:
+            x, y = round(found[str(path)]["boxes_px"][0][0]), (box[1] + box[3]) // 2 + 15
+            assert image.convert("RGB").getpixel((x, y)) == ImageColor.getrgb(ssd.color_of(2))
+
+
+def test_a_file_without_a_detection_is_reported_as_such(pointer, tmp_path, capsys):
+    Image.new("RGB", (30, 30)).save(tmp_path / "dark.png")
+    predict.predict_files(pointer, [tmp_path / "dark.png"], tmp_path / "out")
+    assert "nothing found" in capsys.readouterr().out
+    assert predictions_in(tmp_path / "out")[str(tmp_path / "dark.png")]["labels"] == []
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_go_back_to_the_pixels_of_a_turned_file(tmp_path, orientation):
+    stored, box = (70, 40), (8, 5, 30, 21)
+    red_box(stored, box).save(tmp_path / "a.png", exif=turned(orientation))
+    upright = ssd.open_image(tmp_path / "a.png")
+    ys, xs = np.nonzero(np.asarray(upright)[..., 0])
+    seen = np.array([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]] * 2, dtype=np.float32)
+    np.testing.assert_array_equal(predict.boxes_as_stored(seen, upright.size, orientation), [box, box])
+    assert predict.boxes_as_stored(np.zeros((0, 4)), upright.size, orientation).shape == (0, 4)
+
+
+def test_annotations_of_a_prediction_are_read_by_the_data_section(pointer, tmp_path):
+    (tmp_path / "JPEGImages").mkdir()
+    boxes = {"a": (20, 10, 120, 60), "turned": (30, 40, 90, 80)}
+    for name, box in boxes.items():
+        more = {"exif": turned(8)} if name == "turned" else {}
+        red_box((200, 100), box).save(tmp_path / "JPEGImages" / f"{name}.png", **more)
+    paths = sorted((tmp_path / "JPEGImages").iterdir())
+    assert predict.predict_files(pointer, paths, tmp_path, save_xml=True) == []
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("a\nturned\n")
+    data = ssd.load_data(str(tmp_path), val_fraction=0)
+    assert data.classes == ("red",)
+    assert len(data.train) == 2
+    for record in data.train:
+        assert ssd.load_image(record).shape == (100, 200, 3)  # of the size that the annotation states
+        np.testing.assert_allclose(record.boxes_px, [boxes[record.image_id]], atol=2)
+
+
+def test_crops_are_the_objects_at_full_resolution(pointer, tmp_path):
+    pointer.classes = ("blue", "red/brown")
+    pointer.score_thresh = dict.fromkeys(pointer.classes, 0.5)
+    red_box((900, 600), (300, 150, 750, 450)).save(tmp_path / "a.jpg", quality=95, subsampling=0)
+    Image.new("RGB", (30, 30)).save(tmp_path / "b.png")
+    paths = [tmp_path / "a.jpg", tmp_path / "b.png"]
+    predict.predict_files(pointer, paths, tmp_path / "out", save_crops=True)
+    (crop,) = (tmp_path / "out" / "crops").rglob("*.png")
+    assert crop.relative_to(tmp_path / "out").as_posix() == "crops/red_brown/a_0.png"
+    with Image.open(crop) as image:
+        assert abs(image.width - 450) < 8
+        assert abs(image.height - 300) < 8
+        assert image.getpixel((image.width // 2, image.height // 2))[0] > 200
+
+
+def test_photos_stay_jpeg_and_others_become_png(pointer, tmp_path):
+    names = ("a.jpg", "b.JPEG", "c.png", "d.bmp", "e.webp", "f.tif")
+    for name in names:
+        red_box((60, 40), (5, 5, 30, 30)).save(tmp_path / name)
+    assert predict.predict_files(pointer, [tmp_path / name for name in names], tmp_path / "out") == []
+    kinds = {path.name: Image.open(path).format for path in (tmp_path / "out").glob("*.*g")}
+    assert kinds == {"a.jpg": "JPEG", "b.jpg": "JPEG", "c.png": "PNG", "d.png": "PNG", "e.png": "PNG",
+                     "f.png": "PNG"}
+
+
+def test_unreadable_files_are_returned_and_the_others_done(pointer, tmp_path):
+    (tmp_path / "broken.jpg").write_text("no image")
+    (tmp_path / "broken.mp4").write_text("no video")
+    red_box((60, 40), (5, 5, 30, 30)).save(tmp_path / "good.png")
+    paths = [tmp_path / name for name in ("broken.mp4", "broken.jpg", "good.png")]
+    problems = predict.predict_files(pointer, paths, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.png", "predictions.json"]
+    assert list(predictions_in(tmp_path / "out")) == [str(tmp_path / "good.png")]
+    assert len(problems) == 2
+    assert "broken.jpg" in problems[0]
+    assert "broken.mp4" in problems[1]
+    assert all("\n" not in problem for problem in problems)
+
+
+def test_sources_where_the_results_go_are_left_alone(pointer, tmp_path):
+    red_box((60, 40), (5, 5, 30, 30)).save(tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(ssd.InputError, match="--output-dir"):
+        predict.predict_files(pointer, [tmp_path / "a.png"], tmp_path / "deep" / "..")
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+# ---- videos ----
+
+
+def write_video(path, boxes, size=(160, 120), fps=10):
+    """Write a Motion JPEG video with a red rectangle in each frame."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), fps, size)
+    assert writer.isOpened()
+    for box in boxes:
+        writer.write(np.asarray(red_box(size, box))[..., ::-1])
+    writer.release()
+
+
+def test_a_video_is_drawn_frame_by_frame(pointer, tmp_path):
+    boxes = [(5 + 2 * i, 20, 55 + 2 * i, 80) for i in range(40)]
+    write_video(tmp_path / "moving.avi", boxes)
+    assert predict.predict_files(pointer, [tmp_path / "moving.avi"], tmp_path / "out") == []
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["moving.mp4", "predictions.json"]
+    (found,) = predictions_in(tmp_path / "out").values()
+    assert found["fps"] == 10
+    assert len(found["frames"]) == 40
+    for frame, box in zip(found["frames"], boxes, strict=True):
+        np.testing.assert_allclose(frame["boxes_px"][0], box, atol=3)
+    video = cv2.VideoCapture(str(tmp_path / "out" / "moving.mp4"))
+    frames = list(predict.read_frames(video))
+    assert len(frames) == 40
+    assert video.get(cv2.CAP_PROP_FPS) == 10
+    assert frames[0].shape == (120, 160, 3)
+    assert frames[0][50, 30, 0] > 150  # the red rectangle, not blue
+    blank = np.zeros_like(frames[0])
+    blank[20:80, 5:55, 0] = 255
+    assert np.abs(frames[0].astype(int) - blank)[..., 1].max() > 50  # something is drawn on it
+
+
+def test_a_video_that_breaks_off_is_a_problem_and_leaves_no_file(pointer, tmp_path):
+    write_video(tmp_path / "cut.avi", [(5, 20, 55, 80)] * 40)
+    content = (tmp_path / "cut.avi").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(content[: len(content) // 2])
+    (problem,) = predict.predict_files(pointer, [tmp_path / "cut.avi"], tmp_path / "out")
+    assert "cut.avi" in problem
+    assert "of 40 frames" in problem
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.json"]
+
+
+def test_an_interrupted_prediction_keeps_what_was_found(pointer, tmp_path, monkeypatch):
+    red_box((60, 40), (5, 5, 30, 30)).save(tmp_path / "a.png")
+    write_video(tmp_path / "b.avi", [(5, 20, 55, 80)] * 3)
+
+    def interrupt(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "predict_video", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        predict.predict_files(pointer, [tmp_path / "a.png", tmp_path / "b.avi"], tmp_path / "out")
+    assert list(predictions_in(tmp_path / "out")) == [str(tmp_path / "a.png")]
+
+
+# ---- the command ----
+
+
+def command(*argv, out):
+    """Return the arguments of a command that computes in float32 on the CPU and writes below `out`."""
+    return [str(word) for word in (*argv, "--output-dir", out, "--device", "cpu", "--amp", "off")]
+
+
+def test_the_command_finds_what_the_module_finds(tiny_run, tmp_path, capsys):
+    images = [tiny_run.data / "JPEGImages" / f"test_{i}.jpg" for i in range(2)]
+    flags = ("--score-thresh", 0, "--max-detections", 5)
+    assert predict.main(command(*images, "--weights", tiny_run.final, *flags, out=tmp_path)) == 0
+    folder = tmp_path / "plots" / "predictions"
+    assert {path.name for path in folder.iterdir()} == {"test_0.jpg", "test_1.jpg", "predictions.json"}
+    found = predictions_in(folder)
+    detector = ssd.load_detector(tiny_run.final, "cpu", "off")
+    for path, line in zip(images, capsys.readouterr().out.splitlines(), strict=True):
+        with Image.open(path) as image, Image.open(folder / path.name) as drawn:
+            assert (drawn.format, drawn.size) == ("JPEG", image.size)
+        expected = detector.predict(images, score_thresh=0.0, max_detections=5)[images.index(path)]
+        assert found[str(path)] == expected.to_dict()
+        assert len(found[str(path)]["labels"]) == 5
+        assert line.startswith(str(path))
+
+
+def test_without_flags_the_thresholds_of_the_run_count(tiny_run, tmp_path):
+    saved = torch.load(tiny_run.final, weights_only=True)
+    saved["args"]["nms_iou"] = 0.9
+    saved["score_thresh"] = {"round": 0.02, "angular": 0.05}
+    torch.save(saved, tmp_path / "other.pth")
+    image = tiny_run.data / "JPEGImages" / "test_0.jpg"
+    detector = ssd.load_detector(tmp_path / "other.pth", "cpu", "off")
+    for flags, nms_iou in (((), 0.9), (("--nms-iou", 0.2), 0.2)):
+        assert predict.main(command(image, "--weights", tmp_path / "other.pth", *flags, out=tmp_path)) == 0
+        found = predictions_in(tmp_path / "plots" / "predictions")[str(image)]
+        assert found == detector.predict(image, nms_iou_thresh=nms_iou).to_dict()
+        assert len(found["labels"]) > 1
+
+
+def test_the_flag_for_flips_averages(tiny_run, tmp_path):
+    image = tiny_run.data / "JPEGImages" / "test_0.jpg"
+    scores = []
+    for flips in ("off", "horizontal", "both"):
+        flags = ("--flip-average", flips, "--score-thresh", 0)
+        assert predict.main(command(image, "--weights", tiny_run.final, *flags, out=tmp_path)) == 0
+        scores.append(predictions_in(tmp_path / "plots" / "predictions")[str(image)]["scores"])
+    assert scores[0] != scores[1]
+    assert scores[1] != scores[2]
+
+
+def test_the_command_goes_on_behind_what_cannot_be_read_and_says_so(tiny_run, tmp_path, capfd):
+    shutil.copytree(tiny_run.data / "JPEGImages", tmp_path / "in")
+    (tmp_path / "in" / "broken.png").write_text("no image")
+    (tmp_path / "in" / "broken.mp4").write_text("no video")
+    inputs = (tmp_path / "in", tmp_path / "in" / "test_*.jpg")
+    flags = ("--score-thresh", .01, "--classes", "round", "--save-crops", "--save-xml")
+    assert predict.main(command(*inputs, "--weights", tiny_run.final, *flags, out=tmp_path / "out")) == 1
+    out, err = capfd.readouterr()
+    folder = tmp_path / "out" / "plots" / "predictions"
+    found = predictions_in(folder)
+    assert len(out.splitlines()) == len(found) == 16
+    assert {name for one in found.values() for name in one["names"]} == {"round"}
+    assert [line.split(":")[0] for line in err.splitlines()] == ["error"] * 2
+    assert all(f"broken.{ending}" in err for ending in ("png", "mp4"))
+    crops = list((folder / "crops" / "round").iterdir())
+    assert len(crops) == sum(len(one["names"]) for one in found.values())
+    assert len(list((folder / "Annotations").iterdir())) == 16
+
+
+@pytest.mark.parametrize("thresholds", [{"round": 0.02, "angular": 0.9}, None])
+def test_classes_that_are_not_asked_for_do_not_use_up_the_detections(tiny_run, tmp_path, thresholds):
+    saved = torch.load(tiny_run.final, weights_only=True)
+    saved["score_thresh"] = thresholds or {}
+    torch.save(saved, tmp_path / "other.pth")
+    image = tiny_run.data / "JPEGImages" / "test_0.jpg"
+    flags = ("--classes", "round", "--max-detections", 10, *(() if thresholds else ("--score-thresh", .02)))
+    assert predict.main(command(image, "--weights", tmp_path / "other.pth", *flags, out=tmp_path)) == 0
+    found = predictions_in(tmp_path / "plots" / "predictions")[str(image)]
+    everything = ssd.load_detector(tmp_path / "other.pth", "cpu", "off").predict(
+        image, score_thresh=0.02, max_detections=99_999).to_dict()
+    scores = [s for s, name in zip(everything["scores"], everything["names"], strict=True) if name == "round"]
+    assert found["scores"] == scores[:10]
+    assert found["names"] == ["round"] * len(found["scores"])
+    assert len(found["scores"]) > 1
+
+
+def test_mistakes_are_one_line(tiny_run, tmp_path, capsys):
+    image = tiny_run.data / "JPEGImages" / "test_0.jpg"
+    (tmp_path / "empty").mkdir()
+    results = tmp_path / "plots" / "predictions"
+    results.mkdir(parents=True)
+    shutil.copy(image, results)
+    (tmp_path / "file").touch()
+    for argv, message in (
+        ((tmp_path / "none.jpg", "--weights", tiny_run.final), "none.jpg"),
+        ((tmp_path / "empty", "--weights", tiny_run.final), "no image or video"),
+        ((image, "--weights", tiny_run.final, "--classes", "cat"), "no class cat: the model knows angular"),
+        ((image, "--weights", tmp_path / "empty"), "lacks config.json"),
+        ((image, "--weights", tmp_path / "none.pth"), "none.pth"),
+        ((results, "--weights", tiny_run.final), "--output-dir"),
+    ):
+        assert predict.main(command(*argv, out=tmp_path)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert message in line
+    assert predict.main(command(image, "--weights", tiny_run.final, out=tmp_path / "file")) == 2
+
+
+def test_ctrl_c_ends_the_command_without_a_traceback(tiny_run, tmp_path, monkeypatch):
+    def interrupt(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "predict_files", interrupt)
+    image = tiny_run.data / "JPEGImages" / "test_0.jpg"
+    assert predict.main(command(image, "--weights", tiny_run.final, out=tmp_path)) == 130
