@@ -378,10 +378,10 @@ def annotated_classes(root: PathLike, split: str) -> tuple[str, ...]:
 
 def fetch_voc(root: Path, split: str) -> None:
     """Fetch the archive with a list that root, DIR/VOCdevkit/VOC<year>, lacks; torchvision checks its MD5."""
-    lists, year, target = root / "ImageSets" / "Main", root.name[3:], root.parent.parent
+    lists, target = root / "ImageSets" / "Main", root.parent.parent
     if split not in ("train", "val", "trainval", "test") or (lists / f"{split}.txt").is_file():
         return
-    archive = "test" if split == "test" else "trainval"
+    year, archive = root.name[3:], "test" if split == "test" else "trainval"
     print(f"{lists / split}.txt is missing: fetching Pascal VOC {year} {archive} into {target}", flush=True)
     try:
         torchvision.datasets.VOCDetection(str(target), year=year, image_set=archive, download=True)
@@ -2007,6 +2007,34 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
+def _add_training_flags(parser):
+    switch, none = argparse.BooleanOptionalAction, argparse.SUPPRESS
+    add = parser.add_argument_group("training").add_argument
+    add("--recipe", choices=RECIPES, default=none,
+        help="what the flags without a printed default are (default: voc, or shapes for --data shapes)")
+    add("--epochs", type=positive_int, default=none, help="passes over the training images")
+    add("--batch-size", type=positive_int, default=none, help="images a step, of all processes together")
+    add("--loss", choices=("focal", "multibox"), default=none, help="focal, or cross-entropy with 3:1 mining")
+    add("--focal-alpha", type=alpha_weight, default=-1.0, help="weight of objects to background; -1: none")
+    add("--focal-gamma", type=natural_float, default=FOCAL_GAMMA, help="focusing exponent")
+    add("--optimizer", choices=("sgd", "adamw"), default=none, help="SGD with momentum, or AdamW")
+    add("--lr", type=positive_float, default=none, help="learning rate after the warm-up")
+    add("--weight-decay", type=natural_float, default=none, help="not on biases and norms")
+    add("--warmup-epochs", type=natural_float, default=none, help="linear warm-up before the schedule")
+    add("--patience", type=natural_int, default=30, help="validations without a better mAP to stop after")
+    add("--eval-interval", type=positive_int, default=1, help="epochs between validations")
+    add("--seed", type=natural_int, default=0, help="of weights, order, augmentation and the held-out share")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--compile", action=switch, default=none, help="compile the network (default: on CUDA)")
+
+    add = parser.add_argument_group("detection").add_argument
+    add("--score-thresh", type=unit_interval, default=none,
+        help=f"least score (default: {SCORE_THRESH} to measure; to predict that of each class's best F1 in "
+             f"validation, {DRAW_SCORE_THRESH} without)")
+    add("--nms-iou", type=unit_interval, default=NMS_IOU_THRESH, help="IoU of boxes that are one object")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser. Where help prints no default the recipe, the data or the device chooses it."""
     parser = _Parser(description="Train, measure and use an SSD300 object detector.",
@@ -2052,34 +2080,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--blur", type=unit_interval, default=none, help="Gaussian blur")
     _add_training_flags(parser)
     return parser
-
-
-def _add_training_flags(parser):
-    switch, none = argparse.BooleanOptionalAction, argparse.SUPPRESS
-    add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=RECIPES, default=none,
-        help="what the flags without a printed default are (default: voc, or shapes for --data shapes)")
-    add("--epochs", type=positive_int, default=none, help="passes over the training images")
-    add("--batch-size", type=positive_int, default=none, help="images a step, of all processes together")
-    add("--loss", choices=("focal", "multibox"), default=none, help="focal, or cross-entropy with 3:1 mining")
-    add("--focal-alpha", type=alpha_weight, default=-1.0, help="weight of objects to background; -1: none")
-    add("--focal-gamma", type=natural_float, default=FOCAL_GAMMA, help="focusing exponent")
-    add("--optimizer", choices=("sgd", "adamw"), default=none, help="SGD with momentum, or AdamW")
-    add("--lr", type=positive_float, default=none, help="learning rate after the warm-up")
-    add("--weight-decay", type=natural_float, default=none, help="not on biases and norms")
-    add("--warmup-epochs", type=natural_float, default=none, help="linear warm-up before the schedule")
-    add("--patience", type=natural_int, default=30, help="validations without a better mAP to stop after")
-    add("--eval-interval", type=positive_int, default=1, help="epochs between validations")
-    add("--seed", type=natural_int, default=0, help="of weights, order, augmentation and the held-out share")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    add("--compile", action=switch, default=none, help="compile the network (default: on CUDA)")
-
-    add = parser.add_argument_group("detection").add_argument
-    add("--score-thresh", type=unit_interval, default=none,
-        help=f"least score (default: {SCORE_THRESH} to measure; to predict that of each class's best F1 in "
-             f"validation, {DRAW_SCORE_THRESH} without)")
-    add("--nms-iou", type=unit_interval, default=NMS_IOU_THRESH, help="IoU of boxes that are one object")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:

@@ -1,5 +1,7 @@
-"""The error analysis: every kind by hand, TIDE's sums as properties, and the command on a tiny trained model."""
+"""The error analysis: every kind by hand, TIDE's sums as properties, the command on a tiny trained model."""
 
+import contextlib
+import io
 import json
 import math
 
@@ -8,6 +10,7 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import ssd_object_detection as ssd
@@ -18,30 +21,29 @@ B_LOOSE = [21, 26, 30, 35]  # shares 50 of 150 pixels with B
 
 
 def arrays(detections, truth):
-    """detections: (image, label, score, box), truth: (image, label, box, difficult), as `evaluate_voc` takes them."""
-    det, gt = list(zip(*detections, strict=True)) or [[]] * 4, list(zip(*truth, strict=True)) or [[]] * 4
-    return (
-        {"image_ids": np.array(det[0]), "labels": np.array(det[1], int), "scores": np.array(det[2], float),
-         "boxes_px": np.array(det[3], float).reshape(-1, 4)},
-        {"image_ids": np.array(gt[0]), "labels": np.array(gt[1], int), "difficult": np.array(gt[3], bool),
-         "boxes_px": np.array(gt[2], float).reshape(-1, 4)},
-    )
+    """(image, label, score, box) and (image, label, box, difficult) as `ssd.evaluate_voc` takes them."""
+    images, labels, scores, boxes_px = list(zip(*detections, strict=True)) or [[]] * 4
+    det = {"image_ids": np.array(images, int), "labels": np.array(labels, int),
+           "scores": np.array(scores, float), "boxes_px": np.array(boxes_px, float).reshape(-1, 4)}
+    images, labels, boxes_px, difficult = list(zip(*truth, strict=True)) or [[]] * 4
+    gt = {"image_ids": np.array(images, int), "labels": np.array(labels, int),
+          "difficult": np.array(difficult, bool), "boxes_px": np.array(boxes_px, float).reshape(-1, 4)}
+    return det, gt
 
 
 def kinds_of(detections, truth, num_classes=2):
     """The kind of each detection as given: a name of KINDS, "hit" or "ignored"."""
-    errors = analyze.find_errors(*arrays(detections, truth), num_classes)
+    det, gt = arrays(detections, truth)
+    found, _ = analyze.find_errors(det, gt, num_classes)
     names = [None] * len(detections)
-    for place, row in enumerate(errors["order"].tolist()):
-        kind = errors["kind"][place]
-        names[row] = analyze.KINDS[kind] if kind >= 0 else "hit" if errors["is_hit"][place] else "ignored"
+    for place, row in enumerate(np.argsort(-det["scores"], kind="stable").tolist()):
+        names[row] = str(found["kind"][place]) or ("hit" if found["is_hit"][place] else "ignored")
     return names
 
 
 def gains_of(detections, truth, num_classes=2):
-    errors = analyze.find_errors(*arrays(detections, truth), num_classes)
-    names = [str(k) for k in range(1, num_classes + 1)]
-    return analyze.analyze_errors(errors, names)
+    found, objects = analyze.find_errors(*arrays(detections, truth), num_classes)
+    return analyze.analyze_errors(found, objects, [str(k) for k in range(1, num_classes + 1)])
 
 
 def assert_gains(tide, name="mean", **expected):
@@ -53,7 +55,7 @@ def assert_gains(tide, name="mean", **expected):
 
 
 def test_localisation_error():
-    truth, found = [("a", 1, A, False), ("b", 1, B, False)], [("a", 1, 0.9, A), ("b", 1, 0.8, B_LOOSE)]
+    truth, found = [(0, 1, A, False), (1, 1, B, False)], [(0, 1, 0.9, A), (1, 1, 0.8, B_LOOSE)]
     assert kinds_of(found, truth, 1) == ["hit", "localisation"]
     tide = gains_of(found, truth, 1)
     assert tide["ap"]["mean"] == pytest.approx(0.5)
@@ -63,8 +65,8 @@ def test_localisation_error():
 
 
 def test_classification_error_costs_both_classes():
-    truth = [("a", 1, A, False), ("b", 1, B, False), ("c", 2, C, False)]
-    found = [("a", 1, 0.9, A), ("b", 2, 0.8, B), ("c", 2, 0.7, C)]
+    truth = [(0, 1, A, False), (1, 1, B, False), (2, 2, C, False)]
+    found = [(0, 1, 0.9, A), (1, 2, 0.8, B), (2, 2, 0.7, C)]
     assert kinds_of(found, truth) == ["hit", "classification", "hit"]
     tide = gains_of(found, truth)
     assert tide["ap"] == pytest.approx({"1": 0.5, "2": 0.5, "mean": 0.5})
@@ -75,11 +77,11 @@ def test_classification_error_costs_both_classes():
 
 @pytest.mark.parametrize(
     ("kind", "error"),
-    [("duplicate", ("a", 1, 0.8, A)), ("background", ("a", 1, 0.8, FAR)), ("both", ("b", 1, 0.8, B_LOOSE))],
+    [("duplicate", (0, 1, 0.8, A)), ("background", (0, 1, 0.8, FAR)), ("both", (1, 1, 0.8, B_LOOSE))],
 )
 def test_error_that_is_repaired_by_leaving_it_out(kind, error):
-    truth = [("a", 1, A, False), ("a", 1, C, False), ("b", 2, B, False)]
-    found = [("a", 1, 0.9, A), error, ("a", 1, 0.7, C), ("b", 2, 0.9, B)]
+    truth = [(0, 1, A, False), (0, 1, C, False), (1, 2, B, False)]
+    found = [(0, 1, 0.9, A), error, (0, 1, 0.7, C), (1, 2, 0.9, B)]
     assert kinds_of(found, truth) == ["hit", kind, "hit", "hit"]
     tide = gains_of(found, truth)
     # Hit, error, hit over two objects: precision 1 and 2/3.
@@ -88,17 +90,17 @@ def test_error_that_is_repaired_by_leaving_it_out(kind, error):
 
 
 def test_missed_object():
-    truth, found = [("a", 1, A, False), ("a", 1, B, False)], [("a", 1, 0.9, A)]
+    truth, found = [(0, 1, A, False), (0, 1, B, False)], [(0, 1, 0.9, A)]
     tide = gains_of(found, truth, 1)
     assert_gains(tide, missed=0.5, false_negatives=0.5)
     assert tide["counts"] == {**dict.fromkeys(analyze.KINDS, 0), "missed": 1}
 
 
 def test_thresholds_of_overlap():
-    truth = [("a", 1, A, False), ("b", 2, A, False)]
+    truth = [(0, 1, A, False), (1, 2, A, False)]
     tenth, more, half = [1, 1, 10, 1], [1, 1, 10, 1.1], [1, 1, 10, 5]  # of A's 100 pixels: 10, 11, 50
-    found = [("a", 1, 0.9, A), ("a", 1, 0.8, tenth), ("b", 1, 0.7, tenth), ("b", 1, 0.6, more), ("b", 1, 0.5, half),
-             ("a", 1, 0.4, half), ("a", 1, 0.3, [1, 1, 10, 4.9])]
+    found = [(0, 1, 0.9, A), (0, 1, 0.8, tenth), (1, 1, 0.7, tenth), (1, 1, 0.6, more), (1, 1, 0.5, half),
+             (0, 1, 0.4, half), (0, 1, 0.3, [1, 1, 10, 4.9])]
     assert kinds_of(found, truth) == [
         "hit", "localisation", "background", "both", "classification", "duplicate", "localisation"
     ]
@@ -106,61 +108,60 @@ def test_thresholds_of_overlap():
 
 def test_where_two_kinds_fit_place_goes_first_and_class_before_duplicate():
     near_a = [1, 3, 10, 12]  # IoU 80 / 120 with A
-    truth = [("a", 1, A, False), ("a", 2, near_a, False)]
+    truth = [(0, 1, A, False), (0, 2, near_a, False)]
     loose = [1, 6, 10, 15]  # 50 / 150 with A, 70 / 130 with near_a
-    assert kinds_of([("a", 1, 0.9, loose)], truth) == ["localisation"]
-    assert kinds_of([("a", 1, 0.9, A), ("a", 1, 0.8, near_a)], truth) == ["hit", "classification"]
+    assert kinds_of([(0, 1, 0.9, loose)], truth) == ["localisation"]
+    assert kinds_of([(0, 1, 0.9, A), (0, 1, 0.8, near_a)], truth) == ["hit", "classification"]
 
 
 def test_only_the_best_error_of_a_target_becomes_its_hit():
-    truth = [("a", 1, A, False), ("a", 1, B, False), ("a", 1, C, False)]
-    found = [("a", 1, 0.9, A), ("a", 1, 0.8, B_LOOSE), ("a", 1, 0.7, B_LOOSE), ("a", 1, 0.6, C)]
+    truth = [(0, 1, A, False), (0, 1, B, False), (0, 1, C, False)]
+    found = [(0, 1, 0.9, A), (0, 1, 0.8, B_LOOSE), (0, 1, 0.7, B_LOOSE), (0, 1, 0.6, C)]
     tide = gains_of(found, truth, 1)
     assert tide["ap"]["1"] == pytest.approx((1 + 2 / 4) / 3)
     assert tide["gain"]["1"]["localisation"] == pytest.approx(1 - 1.5 / 3)  # the other one is gone, not false
 
 
 def test_error_on_a_found_object_is_left_out():
-    truth = [("b", 1, B, False), ("b", 1, C, False)]
-    found = [("b", 1, 0.9, B_LOOSE), ("b", 1, 0.8, B), ("b", 1, 0.7, C)]
+    truth = [(1, 1, B, False), (1, 1, C, False)]
+    found = [(1, 1, 0.9, B_LOOSE), (1, 1, 0.8, B), (1, 1, 0.7, C)]
     tide = gains_of(found, truth, 1)
     assert tide["ap"]["1"] == pytest.approx(2 / 3)
     assert_gains(tide, "1", localisation=1 / 3, false_positives=1 / 3)
 
 
 def test_difficult_objects_are_never_missed_nor_hit():
-    truth = [("a", 1, A, False), ("b", 1, B, True), ("c", 1, C, True)]
-    found = [("b", 1, 0.95, B), ("b", 1, 0.9, B_LOOSE), ("c", 2, 0.85, C), ("a", 1, 0.8, A)]
+    truth = [(0, 1, A, False), (1, 1, B, True), (2, 1, C, True)]
+    found = [(1, 1, 0.95, B), (1, 1, 0.9, B_LOOSE), (2, 2, 0.85, C), (0, 1, 0.8, A)]
     assert kinds_of(found, truth) == ["ignored", "localisation", "classification", "hit"]
     tide = gains_of(found, truth)
     assert tide["ap"]["1"] == pytest.approx(0.5)
     assert tide["counts"]["missed"] == tide["confident"]["missed"] == 0
     assert_gains(tide, "1", localisation=0.5, false_positives=0.5)
     errors = analyze.find_errors(*arrays(found, truth), 2)
-    assert analyze.repaired_ap(errors, 2, ["classification"])[1] == pytest.approx(0.5)
+    assert analyze.repaired_ap(*errors, 2, ["classification"])[1] == pytest.approx(0.5)
 
 
 def test_image_without_objects_has_background_only():
-    truth, found = [("a", 1, A, False)], [("b", 1, 0.9, A), ("a", 1, 0.8, A)]
+    truth, found = [(0, 1, A, False)], [(1, 1, 0.9, A), (0, 1, 0.8, A)]
     assert kinds_of(found, truth, 1) == ["background", "hit"]
     assert_gains(gains_of(found, truth, 1), background=0.5, false_positives=0.5)
 
 
 def test_no_detections_at_all():
-    tide = gains_of([], [("a", 1, A, False)], 1)
+    tide = gains_of([], [(0, 1, A, False)], 1)
     assert tide["ap"] == {"1": 0.0, "mean": 0.0}
     assert_gains(tide, missed=1.0, false_negatives=1.0)  # nothing to find and nothing claimed
 
 
 def test_repair_of_the_missed_alone_gives_nothing_where_all_that_is_left_is_false():
-    tide = gains_of([("a", 1, 0.9, FAR)], [("a", 1, A, False)], 1)
-    assert_gains(tide)
-    errors = analyze.find_errors(*arrays([("a", 1, 0.9, FAR)], [("a", 1, A, False)]), 1)
-    assert analyze.repaired_ap(errors, 1, ["missed", "background"])[1] == 1.0
+    assert_gains(gains_of([(0, 1, 0.9, FAR)], [(0, 1, A, False)], 1))
+    errors = analyze.find_errors(*arrays([(0, 1, 0.9, FAR)], [(0, 1, A, False)]), 1)
+    assert analyze.repaired_ap(*errors, 1, ["missed", "background"])[1] == 1.0
 
 
 def test_class_without_objects_has_no_value_and_its_errors_count():
-    truth, found = [("a", 1, A, False), ("b", 1, B, False)], [("a", 1, 0.9, A), ("b", 2, 0.8, B)]
+    truth, found = [(0, 1, A, False), (1, 1, B, False)], [(0, 1, 0.9, A), (1, 2, 0.8, B)]
     tide = gains_of(found, truth, 3)
     assert math.isnan(tide["ap"]["2"])
     assert math.isnan(tide["gain"]["2"]["classification"])
@@ -175,8 +176,8 @@ def test_nothing_at_all():
 
 
 def test_confident_counts_are_those_of_the_drawn_scores():
-    truth = [("a", 1, A, False), ("a", 1, B, False)]
-    found = [("a", 1, 0.9, FAR), ("a", 1, 0.39, FAR), ("a", 1, 0.39, A), ("a", 1, 0.4, B)]
+    truth = [(0, 1, A, False), (0, 1, B, False)]
+    found = [(0, 1, 0.9, FAR), (0, 1, 0.39, FAR), (0, 1, 0.39, A), (0, 1, 0.4, B)]
     tide = gains_of(found, truth, 1)
     assert (tide["counts"]["background"], tide["confident"]["background"]) == (2, 1)
     assert (tide["counts"]["missed"], tide["confident"]["missed"]) == (0, 1)  # A is found, but not drawn
@@ -186,16 +187,17 @@ def test_confident_counts_are_those_of_the_drawn_scores():
 
 edges = st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda e: (e[0], e[0] + e[1]))
 boxes = st.tuples(edges, edges).map(lambda b: [b[0][0], b[1][0], b[0][1], b[1][1]])
-detection = st.tuples(st.sampled_from("ab"), st.integers(1, 2), st.sampled_from([0.1, 0.5, 0.5, 0.9]), boxes)
-ground_truth = st.tuples(st.sampled_from("ab"), st.integers(1, 2), boxes, st.booleans())
+detection = st.tuples(st.integers(0, 1), st.integers(1, 2), st.sampled_from([0.1, 0.5, 0.5, 0.9]), boxes)
+ground_truth = st.tuples(st.integers(0, 1), st.integers(1, 2), boxes, st.booleans())
 many, few = st.lists(detection, max_size=20), st.lists(ground_truth, max_size=8)
 
 
 def slow_kind(found, truth):
     """The kind of a false detection, by plain loops."""
     image, label, _, box = found
-    own = max((reference.iou(box, t[2], 1) for t in truth if t[0] == image and t[1] == label), default=0)
-    other = max((reference.iou(box, t[2], 1) for t in truth if t[0] == image and t[1] != label), default=0)
+    there = [t for t in truth if t[0] == image]
+    own = max((reference.iou(box, t[2], 1) for t in there if t[1] == label), default=0)
+    other = max((reference.iou(box, t[2], 1) for t in there if t[1] != label), default=0)
     if 0.1 <= own < 0.5:
         return "localisation"
     if other >= 0.5:
@@ -220,103 +222,204 @@ def test_kinds_agree_with_the_loops(found, truth):
 
 @settings(max_examples=200, deadline=None)
 @given(many, few)
-def test_sums_of_the_analysis(found, truth):
-    det, gt = arrays(found, truth)
-    errors = analyze.find_errors(det, gt, 2)
+def test_sums_of_the_analysis(detections, truth):
+    det, gt = arrays(detections, truth)
+    found, objects = analyze.find_errors(det, gt, 2)
     voc = ssd.evaluate_voc(det, gt, 2)
-    base = analyze.repaired_ap(errors, 2)
+    base = analyze.repaired_ap(found, objects, 2)
     assert base == pytest.approx({k: voc[k]["ap_area"] for k in (1, 2)}, nan_ok=True)
-    assert ((errors["kind"] >= 0) + errors["is_hit"] + errors["is_ignored"] == 1).all()
+    assert ((found["kind"] != "").astype(int) + found["is_hit"] + found["is_ignored"] == 1).all()
     # Every object that counts has a hit, or the place of an error that would be its hit, or is missed.
-    place_or_class = np.isin(errors["kind"], [0, 1])
     covered = np.zeros(len(truth), dtype=bool)
-    covered[errors["target"][place_or_class]] = True
+    covered[found["target"][np.isin(found["kind"], ("classification", "localisation"))]] = True
     counts = ~gt["difficult"]
-    states = errors["gt_found"].astype(int) + errors["gt_missed"] + (covered & ~errors["gt_found"])
+    states = objects["is_found"].astype(int) + objects["is_missed"] + (covered & ~objects["is_found"])
     assert (states[counts] == 1).all()
-    assert not errors["gt_missed"][~counts].any()
+    assert not objects["is_missed"][~counts].any()
     perfect = {k: math.nan if math.isnan(base[k]) else 1.0 for k in (1, 2)}
-    assert analyze.repaired_ap(errors, 2, analyze.KINDS) == pytest.approx(perfect, nan_ok=True)
-    assert analyze.repaired_ap(errors, 2, analyze.SPECIAL_KINDS) == pytest.approx(perfect, nan_ok=True)
-    gain = {kind: analyze.repaired_ap(errors, 2, [kind]) for kind in analyze.HEADINGS}
+    for kinds in (analyze.KINDS, ("false_positives", "false_negatives")):
+        assert analyze.repaired_ap(found, objects, 2, kinds) == pytest.approx(perfect, nan_ok=True)
+    gain = {kind: analyze.repaired_ap(found, objects, 2, [kind]) for kind in analyze.HEADINGS}
     for k in (k for k in (1, 2) if not math.isnan(base[k])):
         assert all(gain[kind][k] >= base[k] - 1e-12 for kind in gain)
-        assert all(gain["false_positives"][k] >= gain[kind][k] - 1e-12 for kind in ("both", "duplicate", "background"))
+        for kind in ("both", "duplicate", "background"):
+            assert gain["false_positives"][k] >= gain[kind][k] - 1e-12
         assert gain["false_negatives"][k] >= gain["missed"][k] - 1e-12
+
+
+# -- Confusion
+
+
+def test_confusion_of_a_hand_case():
+    truth = [(0, 1, A, False), (0, 2, B, False), (0, 2, C, True), (1, 1, A, False)]
+    found = [
+        (0, 1, 0.9, A),  # right
+        (0, 2, 0.8, A),  # a second one on it: false
+        (0, 1, 0.7, B),  # wrong class
+        (0, 1, 0.6, C),  # on a difficult object: nowhere
+        (0, 2, 0.5, FAR),  # false
+        (1, 1, 0.39, A),  # below the threshold: missed
+    ]
+    matrix = analyze.confusion_matrix(*arrays(found, truth), 2)
+    assert matrix.tolist() == [[0, 0, 2], [1, 1, 0], [0, 1, 0]]
+
+
+def test_confusion_prefers_the_right_class_to_the_larger_overlap():
+    truth = [(0, 1, [1, 1, 10, 10], False), (0, 2, [1, 2, 10, 11], False)]
+    found = [(0, 2, 0.9, [1, 1, 10, 10]), (0, 1, 0.8, [1, 2, 10, 11])]
+    assert analyze.confusion_matrix(*arrays(found, truth), 2).tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_confusion_of_nothing_is_zero():
+    assert analyze.confusion_matrix(*arrays([], []), 2).tolist() == [[0] * 3] * 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(many, few)
+def test_confusion_counts_every_object_once_and_every_sure_detection_at_most_once(detections, truth):
+    det, gt = arrays(detections, truth)
+    matrix = analyze.confusion_matrix(det, gt, 2)
+    counted = gt["labels"][~gt["difficult"]]
+    assert matrix[1:].sum(axis=1).tolist() == np.bincount(counted, minlength=3)[1:].tolist()
+    sure = np.bincount(det["labels"][det["scores"] >= 0.4], minlength=3)
+    assert (matrix.sum(axis=0)[1:] <= sure[1:]).all()
+    if not gt["difficult"].any():
+        assert (matrix.sum(axis=0)[1:] == sure[1:]).all()
+
+
+def test_confusion_plot_writes_every_count_in_its_cell_and_names_both_axes():
+    matrix = np.array([[0, 7, 0], [2, 30, 1], [0, 0, 0]])  # a class without objects has a row of zeros
+    axes = analyze.plot_confusion(matrix, ["cat", "dog"]).axes[0]
+    cells = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in axes.texts}
+    assert cells == {(0, 1): "7", (1, 0): "2", (1, 1): "30", (1, 2): "1"}
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["none: false", "cat", "dog"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["none: missed", "cat", "dog"]
+    assert axes.images[0].get_array()[1].tolist() == pytest.approx([2 / 33, 30 / 33, 1 / 33])
+    assert "most errors" not in axes.get_title()
+
+
+def test_confusion_plot_of_many_classes_shows_the_worst_ones():
+    names = [f"class {k}" for k in range(1, 101)]
+    matrix = np.diag(np.full(101, 9))
+    matrix[range(1, 101, 3), 0] = 4  # every third class: four objects missed
+    matrix[0, 100] = 5  # and false detections of the last one
+    matrix[2, 3] = 3  # a second one taken for a third
+    figure = analyze.plot_confusion(matrix, names)
+    axes = figure.axes[0]
+    shown = [t.get_text() for t in axes.get_yticklabels()][1:]
+    assert len(shown) == 40
+    assert {f"class {k}" for k in (*range(1, 101, 3), 2, 3)} <= set(shown)
+    assert shown == sorted(shown, key=names.index)
+    assert "the 40 classes with the most errors of 100" in axes.get_title()
+    assert max(figure.get_size_inches()) < 26
+    row, column = shown.index("class 2") + 1, shown.index("class 3") + 1
+    assert axes.images[0].get_array()[row, column] == pytest.approx(3 / 12)
 
 
 # -- Sizes, thresholds, calibration
 
 
 def record(name, width, height, path=""):
-    return ssd.Record(name, path, width, height, np.zeros((0, 4), np.float32), np.zeros(0, int), np.zeros(0, bool))
+    nothing = np.zeros((0, 4), np.float32)
+    return ssd.Record(name, path, width, height, nothing, np.zeros(0, int), np.zeros(0, bool))
 
 
 def test_sizes_by_hand():
-    # Image 0 is 1000x1000: a box of 50 pixels has the relative size .05, one of 500 pixels .5. Image 1 is 100x100.
+    # Image 0 is 1000x1000: a box of 50 pixels has the relative size .05, one of 500 .5. Image 1 is 100x100.
     records = [record("0", 1000, 1000), record("1", 100, 100)]
     small, large, other = [1, 1, 50, 50], [101, 101, 600, 600], [1, 1, 50, 50]
     truth = [(0, 1, small, False), (0, 1, large, False), (1, 2, other, False), (1, 2, [61, 61, 90, 90], True)]
     found = [(0, 1, 0.9, [701, 701, 750, 750]), (0, 1, 0.8, small), (1, 2, 0.7, other), (1, 2, 0.6, other),
              (0, 1, 0.95, [451, 451, 950, 950]), (1, 2, 0.95, [91, 1, 95, 5])]
     det, gt = arrays(found, truth)
-    sizes = analyze.analyze_sizes(det, gt, analyze.find_errors(det, gt, 2), records, ("cat", "dog"))
-    rows = {row["low"]: row for row in sizes["relative"]}
-    assert [row["objects"] for row in sizes["relative"]] == [1, 0, 0, 2, 0, 0]
-    # The false detections have the relative sizes .05, .5 and .05: each counts among objects of its size alone.
+    ranges = analyze.analyze_sizes(analyze.find_errors(det, gt, 2)[0], gt, records, 2)
+    rows = {row["low"]: row for row in ranges}
+    assert [row["objects"] for row in ranges] == [1, 0, 0, 2, 0, 0]
+    # The false detections have the relative sizes .05, .5, .05: each counts among objects of its size alone.
     assert (rows[0.0]["ap"], rows[0.0]["recall"]) == (0.5, 1)
     assert (rows[0.37]["ap"], rows[0.37]["recall"]) == (0.5, 0.5)  # cat 0, dog 1
     assert math.isnan(rows[0.1]["ap"])
-    # In COCO's pixels both of 50 pixels are medium.
-    assert (sizes["coco"]["cat"]["ar_medium"], sizes["coco"]["dog"]["ap_medium"]) == pytest.approx((1, 1))
-    assert sizes["coco"]["cat"]["ap_medium"] == pytest.approx(0.5)
-    assert sizes["coco"]["cat"]["ar_large"] == 0
-    assert math.isnan(sizes["coco"]["dog"]["ap_small"])
 
 
-def test_coco_sizes_of_one_class_are_the_module_s():
-    rng = np.random.default_rng(3)
-    low = rng.uniform(1, 300, (60, 2))
-    side = np.exp(rng.uniform(np.log(8), np.log(200), (60, 1)))
-    gt_boxes = np.concatenate((low, low + side), axis=1)
-    truth = [(i % 5, 1, box, i % 7 == 0) for i, box in enumerate(gt_boxes.tolist())]
-    found = [(t[0], 1, rng.random(), [v + d for v, d in zip(t[2], rng.normal(0, 4, 4), strict=True)]) for t in truth]
-    det, gt = arrays(found, truth)
-    coco = ssd.evaluate_coco(det, gt, 1)
-    records = [record(str(i), 500, 500) for i in range(5)]
-    sizes = analyze.analyze_sizes(det, gt, analyze.find_errors(det, gt, 1), records, ("cat",))
-    assert sizes["coco"]["cat"] == pytest.approx({name: coco[name] for name in sizes["coco"]["cat"]})
+def test_hit_counts_where_its_object_does():
+    # An object of .2 of the picture's side, found by a box of .19.
+    det, gt = arrays([(0, 1, 0.9, [1, 1, 18, 20])], [(0, 1, [1, 1, 20, 20], False)])
+    ranges = analyze.analyze_sizes(analyze.find_errors(det, gt, 1)[0], gt, [record("0", 100, 100)], 1)
+    rows = {row["low"]: row for row in ranges}
+    assert (rows[0.2]["objects"], rows[0.2]["recall"], rows[0.2]["ap"]) == (1, 1, 1)
+    assert rows[0.1]["objects"] == 0
 
 
 def test_best_f1_by_hand():
-    truth = [("a", 1, A, False), ("a", 1, B, False), ("a", 1, C, False), ("b", 1, A, False)]
-    found = [("a", 1, 0.9, A), ("a", 1, 0.6, FAR), ("a", 1, 0.6, B), ("a", 1, 0.3, C), ("a", 1, 0.2, FAR)]
+    truth = [(0, 1, A, False), (0, 1, B, False), (0, 1, C, False), (1, 1, A, False)]
+    found = [(0, 1, 0.9, A), (0, 1, 0.6, FAR), (0, 1, 0.6, B), (0, 1, 0.3, C), (0, 1, 0.2, FAR)]
     row = ssd.evaluate_voc(*arrays(found, truth), 1)[1]
-    scores, f1 = ssd.f1_curve(row)
-    assert scores.tolist() == [0.9, 0.6, 0.3, 0.2]  # equal scores are taken or left together
     # Hits of detections: 1 of 1, 2 of 3, 3 of 4, 3 of 5; F1 is twice the hits over detections and objects.
-    assert f1.tolist() == pytest.approx([2 / 5, 4 / 7, 6 / 8, 6 / 9])
-    assert ssd.best_f1(row) == pytest.approx({"score_thresh": 0.3, "f1": 0.75, "precision": 0.75, "recall": 0.75})
+    best = {"score_thresh": 0.3, "f1": 6 / 8, "precision": 0.75, "recall": 0.75}
+    assert analyze.best_f1(row) == pytest.approx(best)
+    assert ssd.best_thresholds({1: row}, ["cat"]) == {"cat": 0.3}
 
 
 def test_best_f1_of_nothing_is_nan():
-    rows = ssd.evaluate_voc(*arrays([("a", 2, 0.5, A)], [("a", 1, A, False)]), 2)
-    assert all(math.isnan(v) for k in (1, 2) for v in ssd.best_f1(rows[k]).values())
-    only_false = ssd.evaluate_voc(*arrays([("a", 1, 0.5, FAR)], [("a", 1, A, False)]), 1)[1]
-    assert ssd.best_f1(only_false)["f1"] == 0
+    rows = ssd.evaluate_voc(*arrays([(0, 2, 0.5, A)], [(0, 1, A, False)]), 2)
+    assert all(math.isnan(v) for k in (1, 2) for v in analyze.best_f1(rows[k]).values())
+    only_false = ssd.evaluate_voc(*arrays([(0, 1, 0.5, FAR)], [(0, 1, A, False)]), 1)[1]
+    assert analyze.best_f1(only_false)["f1"] == 0
 
 
 def test_calibration_by_hand():
-    truth = [("a", 1, A, False), ("a", 1, B, False), ("b", 1, A, True)]
-    found = [("a", 1, 0.95, A), ("a", 1, 0.91, FAR), ("a", 1, 0.2, B), ("a", 1, 0.29, FAR), ("b", 1, 0.5, A)]
-    result = analyze.calibrate(analyze.find_errors(*arrays(found, truth), 1))
+    truth = [(0, 1, A, False), (0, 1, B, False), (1, 1, A, True)]
+    found = [(0, 1, 0.95, A), (0, 1, 0.91, FAR), (0, 1, 0.2, B), (0, 1, 0.29, FAR), (1, 1, 0.5, A),
+             (0, 1, 0.42, FAR)]
+    result = analyze.calibrate(analyze.find_errors(*arrays(found, truth), 1)[0])
     bins = result["bins"]
-    assert [b["count"] for b in bins] == [0, 0, 2, 0, 0, 0, 0, 0, 0, 2]  # the ignored one is left out
+    assert [b["count"] for b in bins] == [0, 0, 2, 0, 1, 0, 0, 0, 0, 2]  # the ignored one is left out
     assert (bins[9]["score"], bins[9]["precision"]) == pytest.approx((0.93, 0.5))
     assert math.isnan(bins[0]["score"])
-    assert result["ece"] == pytest.approx((2 * 0.43 + 2 * (0.5 - 0.245)) / 4)
-    assert result["ece_confident"] == pytest.approx(0.43)
-    assert math.isnan(analyze.calibrate(analyze.find_errors(*arrays([], truth), 1))["ece"])
+    assert result["ece"] == pytest.approx((2 * 0.43 + 0.42 + 2 * (0.5 - 0.245)) / 5)
+    assert result["ece_confident"] == pytest.approx((2 * 0.43 + 0.42) / 3)
+    assert math.isnan(analyze.calibrate(analyze.find_errors(*arrays([], truth), 1)[0])["ece"])
+
+
+# -- Curves
+
+
+def evaluation(curves):
+    """Return what `ssd.evaluate` does of one (recall, precision, AP, objects) a class."""
+    classes = {}
+    for label, (recall, precision, ap, num_gt) in enumerate(curves, start=1):
+        classes[label] = {"recall": np.array(recall), "precision": np.array(precision), "ap_area": ap,
+                          "scores": np.linspace(0.9, 0.1, len(recall)), "num_gt": num_gt}
+    return {"map_area": analyze.mean(row["ap_area"] for row in classes.values()), "classes": classes}
+
+
+def test_precision_recall_has_a_curve_for_each_class_with_objects_best_first():
+    curves = [([0.5], [1.0], 0.5, 2), ([], [], math.nan, 0), ([0.5, 1.0], [1.0, 1.0], 1.0, 2),
+              ([], [], 0.0, 3)]
+    figure = analyze.plot_precision_recall(evaluation(curves), ["a", "b", "c", "d"])
+    lines = figure.axes[0].lines
+    assert [line.get_label() for line in lines] == ["c 1.000", "a 0.500", "d 0.000"]
+    assert [list(values) for values in lines[0].get_data()] == [[0.5, 1.0], [1.0, 1.0]]
+    assert "0.5000" in figure.axes[0].get_title()
+    assert len(figure.legends[0].get_texts()) == 3
+
+
+def test_f1_has_a_curve_and_a_mark_for_each_class_that_has_one():
+    result = evaluation([([0.5], [1.0], 0.5, 2), ([], [], math.nan, 0), ([0.5, 1.0], [1.0, 1.0], 1.0, 2)])
+    names = ["a", "b", "c"]
+    best = {name: analyze.best_f1(result["classes"][k]) for k, name in enumerate(names, start=1)}
+    lines = analyze.plot_f1(result, best, names).axes[0].lines
+    assert [line.get_label() for line in lines[:2]] == ["c 1.000 at 0.10", "a 0.667 at 0.90"]
+    marks = [(line.get_xdata()[0], line.get_ydata()[0]) for line in lines[2:4]]
+    np.testing.assert_allclose(marks, [(0.1, 1.0), (0.9, 2 / 3)])
+
+
+def test_curves_of_no_class_and_of_many_classes_are_drawn():
+    names = [f"class {k}" for k in range(80)]
+    for curves, count in (([([], [], math.nan, 0)], 0), ([([0.5], [1.0], 0.5, 2)] * 80, 80)):
+        figure = analyze.plot_precision_recall(evaluation(curves), names[: len(curves)])
+        assert len(figure.axes[0].lines) == count
+        figure.draw_without_rendering()
 
 
 # -- Mistakes
@@ -331,24 +434,52 @@ def picture(tmp_path):
     return record("p", 200, 100, str(tmp_path / "p.png"))
 
 
-@pytest.mark.parametrize(("box", "expected"), [([50, 30, 70, 50], (36, 16)), ([50, 0, 70, 20], (36, 0)),
-                                              ([190, 90, 200, 100], (152, 52)), ([0, 0, 200, 100], (0, -50))])
-def test_crop_keeps_the_box_in_sight(picture, box, expected):
-    image, scale, corner = analyze.crop(picture, [box], side=240)
-    assert image.size == (240, 240)
-    assert tuple(corner.tolist()) == expected  # in the middle, moved where it would reach beyond the picture
-    assert scale == pytest.approx(240 / (200 if box[2] - box[0] == 200 else 48))  # never more than the picture
-    ys, xs = np.nonzero(np.asarray(image)[..., 0] > 127)
-    if len(xs):  # the white square is where its coordinates are shown
-        shown = (np.array([50, 30, 70, 50]) - np.tile(corner, 2)) * scale
-        np.testing.assert_allclose([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], shown.clip(0, 240), atol=2)
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [([51, 31, 70, 50], (36, 16, 84, 64)), ([1, 1, 40, 40], (-10, -10, 50, 50)),
+     ([1, 1, 200, 100], (-4, -54, 204, 154))],
+)
+def test_box_is_drawn_with_what_is_around_it(picture, box, expected):
+    figure = analyze.Figure()
+    axes = figure.subplots()
+    analyze.draw_part(axes, picture, [(np.array(box), "red", "-")])
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert (left, top, right, bottom) == pytest.approx(expected)
+    (rectangle,) = axes.patches
+    assert rectangle.get_bbox().extents.tolist() == [box[0] - 1, box[1] - 1, box[2], box[3]]
+    assert axes.images[0].get_extent() == [0, 200, 100, 0]  # in the picture's pixels
+
+
+def test_object_is_drawn_where_it_is(picture):
+    figure = analyze.Figure(figsize=(4, 4))
+    axes = figure.add_axes((0, 0, 1, 1))
+    analyze.draw_part(axes, picture, [(np.array([51, 31, 70, 50]), "red", "-")])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+    # The white square is 20 of the 48 pixels shown, inside its red outline.
+    ys, xs = np.nonzero(pixels.min(axis=2) > 200)
+    extent = np.array([xs.min(), ys.min(), xs.max(), ys.max()]) / len(pixels)
+    np.testing.assert_allclose(extent, np.array([14, 14, 34, 34]) / 48, atol=0.02)
+    reds = np.argwhere((pixels[..., 0] > 200) & (pixels[..., 1:].max(axis=2) < 60)) / len(pixels)
+    corners = [reds.min(axis=0), reds.max(axis=0)]
+    np.testing.assert_allclose(corners, [[14 / 48] * 2, [34 / 48] * 2], atol=0.02)
 
 
 def test_mistakes_are_the_surest_false_ones_and_at_most_two_of_an_image():
     truth = [(0, 1, A, False), (1, 1, A, False)]
-    found = [(0, 1, 0.99, A), (0, 1, 0.9, FAR), (0, 1, 0.8, B), (0, 1, 0.7, C), (1, 1, 0.6, FAR), (1, 1, 0.5, B)]
+    found = [(0, 1, 0.99, A), (0, 1, 0.9, FAR), (0, 1, 0.8, B), (0, 1, 0.7, C), (1, 1, 0.6, FAR),
+             (1, 1, 0.5, B)]
+    errors, _ = analyze.find_errors(*arrays(found, truth), 1)
+    assert analyze.pick_mistakes(errors, 3) == [1, 2, 4]
+    assert analyze.pick_mistakes(errors, 9) == [1, 2, 4, 5]
+
+
+def near_of(found, truth, row):
+    """What stands beside a missed object, and the row of that detection in score order."""
     errors = analyze.find_errors(*arrays(found, truth), 1)
-    assert errors["order"][analyze.pick_mistakes(errors, 3)].tolist() == [1, 2, 4]
+    text, near = analyze.describe_miss(*errors, row, ["cat"])
+    return text.splitlines()[1], near
 
 
 def test_misses_are_the_largest_objects_that_are_not_drawn():
@@ -356,97 +487,118 @@ def test_misses_are_the_largest_objects_that_are_not_drawn():
     truth = [(0, 1, [1, 1, 20, 20], False), (1, 1, [1, 1, 90, 90], False), (0, 1, [41, 41, 99, 99], True),
              (0, 1, [50, 1, 59, 10], False), (0, 1, [1, 50, 40, 90], False)]
     found = [(0, 1, 0.9, [1, 50, 40, 90]), (0, 1, 0.3, [1, 1, 20, 20])]
-    det, gt = arrays(found, truth)
-    errors = analyze.find_errors(det, gt, 1)
+    errors = analyze.find_errors(*arrays(found, truth), 1)
     # 400 of 10,000 pixels; 100 of 10,000; 8,100 of 1,000,000. One is difficult, one is found.
-    assert analyze.pick_misses(errors, records, gt, 9) == [0, 3, 1]
-    assert analyze.pick_misses(errors, records, gt, 2) == [0, 3]
-    assert analyze.surest_near(errors, det, gt, 0) == (1, 1.0)
-    assert analyze.surest_near(errors, det, gt, 1) == (None, 0.0)
+    assert analyze.pick_misses(*errors, records, 9) == [0, 3, 1]
+    assert analyze.pick_misses(*errors, records, 2) == [0, 3]
+    assert near_of(found, truth, 0) == ("near it cat 0.30, IoU 1.00", 1)
+    assert near_of(found, truth, 1) == ("nothing near it", None)
 
 
 def test_hit_of_another_object_stands_beside_a_miss_only_if_it_covers_it():
     truth = [(0, 1, A, False), (0, 1, A, False), (0, 1, [1, 6, 10, 15], False)]  # A is annotated twice
-    det, gt = arrays([(0, 1, 0.9, A), (0, 1, 0.1, [1, 9, 10, 18])], truth)
-    errors = analyze.find_errors(det, gt, 1)
-    assert analyze.surest_near(errors, det, gt, 1) == (0, 1.0)
-    assert analyze.surest_near(errors, det, gt, 2) == (1, 70 / 130)
+    found = [(0, 1, 0.9, A), (0, 1, 0.1, [1, 9, 10, 18])]
+    assert near_of(found, truth, 1) == ("near it cat 0.90, IoU 1.00, a hit of another", 0)
+    assert near_of(found, truth, 2) == ("near it cat 0.10, IoU 0.54", 1)
 
 
 def test_sheet_says_what_each_mistake_is(picture):
     square, records = [51, 31, 70, 50], [picture] * 4
-    truth = [(0, 1, square, False), (1, 2, square, False), (2, 1, square, False), (3, 1, square, False)]
+    truth = [(0, 1, square, False), (1, 2, square, True), (2, 1, square, False), (3, 1, square, False)]
     loose = [51, 41, 70, 60]  # 200 of 600 pixels
-    found = [(0, 1, 0.95, square), (0, 1, 0.9, square), (1, 1, 0.8, square), (2, 1, 0.7, loose), (1, 1, 0.6, loose),
-             (2, 2, 0.5, [151, 61, 190, 99])]
-    det, gt = arrays(found, truth)
-    errors = analyze.find_errors(det, gt, 2)
-    figure = analyze.plot_mistakes(errors, det, gt, records, ("cat", "dog"))
-    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
-    assert titles == [
+    found = [(0, 1, 0.95, square), (0, 1, 0.9, square), (1, 1, 0.8, square), (2, 1, 0.7, loose),
+             (1, 1, 0.6, loose), (2, 2, 0.5, [151, 61, 190, 99])]
+    errors = analyze.find_errors(*arrays(found, truth), 2)
+    figure = analyze.plot_mistakes(*errors, records, ("cat", "dog"))
+    shown = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in shown] == [
         "said cat 0.90\nfound already, IoU 1.00\np",
-        "said cat 0.80\nwrong class: dog, IoU 1.00\np",
-        "said cat 0.70\nloose: IoU 0.33\np",
-        "said cat 0.60\nwrong class and loose: dog, IoU 0.33\np",
+        "said cat 0.80\nwrong class: dog, IoU 1.00 (difficult)\np",
+        "said cat 0.70\nloose, IoU 0.33\np",
+        "said cat 0.60\nwrong class and loose: dog, IoU 0.33 (difficult)\np",
         "said dog 0.50\nnothing there\np",
-        "missed dog\nnear it cat 0.80, IoU 1.00\np",
         "missed cat\nnear it cat 0.70, IoU 0.33\np",
         "missed cat\nnothing near it\np",
     ]
+    assert figure.get_suptitle().startswith("5 false detections of the highest scores, then 2 largest")
+    styles = [[patch.get_linestyle() for patch in axes.patches] for axes in shown]
+    assert styles == [["-", "--"]] * 4 + [["-"]] + [["-", "--"]] + [["--"]]
 
 
 def test_nothing_to_find_and_nothing_found_is_drawn(picture):
-    found, truth = {**arrays([], [])[0], "image_ids": np.zeros(0, int)}, ssd.truth_of([picture])
-    result = {"detections": found, "classes": ssd.evaluate_voc(found, truth, 1)}
-    numbers, errors = analyze.analyze(result, [picture], ("cat",))
-    assert math.isnan(numbers["tide"]["gain"]["mean"]["missed"])
-    assert next(s for s in analyze.tables(numbers).splitlines() if s.startswith("cat")).split()[1:] == ["-"] * 9
-    figure = analyze.plot_mistakes(errors, found, truth, [picture], ("cat",))
+    found, truth = arrays([], [])[0], ssd.truth_of([picture])
+    classes = ssd.evaluate_voc(found, truth, 1)
+    result = {"detections": found, "classes": classes, "map_area": math.nan}
+    numbers, *errors = analyze.analyze(result, [picture], ("cat",))
+    analysis = numbers["analysis"]
+    assert math.isnan(analysis["tide"]["gain"]["mean"]["missed"])
+    rows = [line.split() for line in analyze.tables(numbers).splitlines() if line.startswith("cat")]
+    assert rows == [["cat", *"-" * 9], ["cat", *"-" * 12], ["cat", *"-" * 4]]
+    figure = analyze.plot_mistakes(*errors, [picture], ("cat",))
     assert figure.get_suptitle().startswith("0 false detections")
-    for draw in (
-        lambda: analyze.plot_errors(numbers["tide"]), lambda: analyze.plot_sizes(numbers["sizes"]),
-        lambda: analyze.plot_f1(result, numbers["best_f1"], ("cat",)),
-        lambda: analyze.plot_calibration(numbers["calibration"]),
+    for drawn in (
+        figure, analyze.plot_errors(analysis["tide"]), analyze.plot_f1(result, analysis["best_f1"], ("cat",)),
+        analyze.plot_sizes(numbers["coco"]["per_class"], analysis["sizes"]),
+        analyze.plot_calibration(analysis["calibration"]), analyze.plot_precision_recall(result, ("cat",)),
+        analyze.plot_confusion(np.array(numbers["confusion"]["matrix"]), ("cat",)),
     ):
-        draw().draw_without_rendering()
+        drawn.draw_without_rendering()
 
 
 # -- The command
 
 
-def test_command_writes_what_evaluate_writes_and_the_analysis(tiny_run, tmp_path, capsys):
-    flags = ["--device", "cpu", "--amp", "off", "--workers", "0", "--score-thresh", ".001", "--output-dir"]
-    assert analyze.main([str(tiny_run.final), *flags, str(tmp_path / "a")]) == 0
-    out = capsys.readouterr().out
-    assert ssd.main(["--evaluate", str(tiny_run.final), *flags, str(tmp_path / "b")]) == 0
-    mine, theirs = (json.loads((tmp_path / f / "plots/evaluation/evaluation.json").read_text()) for f in "ab")
-    analysis = mine.pop("analysis")
+@pytest.fixture(scope="module")
+def analyzed(tiny_run, tmp_path_factory):
+    """The output folder of the command on the tiny run, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("analyzed"), io.StringIO()
+    flags = ["--device", "cpu", "--amp", "off", "--workers", "0", "--score-thresh", ".001"]
+    flags = [str(tiny_run.final), *flags]
+    with contextlib.redirect_stdout(printed):
+        assert analyze.main([*flags, "--output-dir", str(folder / "a")]) == 0
+    assert ssd.main(["--evaluate", *flags, "--output-dir", str(folder / "b")]) == 0
+    return folder, printed.getvalue()
+
+
+def test_command_adds_to_what_evaluate_writes(analyzed):
+    folder, _ = analyzed
+    paths = [folder / name / "plots" / "evaluation" / "evaluation.json" for name in "ab"]
+    mine, theirs = (json.loads(path.read_text()) for path in paths)
+    coco, confusion, analysis = (mine.pop(name) for name in ("coco", "confusion", "analysis"))
     assert mine == theirs
+    assert set(coco["per_class"]) == {"angular", "round"}
+    assert confusion["classes"] == ["background", "angular", "round"]
+    num_gt = [mine["per_class"][name]["num_gt"] for name in ("angular", "round")]
+    assert np.array(confusion["matrix"])[1:].sum(axis=1).tolist() == num_gt
     assert set(analysis) == {"tide", "sizes", "best_f1", "calibration"}
-    assert analysis["tide"]["ap"]["mean"] == pytest.approx(mine["voc"]["map_area"])
+    assert analysis["tide"]["ap"]["mean"] == pytest.approx(mine["map_area"])
     assert set(analysis["tide"]["gain"]) == {"angular", "round", "mean"}
     counts = analysis["tide"]["counts"]
-    assert 0 < sum(counts[kind] for kind in analyze.KINDS[:5]) <= mine["num_detections"]
-    assert sum(b["count"] for b in analysis["calibration"]["bins"]) == mine["num_detections"]  # none is difficult
+    num_detections = sum(row["count"] for row in analysis["calibration"]["bins"])  # no object is difficult
+    assert 0 < sum(counts[kind] for kind in analyze.KINDS[:5]) <= num_detections
+
+
+def test_command_draws_its_pictures_and_prints_its_tables(analyzed):
+    folder, printed = analyzed
     names = ("errors", "sizes", "f1", "calibration", "precision_recall", "confusion")
-    paths = [tmp_path / "a/plots/evaluation" / f"{name}.png" for name in names] + [tmp_path / "a/plots/mistakes.png"]
-    for path in paths:
+    plots = folder / "a" / "plots"
+    for path in [*(plots / "evaluation" / f"{name}.png" for name in names), plots / "mistakes.png"]:
         with Image.open(path) as image:
             assert min(image.size) > 300
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
-    assert "AP@.5 (area) gained" in out
-    assert "Expected calibration error" in out
+    for text in ("AP@.5 (area) gained", "COCO's AP and AR", "best F1", "Expected calibration error"):
+        assert text in printed
 
 
 def test_command_s_errors_are_one_line(tiny_run, make_voc, tmp_path, capsys):
     (tmp_path / "no.pth").write_text("no checkpoint")
     other = make_voc(tmp_path / "other")
     for path in (other / "Annotations").glob("*.xml"):
-        path.write_text(path.read_text().replace("angular", "edgy"))
+        path.write_text(path.read_text().replace("angular", "edgy").replace("round", "smooth"))
     for argv, message in (
         ([tmp_path / "no.pth"], "not readable as a checkpoint"),
         ([tmp_path / "none.pth"], "no such file"),
-        ([tiny_run.final, "--data", other], "knows the classes angular, round"),
+        ([tiny_run.final, "--data", other], "knows angular, round: name the data"),
         ([tiny_run.final, "--test-split", "nowhere"], "no image list"),
         ([tiny_run.final, "--device", "nowhere"], "--device nowhere"),
     ):

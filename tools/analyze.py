@@ -1,60 +1,77 @@
 """Say why a detector fails: run a checkpoint on its test list and take its errors apart.
 
-    python tools/analyze.py checkpoints/ssd_shapes_final.pth
-    python tools/analyze.py checkpoints/FILE.pth --data PATH --test-split val --output-dir DIR --device cpu
+    python tools/analyze.py checkpoints/FILE.pth
+    python tools/analyze.py checkpoints/FILE.pth --data PATH --test-split val --output-dir DIR
 
-Takes every flag of `ssd_object_detection.py --evaluate`, with the same defaults (the data that the checkpoint was
-trained for). Prints a few small tables; draws errors.png, sizes.png, f1.png and calibration.png beside the module's
-precision_recall.png and confusion.png into OUTPUT_DIR/plots/evaluation, and OUTPUT_DIR/plots/mistakes.png; writes
-evaluation.json as --evaluate does, with the numbers of this tool under "analysis".
+Takes the flags of `ssd_object_detection.py --evaluate` after the checkpoint, with the same defaults, and does
+what that does. Besides, it prints a few tables, draws precision_recall.png, confusion.png, errors.png,
+sizes.png, f1.png and calibration.png into OUTPUT_DIR/plots/evaluation and OUTPUT_DIR/plots/mistakes.png, and
+adds its numbers to evaluation.json: "coco" (see tools/coco.py), "confusion" and "analysis".
 
-The kinds of error are those of TIDE (Bolya et al. 2020, arXiv:2008.08115); `find_errors` and `repaired_ap` say how they
-are counted here.
+The kinds of error are those of TIDE (Bolya et al. 2020, arXiv:2008.08115).
 """
 
-import argparse
 import collections
 import itertools
 import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.patches import Rectangle
 
-import ssd_object_detection as ssd
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+import ssd_object_detection as ssd  # noqa: E402
+from tools import coco  # noqa: E402
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1  # t_f and t_b of TIDE section 2.2
-KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
-SPECIAL_KINDS = ("false_positives", "false_negatives")
-HEADINGS = dict(zip((*KINDS, *SPECIAL_KINDS), ("class", "place", "both", "twice", "backgr", "missed", "allFP", "allFN"),
-                    strict=True))
-COCO_SIZES = ("small", "medium", "large")
-RELATIVE_EDGES = (0.0, *ssd.ANCHOR_SCALES[:5], math.inf)  # of the box's side over the picture's: the anchors' scales
+HEADINGS = {  # of a table's columns: the six kinds of error, then the two sums of TIDE section 2.3
+    "classification": "class", "localisation": "place", "both": "both", "duplicate": "twice",
+    "background": "backgr", "missed": "missed", "false_positives": "allFP", "false_negatives": "allFN",
+}
+KINDS = tuple(HEADINGS)[:6]
+MENDED_KINDS = ("classification", "localisation")  # their repair makes hits; those of the others are left out
+DESCRIPTIONS = {
+    "classification": "wrong class", "localisation": "loose", "both": "wrong class and loose",
+    "duplicate": "found already", "background": "nothing there",
+}
+RELATIVE_EDGES = (0.0, *ssd.ANCHOR_SCALES[:5], math.inf)  # of the box's side over the image's
 NUM_BINS = 10  # of the reliability curve
+MAX_CONFUSION_CLASSES = 40  # a plot of more cannot be read
 
 
-# -- Errors
+def mean(values):
+    """Return the mean of the values that are not NaN; NaN of nothing."""
+    values = [value for value in values if not math.isnan(value)]
+    return float(np.mean(values)) if values else math.nan
+
+
+# ---- Errors ----
 
 
 def best_pairs(rows, targets, iou, count):
-    """Return (target, iou), each (count,): the pair of largest IoU of each row (ties: first target), or -1 and 0."""
+    """Return (target, iou), each (count,): each row's pair of largest IoU (ties: first), or -1 and 0."""
     order = np.lexsort((targets, -iou, rows))
     order = order[np.unique(rows[order], return_index=True)[1]]
     target, best = np.full(count, -1), np.zeros(count)
-    target[rows[order]], best[rows[order]] = targets[order], iou[order]
+    target[rows[order]] = targets[order]
+    best[rows[order]] = iou[order]
     return target, best
 
 
-def find_errors(detections, truth, num_classes):
-    """Return the kind of error of each detection and which objects are missed (TIDE section 2.2).
+def overlaps(det, gt):
+    """Return (row of det, row of gt, IoU) of all pairs of an image that overlap, whatever their classes."""
+    return ssd.overlap_pairs(det["image_ids"], det["boxes_px"], gt["image_ids"], gt["boxes_px"])
 
-    The arguments are those of `evaluate_voc`, whose assignment at IoU .5 says which detections are hits, ignored (on a
-    difficult object of their class) or false. `own` is a false detection's largest IoU with the objects of its class in
-    its image, `other` that with the objects of other classes. The first that fits is its kind:
+
+def find_errors(detections, truth, num_classes):
+    """Return (found, objects): detections with their kind of error, objects with whether they are missed.
+
+    The arguments are those of `ssd.evaluate_voc`, whose assignment at IoU .5 says which detections are hits,
+    ignored (on a difficult object of their class) or false. `own` is a false detection's largest IoU with the
+    objects of its class in its image, `other` that with the objects of other classes. Its kind is the first
+    that fits (TIDE section 2.2):
 
         localisation    .1 <= own < .5
         classification  other >= .5
@@ -62,247 +79,339 @@ def find_errors(detections, truth, num_classes):
         background      own <= .1 and other <= .1
         both            what remains: a wrong class and .1 < other < .5
 
-    Its target is the object of that largest IoU. An object is found if it has a hit, and missed if it has none, is not
-    difficult and is the target of no localisation or classification error. Difficult objects are never missed, and an
-    error whose target is difficult is repaired by leaving the detection out.
+    Its target is the object of that largest IoU. An object is found if it has a hit, and missed if it has
+    none, is not difficult and is the target of no localisation or classification error.
 
-    Returns a dict of arrays, detections (N,) best first: order (rows as given), image (the place of its id among all
-    ids, sorted), label, score, is_hit, is_ignored, kind (index into KINDS, -1: no error), target (row of the truth, -1:
-    none), iou (with the target), own_iou; objects (M,): gt_image, gt_label, gt_difficult, gt_found, gt_missed.
+    found: the detections, best first, with is_hit, is_ignored, kind (text, "": no error), target (row of the
+    truth, -1: none), iou (with the target) and own_iou. objects: the truth with is_found and is_missed.
     """
-    det, gt = ssd.check_detections(detections, truth, num_classes)
-    order = np.argsort(-det["scores"], kind="stable")
-    det = {name: column[order] for name, column in det.items()}
-    is_hit, is_ignored = ssd.assign_voc(det, gt, FOREGROUND_IOU)
-    images = [side["keys"] // (num_classes + 1) for side in (det, gt)]
-    rows, targets, iou = ssd.overlap_pairs(images[0], det["boxes_px"], images[1], gt["boxes_px"], extra=1)
-    is_own = det["labels"][rows] == gt["labels"][targets]
-    (own_target, own), (other_target, other) = (
-        best_pairs(rows[pick], targets[pick], iou[pick], len(order)) for pick in (is_own, ~is_own)
-    )
-    kind = np.select(
-        [is_hit | is_ignored, (own >= BACKGROUND_IOU) & (own < FOREGROUND_IOU), other >= FOREGROUND_IOU,
-         own >= FOREGROUND_IOU, (own <= BACKGROUND_IOU) & (other <= BACKGROUND_IOU)],
-        [-1, *(KINDS.index(name) for name in ("localisation", "classification", "duplicate", "background"))],
-        default=KINDS.index("both"),
-    )
-    is_other = np.isin(kind, [KINDS.index("classification"), KINDS.index("both")])
-    is_other |= (kind == KINDS.index("background")) & (other > own)
-    target, best = np.where(is_other, other_target, own_target), np.where(is_other, other, own)
-    found, covered = np.zeros((2, len(gt["labels"])), dtype=bool)
-    found[target[is_hit]] = True
-    covered[target[np.isin(kind, [KINDS.index("classification"), KINDS.index("localisation")])]] = True
-    return {"order": order, "image": images[0], "label": det["labels"], "score": det["scores"], "is_hit": is_hit,
-            "is_ignored": is_ignored, "kind": kind, "target": target, "iou": best, "own_iou": own,
-            "gt_image": images[1], "gt_label": gt["labels"], "gt_difficult": gt["difficult"], "gt_found": found,
-            "gt_missed": ~found & ~covered & ~gt["difficult"]}
+    order = np.argsort(-detections["scores"], kind="stable")
+    found = {name: column[order] for name, column in detections.items()}
+    is_hit, is_ignored = ssd.assign_voc(found, truth, num_classes, FOREGROUND_IOU)
+    rows, targets, iou = overlaps(found, truth)
+    is_own = found["labels"][rows] == truth["labels"][targets]
+    own_target, own = best_pairs(rows[is_own], targets[is_own], iou[is_own], len(order))
+    other_target, other = best_pairs(rows[~is_own], targets[~is_own], iou[~is_own], len(order))
+    rules = {
+        "": is_hit | is_ignored,
+        "localisation": (own >= BACKGROUND_IOU) & (own < FOREGROUND_IOU),
+        "classification": other >= FOREGROUND_IOU,
+        "duplicate": own >= FOREGROUND_IOU,
+        "background": (own <= BACKGROUND_IOU) & (other <= BACKGROUND_IOU),
+    }
+    kind = np.select(list(rules.values()), list(rules), default="both")
+    is_of_other = np.isin(kind, ("classification", "both")) | ((kind == "background") & (other > own))
+    target = np.where(is_of_other, other_target, own_target)
+    found |= {"is_hit": is_hit, "is_ignored": is_ignored, "kind": kind, "target": target,
+              "iou": np.where(is_of_other, other, own), "own_iou": own}
+    is_found = np.zeros(len(truth["labels"]), dtype=bool)
+    is_found[target[is_hit]] = True
+    is_missed = ~is_found & ~truth["difficult"]
+    is_missed[target[np.isin(kind, MENDED_KINDS)]] = False
+    return found, {**truth, "is_found": is_found, "is_missed": is_missed}
 
 
-def repaired_ap(errors, num_classes, kinds=()):
+def repaired_ap(found, objects, num_classes, kinds=()):
     """Return {label: area AP at IoU .5} after the repair of some kinds of error (TIDE section 2.3).
 
-    classification, localisation: the best-scored detection of each target that has no hit becomes a hit of the target's
-    class, with its score; the others of these kinds are left out. both, duplicate, background: they are left out.
-    missed: these objects no longer count. false_positives: every false detection is left out. false_negatives: objects
-    without a hit no longer count. kinds () is the AP as it is; all of KINDS give 1.
-
-    NaN for a class without objects. Where a repair leaves a class no object to find, its AP is 1 if no detection is
-    left either, else 0.
+    classification, localisation: the best-scored detection of each target that has no hit and is not
+    difficult becomes a hit of the target's class, with its score; others of these kinds are left out. both,
+    duplicate, background: they are left out. missed: these objects no longer count. false_positives: false
+    detections are left out. false_negatives: objects without a hit no longer count. kinds () is the AP as it
+    is; all of KINDS give 1. NaN for a class without objects; where a repair leaves it none to find, its AP is
+    1 if no detection is left either, else 0.
     """
-    label, is_hit, is_counted = errors["label"].copy(), errors["is_hit"].copy(), ~errors["is_ignored"]
-    found, is_real = errors["gt_found"].copy(), ~errors["gt_difficult"]
-    has_kind = np.isin(errors["kind"], [KINDS.index(name) for name in kinds if name in KINDS])
-    is_mended = has_kind & np.isin(errors["kind"], [KINDS.index("classification"), KINDS.index("localisation")])
-    is_counted &= ~has_kind
-    mended, targets = np.flatnonzero(is_mended), errors["target"][is_mended]
-    first = np.unique(targets, return_index=True)[1]  # best first, so the first of a target is its best
-    first = first[(is_real & ~found)[targets[first]]]
-    winners, targets = mended[first], targets[first]
-    is_counted[winners] = is_hit[winners] = found[targets] = True
-    label[winners] = errors["gt_label"][targets]
+    labels, is_hit = found["labels"].copy(), found["is_hit"].copy()
+    is_real, is_found = ~objects["difficult"], objects["is_found"].copy()
+    is_chosen = np.isin(found["kind"], [kind for kind in kinds if kind in KINDS])
+    is_counted = ~found["is_ignored"] & ~is_chosen
+    mended = np.flatnonzero(is_chosen & np.isin(found["kind"], MENDED_KINDS))
+    mended = mended[(is_real & ~is_found)[found["target"][mended]]]
+    mended = mended[np.unique(found["target"][mended], return_index=True)[1]]  # the best of each target
+    is_counted[mended] = is_hit[mended] = True
+    is_found[found["target"][mended]] = True
+    labels[mended] = objects["labels"][found["target"][mended]]
     if "false_positives" in kinds:
         is_counted &= is_hit
-    is_asked = is_real & ~errors["gt_missed"] if "missed" in kinds else is_real.copy()
+    is_asked = is_real.copy()
+    if "missed" in kinds:
+        is_asked &= ~objects["is_missed"]
     if "false_negatives" in kinds:
-        is_asked &= found
+        is_asked &= is_found
     aps = {}
-    for k in range(1, num_classes + 1):
-        hits, num_gt = is_hit[(label == k) & is_counted].cumsum(), int((is_asked & (errors["gt_label"] == k)).sum())
-        if not (is_real & (errors["gt_label"] == k)).any():
-            aps[k] = math.nan
+    for label in range(1, num_classes + 1):
+        hits = is_hit[(labels == label) & is_counted].cumsum()
+        is_own = objects["labels"] == label
+        num_gt = int((is_asked & is_own).sum())
+        if not (is_real & is_own).any():
+            aps[label] = math.nan
         elif num_gt == 0:
-            aps[k] = float(len(hits) == 0)
+            aps[label] = float(len(hits) == 0)
         else:
-            aps[k] = ssd.average_precision(hits / num_gt, hits / np.arange(1, len(hits) + 1))[0]
+            aps[label] = ssd.average_precision(hits / num_gt, hits / np.arange(1, len(hits) + 1))[0]
     return aps
 
 
-def mean(values):
-    """Return the mean of what is not NaN; NaN of nothing."""
-    values = [v for v in values if not math.isnan(v)]
-    return float(np.mean(values)) if values else math.nan
-
-
-def analyze_errors(errors, class_names):
-    """Return {"ap", "gain", "counts", "confident"}: by class name and "mean" the AP, and for each kind the AP gained.
-
-    A kind is repaired alone, the others left as they are, so gains need not sum to what is lost. The repair of a
-    classification error changes two classes: the one that loses a false detection and the one that gains a hit.
-    counts: errors of each kind; confident: those that score at least DRAW_SCORE_THRESH (missed: objects without such a
-    hit).
-    """
-    def by_name(aps):
-        return {**dict(zip(class_names, aps.values(), strict=True)), "mean": mean(aps.values())}
-
-    ap = by_name(repaired_ap(errors, len(class_names)))
-    repaired = {kind: by_name(repaired_ap(errors, len(class_names), [kind])) for kind in (*KINDS, *SPECIAL_KINDS)}
-    gain = {name: {kind: repaired[kind][name] - ap[name] for kind in repaired} for name in ap}
-    is_sure = errors["score"] >= ssd.DRAW_SCORE_THRESH
-    counts = {kind: int((errors["kind"] == i).sum()) for i, kind in enumerate(KINDS)}
-    confident = {kind: int((errors["kind"][is_sure] == i).sum()) for i, kind in enumerate(KINDS)}
-    confident["missed"] = int(unseen_objects(errors).sum())
-    return {"iou_foreground": FOREGROUND_IOU, "iou_background": BACKGROUND_IOU, "ap": ap, "gain": gain,
-            "counts": {**counts, "missed": int(errors["gt_missed"].sum())}, "confident": confident}
-
-
-def unseen_objects(errors):
+def unseen_objects(found, objects):
     """Return bool (M,): objects that count and have no hit with a score of at least DRAW_SCORE_THRESH."""
-    unseen = ~errors["gt_difficult"]
-    unseen[errors["target"][errors["is_hit"] & (errors["score"] >= ssd.DRAW_SCORE_THRESH)]] = False
-    return unseen
+    is_unseen = ~objects["difficult"]
+    is_unseen[found["target"][found["is_hit"] & (found["scores"] >= ssd.DRAW_SCORE_THRESH)]] = False
+    return is_unseen
 
 
-# -- Sizes, thresholds, calibration
+def analyze_errors(found, objects, class_names):
+    """Return {"ap", "gain", "counts", "confident"}: by class and "mean" the AP, and what repairs gain.
 
-
-def analyze_sizes(detections, truth, errors, records, class_names):
-    """Return {"coco": {name: AP and AR by size}, "relative": [{"low", "high", "objects", "ap", "recall"}]}.
-
-    coco: `evaluate_coco` of each class, small up to 32x32 pixels of the picture, large from 96x96. relative: by the
-    square root of a box's share of its picture, whatever that measures in pixels; VOC area AP and recall at IoU .5,
-    means over the classes that have such objects. There objects outside the range are ignored like difficult ones, and
-    so are detections outside it that are on no object of their class.
+    A kind is repaired alone, the others left as they are, so gains need not sum to what is lost. counts:
+    errors of each kind; confident: those that score DRAW_SCORE_THRESH or more (missed: objects without such).
     """
-    coco, relative = {}, []
-    for label, name in enumerate(class_names, start=1):
-        one = [{key: np.asarray(column)[side["labels"] == label] for key, column in side.items()}
-               for side in (detections, truth)]
-        for side in one:
-            side["labels"] = np.ones_like(side["labels"])
-        figures = ssd.evaluate_coco(*one, 1)
-        coco[name] = {f"{what}_{size}": figures[f"{what}_{size}"] for what in ("ap", "ar") for size in COCO_SIZES}
-    sides_px = np.sqrt([r.width * r.height for r in records])
+    aps = {}
+    for kind in ("", *HEADINGS):
+        by_label = repaired_ap(found, objects, len(class_names), [kind])
+        values = [*by_label.values(), mean(by_label.values())]
+        aps[kind] = dict(zip([*class_names, "mean"], values, strict=True))
+    gain = {name: {kind: aps[kind][name] - aps[""][name] for kind in HEADINGS} for name in aps[""]}
+    is_sure = found["scores"] >= ssd.DRAW_SCORE_THRESH
+    counts = {kind: int((found["kind"] == kind).sum()) for kind in KINDS}
+    confident = {kind: int((found["kind"][is_sure] == kind).sum()) for kind in KINDS}
+    counts["missed"] = int(objects["is_missed"].sum())
+    confident["missed"] = int(unseen_objects(found, objects).sum())
+    return {"ap": aps[""], "gain": gain, "counts": counts, "confident": confident}
 
-    def sizes(side):
+
+# ---- Confusion, sizes, thresholds, calibration ----
+
+
+def confusion_matrix(detections, truth, num_classes):
+    """Return int64 (K + 1, K + 1): rows are true classes, columns detected ones, 0 is background.
+
+    The arguments are those of `ssd.evaluate_voc`; detections below DRAW_SCORE_THRESH are left out. Of the
+    pairs at IoU >= .5, those of equal class go first, then the largest overlap; each box is used once. Row 0
+    holds false detections, column 0 missed objects. Difficult objects and what is on them count nowhere.
+    """
+    is_sure = detections["scores"] >= ssd.DRAW_SCORE_THRESH
+    det = {name: column[is_sure] for name, column in detections.items()}
+    rows, targets, iou = overlaps(det, truth)
+    is_wrong = det["labels"][rows] != truth["labels"][targets]
+    is_used = np.zeros(len(det["labels"]), dtype=bool)
+    detected = np.zeros(len(truth["labels"]), dtype=np.int64)
+    for pair in np.lexsort((-iou, is_wrong)):
+        row, target = rows[pair], targets[pair]
+        if iou[pair] >= FOREGROUND_IOU and not is_used[row] and detected[target] == 0:
+            is_used[row] = True
+            detected[target] = det["labels"][row]
+    matrix = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
+    counts = ~truth["difficult"]
+    np.add.at(matrix, (truth["labels"][counts], detected[counts]), 1)
+    np.add.at(matrix[0], det["labels"][~is_used], 1)
+    return matrix
+
+
+def analyze_sizes(found, truth, records, num_classes):
+    """Return [{"low", "high", "objects", "ap", "recall"}] by the square root of a box's share of its image.
+
+    VOC area AP and recall at IoU .5, means over the classes that have such objects. Objects outside the range
+    are ignored like difficult ones, and so are detections outside it that are on no object of their class.
+    """
+    side_px = np.sqrt([record.width * record.height for record in records])
+
+    def relative_size(side):
         boxes = side["boxes_px"]
-        return np.sqrt((boxes[:, 2:] - boxes[:, :2] + 1).clip(min=0).prod(axis=1)) / sides_px[side["image_ids"]]
+        area = (boxes[:, 2:] - boxes[:, :2] + 1).clip(min=0).prod(axis=1)
+        return np.sqrt(area) / side_px[side["image_ids"]]
 
-    det_size, gt_size = sizes(detections), sizes(truth)
-    is_on_object = np.zeros(len(det_size), dtype=bool)
-    is_on_object[errors["order"]] = errors["own_iou"] >= FOREGROUND_IOU
+    size, gt_size = relative_size(found), relative_size(truth)
+    is_on_object = found["own_iou"] >= FOREGROUND_IOU
+    ranges = []
     for low, high in itertools.pairwise(RELATIVE_EDGES):
-        kept = is_on_object | ((det_size >= low) & (det_size < high))
+        kept = is_on_object | ((size >= low) & (size < high))
         ignored = truth["difficult"] | (gt_size < low) | (gt_size >= high)
-        rows = ssd.evaluate_voc({n: c[kept] for n, c in detections.items()}, {**truth, "difficult": ignored},
-                                len(class_names)).values()
-        recalls = [r["recall"][-1] if len(r["recall"]) else 0.0 for r in rows if r["num_gt"]]
-        relative.append({"low": low, "high": min(high, 1.0), "objects": int((~ignored).sum()),
-                         "ap": mean(r["ap_area"] for r in rows), "recall": mean(recalls)})
-    return {"coco": coco, "relative": relative}
+        det = {name: found[name][kept] for name in ("image_ids", "labels", "scores", "boxes_px")}
+        rows = ssd.evaluate_voc(det, {**truth, "difficult": ignored}, num_classes).values()
+        recalls = [row["recall"][-1] if len(row["recall"]) else 0.0 for row in rows if row["num_gt"]]
+        ranges.append({"low": low, "high": min(high, 1.0), "objects": int((~ignored).sum()),
+                       "ap": mean(row["ap_area"] for row in rows), "recall": mean(recalls)})
+    return ranges
 
 
-def calibrate(errors):
+def best_f1(row):
+    """Return {"score_thresh", "f1", "precision", "recall"} where F1 of a class of `evaluate_voc` is best.
+
+    Ties: the highest score. All NaN for a class without objects or detections.
+    """
+    if not row["num_gt"] or not len(row["scores"]):
+        return dict.fromkeys(("score_thresh", "f1", "precision", "recall"), math.nan)
+    scores, f1 = ssd.f1_curve(row)
+    best = f1.argmax()
+    last = np.flatnonzero(row["scores"] >= scores[best])[-1]
+    return {"score_thresh": float(scores[best]), "f1": float(f1[best]),
+            "precision": float(row["precision"][last]), "recall": float(row["recall"][last])}
+
+
+def calibrate(found):
     """Return {"bins", "ece", "ece_confident"}: how often detections of a score are hits.
 
-    bins: {"low", "high", "count", "score", "precision"} of ten equal ranges of the score, means NaN in an empty one.
-    ece is the expected calibration error, the mean of |precision - score| over the bins, weighted by their counts;
-    ece_confident the same of the detections at DRAW_SCORE_THRESH or more. Ignored detections are left out.
+    bins: {"low", "high", "count", "score", "precision"} of ten ranges of the score, NaN in an empty one.
+    ece is the expected calibration error: the mean of |precision - score| over the bins, weighted by counts;
+    ece_confident that of the bins from DRAW_SCORE_THRESH on. Ignored detections are left out.
     """
-    is_counted = ~errors["is_ignored"]
-    score, is_hit = errors["score"][is_counted], errors["is_hit"][is_counted]
+    scores, is_hit = (found[name][~found["is_ignored"]] for name in ("scores", "is_hit"))
+    place = (scores * NUM_BINS).astype(int).clip(0, NUM_BINS - 1)
+    bins = []
+    for number in range(NUM_BINS):
+        inside = place == number
+        count = int(inside.sum())
+        means = [float(values[inside].mean()) if count else math.nan for values in (scores, is_hit)]
+        bins.append({"low": number / NUM_BINS, "high": (number + 1) / NUM_BINS, "count": count,
+                     "score": means[0], "precision": means[1]})
 
-    def bins_of(score, is_hit):
-        place, rows = np.clip((score * NUM_BINS).astype(int), 0, NUM_BINS - 1), []
-        for i in range(NUM_BINS):
-            inside = place == i
-            count = int(inside.sum())
-            means = [float(v[inside].mean()) if count else math.nan for v in (score, is_hit)]
-            rows.append({"low": i / NUM_BINS, "high": (i + 1) / NUM_BINS, "count": count, "score": means[0],
-                         "precision": means[1]})
-        gaps = [b["count"] * abs(b["precision"] - b["score"]) for b in rows if b["count"]]
-        return rows, sum(gaps) / len(score) if len(score) else math.nan
+    def error(rows):
+        gaps = [abs(row["precision"] - row["score"]) for row in rows]
+        return float(np.average(gaps, weights=[row["count"] for row in rows])) if rows else math.nan
 
-    is_sure = score >= ssd.DRAW_SCORE_THRESH
-    bins, ece = bins_of(score, is_hit)
-    return {"bins": bins, "ece": ece, "ece_confident": bins_of(score[is_sure], is_hit[is_sure])[1]}
+    filled = [row for row in bins if row["count"]]
+    sure = [row for row in filled if row["low"] >= ssd.DRAW_SCORE_THRESH]
+    return {"bins": bins, "ece": error(filled), "ece_confident": error(sure)}
 
 
 def analyze(result, records, class_names):
-    """Return (numbers, errors): everything that goes below "analysis", and what `find_errors` returns.
+    """Return (numbers, found, objects): what is added to evaluation.json, and what `find_errors` returns.
 
-    result: what `evaluate` returns for the records.
+    result: what `ssd.evaluate` returns for the records.
     """
     detections, truth = result["detections"], ssd.truth_of(records)
-    errors = find_errors(detections, truth, len(class_names))
-    # Places among the sorted image ids are positions in records only if every record is named.
-    ids = np.unique(np.concatenate((truth["image_ids"], detections["image_ids"])))
-    errors |= {name: ids[errors[name]] for name in ("image", "gt_image")}
+    num_classes = len(class_names)
+    found, objects = find_errors(detections, truth, num_classes)
     numbers = {
-        "tide": analyze_errors(errors, class_names),
-        "sizes": analyze_sizes(detections, truth, errors, records, class_names),
-        "best_f1": {name: ssd.best_f1(result["classes"][k]) for k, name in enumerate(class_names, start=1)},
-        "calibration": calibrate(errors),
+        "coco": coco.by_name(coco.coco_figures(detections, truth, num_classes), class_names),
+        "confusion": {"score_thresh": ssd.DRAW_SCORE_THRESH, "iou_thresh": FOREGROUND_IOU,
+                      "classes": ["background", *class_names],
+                      "matrix": confusion_matrix(detections, truth, num_classes).tolist()},
+        "analysis": {
+            "tide": analyze_errors(found, objects, class_names),
+            "sizes": analyze_sizes(found, truth, records, num_classes),
+            "best_f1": {name: best_f1(result["classes"][k]) for k, name in enumerate(class_names, start=1)},
+            "calibration": calibrate(found),
+        },
     }
-    return numbers, errors
+    return numbers, found, objects
 
 
-# -- Tables
+# ---- Tables ----
 
 
-def number(value, digits=3):
-    """Return a number as the tables write it, NaN as a dash."""
+def text_of(value, digits=3):
+    """Return a number as the tables write it: an integer as it is, NaN as a dash."""
+    if isinstance(value, (int, str)):
+        return str(value)
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def tables(numbers):
     """Return the analysis as text: AP gained by kind, AP by size, the best thresholds, calibration."""
-    tide, sizes = numbers["tide"], numbers["sizes"]
+    tide, best, calibration = (numbers["analysis"][name] for name in ("tide", "best_f1", "calibration"))
     width = max(9, *map(len, tide["ap"]))
+
+    def row(name, cells):
+        return f"{name:<{width}}" + "".join(f"{text_of(cell):>10}" for cell in cells)
+
     lines = ["AP@.5 (area) gained if that kind of error were repaired (TIDE):",
-             f"{'':<{width}} {'AP':>7}" + "".join(f"{heading:>8}" for heading in HEADINGS.values())]
-    for name, gain in tide["gain"].items():
-        row = "".join(f"{number(gain[kind]):>8}" for kind in HEADINGS)
-        lines.append(f"{name:<{width}} {number(tide['ap'][name]):>7}{row}")
-    for title, counts in (("errors", tide["counts"]), (f"at {ssd.DRAW_SCORE_THRESH}", tide["confident"])):
-        lines.append(f"{title:<{width}} {'':>7}" + "".join(f"{counts[kind]:8d}" for kind in KINDS))
-    headings = [f"{what.upper()} {size}" for what in ("ap", "ar") for size in COCO_SIZES]
-    headings += ["best F1", "at score", "precision", "recall"]
-    lines += ["", "By COCO's sizes (AP and AR at IoU .5 to .95), and the threshold of the best F1 at IoU .5:",
-              f"{'':<{width}}" + "".join(f"{heading:>10}" for heading in headings)]
-    for name, row in sizes["coco"].items():
-        best = numbers["best_f1"][name]
-        values = [*row.values(), *(best[key] for key in ("f1", "score_thresh", "precision", "recall"))]
-        lines.append(f"{name:<{width}}" + "".join(f"{number(v):>10}" for v in values))
-    lines += ["", "By relative size (square root of the share of the picture), IoU .5:"]
-    lines += [f"{row['low']:.2f} to {row['high']:.2f}: {row['objects']:6d} objects, AP {number(row['ap']):>5}, "
-              f"recall {number(row['recall']):>5}" for row in sizes["relative"]]
-    calibration = numbers["calibration"]
-    lines += ["", f"Expected calibration error: {number(calibration['ece'])}; of detections at "
-                  f"{ssd.DRAW_SCORE_THRESH} or more: {number(calibration['ece_confident'])}"]
+             row("", ["AP", *HEADINGS.values()])]
+    lines += [row(name, [tide["ap"][name], *gain.values()]) for name, gain in tide["gain"].items()]
+    lines.append(row("errors", ["", *tide["counts"].values()]))
+    lines.append(row(f"at {ssd.DRAW_SCORE_THRESH}", ["", *tide["confident"].values()]))
+    lines += ["", coco.table(numbers["coco"])]
+    columns = {"f1": "F1", "score_thresh": "at score", "precision": "precision", "recall": "recall"}
+    lines += ["", "The score threshold of the best F1 at IoU .5:", row("", columns.values())]
+    lines += [row(name, [top[key] for key in columns]) for name, top in best.items()]
+    lines += ["", "By relative size (square root of the share of the image), IoU .5:"]
+    for size in numbers["analysis"]["sizes"]:
+        lines.append(f"{size['low']:.2f} to {size['high']:.2f}: {size['objects']:6d} objects, "
+                     f"AP {text_of(size['ap']):>5}, recall {text_of(size['recall']):>5}")
+    lines += ["", f"Expected calibration error: {text_of(calibration['ece'])}; of detections at "
+                  f"{ssd.DRAW_SCORE_THRESH} or more: {text_of(calibration['ece_confident'])}"]
     return "\n".join(lines)
 
 
-# -- Plots
+# ---- Plots ----
 
 
-def heatmap(axes, values, rows, columns, title):
+def plot_curves(curves, legend_title, **settings):
+    """Return a Figure of curves (label, x, y) in the unit square, best first; settings: of the axes."""
+    columns = max(1, math.ceil(len(curves) / 25))
+    figure = Figure(figsize=(8 + 2 * columns, 6), layout="constrained")
+    axes = figure.subplots()
+    for place, (label, x, y) in enumerate(curves):
+        style = ("-", "--", ":")[place // len(ssd.PALETTE) % 3]
+        axes.plot(x, y, style, color=ssd.color_of(place + 1), label=label)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), **settings)
+    axes.grid(alpha=0.3)
+    if curves:
+        handles = axes.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside right upper", title=legend_title, ncols=columns)
+    return figure
+
+
+def plot_precision_recall(result, class_names):
+    """Return precision_recall.png: a curve a class with its area AP in the legend, best first."""
+    rows = [(result["classes"][k], name) for k, name in enumerate(class_names, start=1)]
+    rows = sorted((row for row in rows if row[0]["num_gt"]), key=lambda row: -row[0]["ap_area"])
+    curves = [(f"{name} {row['ap_area']:.3f}", row["recall"], row["precision"]) for row, name in rows]
+    title = f"Precision and recall at IoU .5, mAP {result['map_area']:.4f} (area)"
+    return plot_curves(curves, "AP (area)", xlabel="recall", ylabel="precision", title=title)
+
+
+def plot_f1(result, best, class_names):
+    """Return f1.png: F1 over the score threshold of each class, the highest first, its best marked."""
+    rows = [(best[name], result["classes"][k], name) for k, name in enumerate(class_names, start=1)]
+    rows = sorted((row for row in rows if not math.isnan(row[0]["f1"])), key=lambda row: -row[0]["f1"])
+    labels = [f"{name} {top['f1']:.3f} at {top['score_thresh']:.2f}" for top, _, name in rows]
+    curves = [(label, *ssd.f1_curve(row)) for label, (_, row, _) in zip(labels, rows, strict=True)]
+    figure = plot_curves(curves, "best F1", ylabel="F1", title="F1 at IoU .5 over the score threshold",
+                         xlabel=f"score threshold (dashed: {ssd.DRAW_SCORE_THRESH}, the default)")
+    axes = figure.axes[0]
+    for place, (top, _, _) in enumerate(rows, start=1):
+        axes.plot(top["score_thresh"], top["f1"], "o", color=ssd.color_of(place))
+    axes.axvline(ssd.DRAW_SCORE_THRESH, color="black", linewidth=0.8, linestyle="--")
+    return figure
+
+
+def plot_confusion(matrix, class_names):
+    """Return confusion.png of a `confusion_matrix`: counts, coloured by their share of the true class's row.
+
+    Of more than 40 classes it shows those with the most errors: missed, false, or taken for another.
+    """
+    share = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
+    wrong = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * matrix.diagonal()
+    worst = np.argsort(-wrong[1:], kind="stable")[:MAX_CONFUSION_CLASSES] + 1
+    shown = np.concatenate(([0], np.sort(worst)))
+    matrix, share = matrix[np.ix_(shown, shown)], share[np.ix_(shown, shown)]
+    names = [class_names[label - 1] for label in shown[1:]]
+    size = 3.5 + 0.5 * len(shown)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    figure.colorbar(axes.imshow(share, cmap="Blues", vmin=0, vmax=1), label="share of the row", shrink=0.8)
+    for row, column in zip(*np.nonzero(matrix), strict=True):
+        color = "white" if share[row, column] > 0.5 else "black"
+        axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=color, fontsize=8)
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(shown)), ["none: missed", *names], **slanted)
+    axes.set_yticks(range(len(shown)), ["none: false", *names])
+    title = f"Confusion at score {ssd.DRAW_SCORE_THRESH} or more, IoU .5"
+    if len(worst) < len(class_names):
+        title += f"\nthe {len(worst)} classes with the most errors of {len(class_names)}"
+    axes.set(xlabel="detected", ylabel="true", title=title)
+    return figure
+
+
+def draw_heatmap(axes, values, rows, columns, title):
     """Draw a table of numbers from 0 to 1 as coloured cells; NaN stays white."""
     values = np.array(values, dtype=float).reshape(len(rows), len(columns))
-    top = max(0.01, np.nanmax(values, initial=0.0)) if not np.isnan(values).all() else 1.0
+    top = max(0.01, np.nan_to_num(values).max(initial=0.0))
     axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         color = "white" if value > 0.6 * top else "black"
-        axes.text(column, row, number(value), ha="center", va="center", color=color, fontsize=9)
+        axes.text(column, row, text_of(value), ha="center", va="center", color=color, fontsize=9)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_title(title)
@@ -314,219 +423,190 @@ def plot_errors(tide):
     names = list(tide["gain"])
     figure = Figure(figsize=(14, 3.6 + 0.32 * len(names)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
-    values = [0.0 if math.isnan(tide["gain"]["mean"][kind]) else tide["gain"]["mean"][kind] for kind in HEADINGS]
-    left.barh(kinds, values, color=["C0"] * len(KINDS) + ["C7"] * len(SPECIAL_KINDS))
-    left.bar_label(left.containers[0], fmt="%.3f", padding=3)
+    values = np.nan_to_num(list(tide["gain"]["mean"].values()))
+    bars = left.barh(kinds, values, color=["C0"] * len(KINDS) + ["C7"] * 2)
+    left.bar_label(bars, fmt="%.3f", padding=3)
     left.invert_yaxis()
     left.margins(x=0.15)
-    left.set(xlabel="mAP gained", title=f"If one kind were repaired: mAP@.5 {number(tide['ap']['mean'])} would gain")
-    heatmap(right, [list(tide["gain"][n].values()) for n in names],
-            [f"{n} (AP {number(tide['ap'][n])})" for n in names], kinds, "AP gained, by class")
+    title = f"If one kind were repaired: mAP@.5 {text_of(tide['ap']['mean'])} would gain"
+    left.set(xlabel="mAP gained", title=title)
+    draw_heatmap(right, [list(tide["gain"][name].values()) for name in names],
+                 [f"{name} (AP {text_of(tide['ap'][name])})" for name in names], kinds, "AP gained, by class")
     return figure
 
 
-def plot_sizes(sizes):
+def plot_sizes(per_class, ranges):
     """Return sizes.png: COCO's AP and AR by size and class; AP and recall at IoU .5 by relative size."""
-    names = list(sizes["coco"])
-    figure = Figure(figsize=(14, 4 + 0.3 * len(names)), layout="constrained")
+    figure = Figure(figsize=(14, 4 + 0.3 * len(per_class)), layout="constrained")
     left, right = figure.subplots(1, 2)
-    columns = [f"{what} {size}" for what in ("AP", "AR") for size in COCO_SIZES]
-    heatmap(left, [list(sizes["coco"][n].values()) for n in names], names, columns,
-            "AP and AR at IoU .5 to .95 (small to 32, large from 96 pixels a side)")
-    rows = sizes["relative"]
-    place = np.arange(len(rows))
+    figures = [f"{what}_{size}" for what in ("ap", "ar") for size in coco.SIZES]
+    headings = [f"{name[:2].upper()} {name[3:]}" for name in figures]
+    values = [[row[name] for name in figures] for row in per_class.values()]
+    title = "AP and AR at IoU .5 to .95 (small to 32, large from 96 pixels a side)"
+    draw_heatmap(left, values, list(per_class), headings, title)
+    place = np.arange(len(ranges))
     for shift, key, label in ((-0.2, "ap", "AP (area)"), (0.2, "recall", "recall")):
-        bars = right.bar(place + shift, [0.0 if math.isnan(r[key]) else r[key] for r in rows], 0.4, label=label)
-        right.bar_label(bars, [number(r[key], 2) for r in rows], fontsize=8, padding=2)
-    right.set_xticks(place, [f"{r['low']:.2f} to {r['high']:.2f}\n{r['objects']} objects" for r in rows])
-    right.set(ylim=(0, 1.15), xlabel="side of the box over the picture's", title="At IoU .5, by relative size")
+        bars = right.bar(place + shift, np.nan_to_num([row[key] for row in ranges]), 0.4, label=label)
+        right.bar_label(bars, [text_of(row[key], 2) for row in ranges], fontsize=8, padding=2)
+    labels = [f"{row['low']:.2f} to {row['high']:.2f}\n{row['objects']} objects" for row in ranges]
+    right.set_xticks(place, labels)
+    right.set(ylim=(0, 1.15), xlabel="box side over image side", title="At IoU .5, by relative size")
     right.legend(loc="upper center", ncols=2)
     return figure
 
 
-def plot_f1(result, best, class_names):
-    """Return f1.png: F1 over the score threshold of each class, its best marked, the highest first."""
-    columns = 1 + (len(class_names) - 1) // 25
-    figure = Figure(figsize=(8 + 2 * columns, 6), layout="constrained")
-    axes = figure.subplots()
-    rows = [(best[name], result["classes"][k], name) for k, name in enumerate(class_names, start=1)]
-    rows = sorted((r for r in rows if not math.isnan(r[0]["f1"])), key=lambda r: -r[0]["f1"])
-    for place, (best_row, row, name) in enumerate(rows):
-        color, style = ssd.color_of(place + 1), ("-", "--", ":")[place // 10 % 3]
-        label = f"{name} {best_row['f1']:.3f} at {best_row['score_thresh']:.2f}"
-        axes.plot(*ssd.f1_curve(row), style, color=color, label=label)
-        axes.plot(best_row["score_thresh"], best_row["f1"], "o", color=color)
-    axes.axvline(ssd.DRAW_SCORE_THRESH, color="black", linewidth=0.8, linestyle="--")
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="score threshold (dashed: if nothing was held out)", ylabel="F1",
-             title="F1 at IoU .5 over the score threshold")
-    axes.grid(alpha=0.3)
-    if rows:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", title="best F1", ncols=columns)
-    return figure
-
-
 def plot_calibration(calibration):
-    """Return calibration.png: precision over mean score in ten ranges of the score, and how many each holds."""
+    """Return calibration.png: precision over mean score in ten ranges of the score, and their counts."""
     figure = Figure(figsize=(6.5, 7.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    bins = [b for b in calibration["bins"] if b["count"]]
-    top.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--", label="a score that is the precision")
-    top.plot([b["score"] for b in bins], [b["precision"] for b in bins], "o-", label="this model")
-    top.set(ylim=(0, 1.02), ylabel="share of hits", title="Reliability of the scores at IoU .5\nexpected calibration "
-            f"error {number(calibration['ece'])}, at {ssd.DRAW_SCORE_THRESH} or more "
-            f"{number(calibration['ece_confident'])}")
+    bins = [row for row in calibration["bins"] if row["count"]]
+    top.plot([0, 1], [0, 1], "--", color="black", linewidth=0.8, label="a score that is the precision")
+    top.plot([row["score"] for row in bins], [row["precision"] for row in bins], "o-", label="this model")
+    ece, ece_confident = text_of(calibration["ece"]), text_of(calibration["ece_confident"])
+    title = f"expected calibration error {ece}, at {ssd.DRAW_SCORE_THRESH} or more {ece_confident}"
+    top.set(ylim=(0, 1.02), ylabel="share of hits", title=f"Reliability of the scores at IoU .5\n{title}")
     top.legend(loc="upper left")
     top.grid(alpha=0.3)
-    bars = bottom.bar([b["low"] + 0.5 / NUM_BINS for b in bins], [b["count"] for b in bins], 0.9 / NUM_BINS)
+    counts = [row["count"] for row in bins]
+    bars = bottom.bar([row["low"] + 0.5 / NUM_BINS for row in bins], counts, 0.9 / NUM_BINS)
     bottom.bar_label(bars, fontsize=8)
     bottom.set(xlim=(0, 1), xlabel="score", ylabel="detections", yscale="log")
-    bottom.set_ylim(0.5, 5 * max([b["count"] for b in bins], default=1))
+    bottom.set_ylim(0.5, 5 * max(counts, default=1))
     return figure
 
 
-def pick_mistakes(errors, count):
+# ---- Mistakes ----
+
+
+def pick_mistakes(found, count):
     """Return rows of the false detections with the highest scores, at most two of an image."""
     rows, taken = [], collections.Counter()
-    for row in np.flatnonzero(errors["kind"] >= 0).tolist():
-        image = int(errors["image"][row])
-        if len(rows) < count and taken[image] < 2:
-            rows.append(row)
+    for row in np.flatnonzero(found["kind"] != ""):
+        if len(rows) == count:
+            break
+        image = found["image_ids"][row]
+        if taken[image] < 2:
+            rows.append(int(row))
             taken[image] += 1
     return rows
 
 
-def pick_misses(errors, records, truth, count):
-    """Return rows of the largest objects, by their share of the picture, without a hit that would be drawn."""
-    boxes = truth["boxes_px"]
+def pick_misses(found, objects, records, count):
+    """Return rows of the largest objects, by share of the image, without a hit that would be drawn."""
+    boxes = objects["boxes_px"]
     area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(axis=1)
-    share = area / np.array([r.width * r.height for r in records])[truth["image_ids"]]
-    unseen = np.flatnonzero(unseen_objects(errors))
+    share = area / np.array([record.width * record.height for record in records])[objects["image_ids"]]
+    unseen = np.flatnonzero(unseen_objects(found, objects))
     return unseen[np.argsort(-share[unseen], kind="stable")][:count].tolist()
 
 
-def crop(record, boxes_px, side=330):
-    """Return (image, scale, corner): a square part of a picture around boxes, with context, enlarged to side pixels."""
-    boxes_px, image = np.asarray(boxes_px), Image.fromarray(ssd.read_image(record.image_path))
-    low, high = boxes_px[:, :2].min(axis=0), boxes_px[:, 2:].max(axis=0)
-    size = min(math.ceil(max(1.5 * (high - low).max(), 48.0)), max(image.size))
-    spare = np.array(image.size) - size  # negative where the picture is shorter: black on both sides
-    corner = np.where(spare < 0, spare // 2, np.clip((low + high - size) // 2, 0, spare.clip(min=0))).astype(int)
-    part = image.crop((*corner.tolist(), *(corner + size).tolist()))
-    return part.resize((side, side), Image.Resampling.BICUBIC), side / size, corner
+def describe_mistake(found, objects, row, class_names):
+    """Return what a false detection said and what it really is."""
+    kind, target = found["kind"][row], found["target"][row]
+    said = f"said {class_names[found['labels'][row] - 1]} {found['scores'][row]:.2f}\n{DESCRIPTIONS[kind]}"
+    if kind in ("classification", "both"):
+        said += f": {class_names[objects['labels'][target] - 1]}"
+    if target >= 0:
+        said += f", IoU {found['iou'][row]:.2f}" + (" (difficult)" if objects["difficult"][target] else "")
+    return said
 
 
-def explain_mistake(errors, row, class_names):
-    """Return what a false detection really is, in a line."""
-    kind, target, iou = KINDS[errors["kind"][row]], errors["target"][row], errors["iou"][row]
-    if kind == "background":
-        return "nothing there" + (f" (IoU {iou:.2f})" if target >= 0 else "")
-    name = class_names[errors["gt_label"][target] - 1] + (", difficult" if errors["gt_difficult"][target] else "")
-    return {"classification": f"wrong class: {name}, IoU {iou:.2f}", "localisation": f"loose: IoU {iou:.2f}",
-            "both": f"wrong class and loose: {name}, IoU {iou:.2f}",
-            "duplicate": f"found already, IoU {iou:.2f}"}[kind]
+def describe_miss(found, objects, row, class_names):
+    """Return (what was missed and what is near it, row of the surest detection on it or None).
 
-
-def surest_near(errors, detections, truth, row):
-    """Return (place in errors, IoU) of the surest detection on an object, IoU .1 or more; (None, 0) if there is none.
-
-    A hit of another object is passed over unless it overlaps this one by IoU .5 or more too.
+    That overlaps it by IoU .1 or more, or by .5 where it is a hit of another object.
     """
-    there = np.flatnonzero(errors["image"] == truth["image_ids"][row])  # best first
-    boxes_px, keys = detections["boxes_px"][errors["order"][there]], np.zeros(len(there), dtype=int)
-    near, _, iou = ssd.overlap_pairs(keys, boxes_px, np.zeros(1, dtype=int), truth["boxes_px"][[row]], extra=1)
-    is_of_another = errors["is_hit"][there[near]] & (errors["target"][there[near]] != row)
-    fitting = np.flatnonzero(iou >= np.where(is_of_another, FOREGROUND_IOU, BACKGROUND_IOU))
-    return (int(there[near[fitting[0]]]), float(iou[fitting[0]])) if len(fitting) else (None, 0.0)
+    there = np.flatnonzero(found["image_ids"] == objects["image_ids"][row])  # best first
+    iou = ssd.box_iou(found["boxes_px"][there], objects["boxes_px"][row], extra=1.0)
+    is_of_another = found["is_hit"][there] & (found["target"][there] != row)
+    near = np.flatnonzero(iou >= np.where(is_of_another, FOREGROUND_IOU, BACKGROUND_IOU))
+    said = f"missed {class_names[objects['labels'][row] - 1]}\n"
+    if len(near) == 0:
+        return f"{said}nothing near it", None
+    first = there[near[0]]
+    name, score = class_names[found["labels"][first] - 1], found["scores"][first]
+    said += f"near it {name} {score:.2f}, IoU {iou[near[0]]:.2f}"
+    return said + (", a hit of another" if is_of_another[near[0]] else ""), int(first)
 
 
-def describe_mistakes(errors, detections, truth, records, class_names, count):
-    """Return two lists of (record, [place of a detection], [row of the truth], what to say): false ones and misses."""
-    false, missed = [], []
-    for place in pick_mistakes(errors, count):
-        about = [] if KINDS[errors["kind"][place]] == "background" else [errors["target"][place]]
-        said = f"said {class_names[errors['label'][place] - 1]} {errors['score'][place]:.2f}"
-        record = records[errors["image"][place]]
-        false.append((record, [place], about, f"{said}\n{explain_mistake(errors, place, class_names)}"))
-    for row in pick_misses(errors, records, truth, count):
-        place, iou = surest_near(errors, detections, truth, row)
-        near = "nothing near it"
-        if place is not None:
-            near = f"near it {class_names[errors['label'][place] - 1]} {errors['score'][place]:.2f}, IoU {iou:.2f}"
-            near += ", a hit of another" if errors["is_hit"][place] and errors["target"][place] != row else ""
-        text = f"missed {class_names[truth['labels'][row] - 1]}\n{near}"
-        missed.append((records[truth["image_ids"][row]], [] if place is None else [place], [row], text))
-    return false, missed
+def draw_part(axes, record, boxes):
+    """Draw boxes, a list of (VOC pixels (4,), colour, line style), and the image around them."""
+    edges = np.array([box for box, _, _ in boxes]) - np.array([1, 1, 0, 0])
+    low, high = edges[:, :2].min(axis=0), edges[:, 2:].max(axis=0)
+    x, y = (low + high) / 2
+    reach = min(max(0.75 * (high - low).max(), 24.0), 0.52 * max(record.width, record.height))
+    axes.imshow(ssd.read_image(record.image_path), extent=(0, record.width, record.height, 0))
+    axes.set(xlim=(x - reach, x + reach), ylim=(y + reach, y - reach), xticks=[], yticks=[], facecolor="gray")
+    for (x1, y1, x2, y2), (_, color, style) in zip(edges.tolist(), boxes, strict=True):
+        outline = {"fill": False, "color": color, "linestyle": style, "linewidth": 2}
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **outline))
 
 
-def plot_mistakes(errors, detections, truth, records, class_names, count=12, columns=4):
-    """Return mistakes.png: the false detections of the highest scores, then the largest objects that nothing shows.
+def plot_mistakes(found, objects, records, class_names, count=12, columns=4):
+    """Return mistakes.png: the surest false detections, then the largest objects without a hit to be drawn.
 
-    Solid: the detection, in its class's colour. Dashed white: the object that it is about. Every cell says what was
-    said, what it really is, and where.
+    Solid: the detection, in its class's colour. Dashed white: the object that it is about.
     """
-    false, missed = describe_mistakes(errors, detections, truth, records, class_names, count)
-    rows = [math.ceil(len(cells) / columns) for cells in (false, missed)]
-    figure = Figure(figsize=(3.5 * columns, 4.2 * max(1, sum(rows)) + 0.8), layout="constrained")
-    figure.suptitle(f"{len(false)} false detections of the highest scores, then {len(missed)} largest objects without "
-                    f"a hit of {ssd.DRAW_SCORE_THRESH} or more\nsolid: detection; dashed: the object")
-    axes = figure.subplots(max(1, sum(rows)), columns, squeeze=False)
-    for cell in axes.flat:
-        cell.axis("off")
-    places = [*axes[: rows[0]].flat[: len(false)], *axes[rows[0] :].flat[: len(missed)]]
-    for cell, (record, found, about, text) in zip(places, false + missed, strict=True):
-        found, about = errors["order"][np.array(found, dtype=int)], np.array(about, dtype=int)
-        solid, dashed = (boxes_px - np.array([1, 1, 0, 0])  # VOC pixels -> edges
-                         for boxes_px in (detections["boxes_px"][found], truth["boxes_px"][about]))
-        image, scale, corner = crop(record, np.concatenate((solid, dashed)))
-        shift, colors = np.tile(corner, 2), [ssd.color_of(k) for k in detections["labels"][found].tolist()]
-        ssd.draw_boxes(image, (solid - shift) * scale, [""] * len(found), colors)
-        ssd.draw_boxes(image, (dashed - shift) * scale, [""] * len(about), ["white"] * len(about), dashed=True)
-        cell.imshow(image)
-        cell.set_title(f"{text}\n{record.image_id}", fontsize=9)
+    cells = []  # (text, row of found or None, row of objects or None)
+    for row in pick_mistakes(found, count):
+        target = None if found["kind"][row] == "background" else found["target"][row]
+        cells.append((describe_mistake(found, objects, row, class_names), row, target))
+    num_false = len(cells)
+    for target in pick_misses(found, objects, records, count):
+        cells.append((*describe_miss(found, objects, target, class_names), target))
+    height = max(1, math.ceil(len(cells) / columns))
+    figure = Figure(figsize=(3.5 * columns, 4.2 * height + 0.8), layout="constrained")
+    first = f"{num_false} false detections of the highest scores"
+    second = f"{len(cells) - num_false} largest objects"
+    figure.suptitle(f"{first}, then {second} without a hit of {ssd.DRAW_SCORE_THRESH} or more\n"
+                    "solid: detection; dashed: the object")
+    grid = figure.subplots(height, columns, squeeze=False).flatten()
+    for axes in grid[len(cells) :]:
+        axes.axis("off")
+    for axes, (text, row, target) in zip(grid, cells, strict=False):
+        boxes = []
+        if row is not None:
+            image = found["image_ids"][row]
+            boxes.append((found["boxes_px"][row], ssd.color_of(int(found["labels"][row])), "-"))
+        if target is not None:
+            image = objects["image_ids"][target]
+            boxes.append((objects["boxes_px"][target], "white", "--"))
+        draw_part(axes, records[image], boxes)
+        axes.set_title(f"{text}\n{records[image].image_id}", fontsize=9)
     return figure
 
 
-# -- Command line
+# ---- Command line ----
 
 
-def parse_args(argv=None):
-    """Return (namespace of the module's flags: those given, then the checkpoint's data, then defaults; checkpoint)."""
-    parser = argparse.ArgumentParser(
-        description="Say why a detector fails: errors by kind, size and score, and pictures of the worst.",
-        epilog="Every flag of 'ssd_object_detection.py --evaluate' is taken too, with the same default: --data, "
-               "--data-root, --test-split, --output-dir, --device, --score-thresh, --nms-iou, --batch-size ...",
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pth file that training left")
-    path, rest = parser.parse_known_args(argv)
-    flags = ["--evaluate", path.checkpoint, *rest]
-    return ssd.evaluation_args(flags, ssd.parse_args(flags))
-
-
-def run(args, checkpoint):
-    """Detect, analyze, print, draw and write by the flags."""
-    plots, (data, _, result, about) = Path(args.output_dir) / "plots", ssd.evaluate_checkpoint(args, checkpoint)
-    numbers, errors = analyze(result, data.test, data.classes)
-    folder = plots / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
-    _, summary = ssd.report(result, data.test, data.classes, folder, **about, analysis=numbers)
+def run(args):
+    """Evaluate the checkpoint, analyze, print, draw and write by the flags."""
+    coco.import_pycocotools()  # before the work
+    checkpoint, records, _, evaluation, result = ssd.evaluate_checkpoint(args)
+    classes = checkpoint["classes"]
+    numbers, found, objects = analyze(result, records, classes)
     print(f"\n{tables(numbers)}\n")
-    ssd.save_figure(plot_errors(numbers["tide"]), folder / "errors.png")
-    ssd.save_figure(plot_sizes(numbers["sizes"]), folder / "sizes.png")
-    ssd.save_figure(plot_f1(result, numbers["best_f1"], data.classes), folder / "f1.png")
-    ssd.save_figure(plot_calibration(numbers["calibration"]), folder / "calibration.png")
-    mistakes = plot_mistakes(errors, result["detections"], ssd.truth_of(data.test), data.test, data.classes)
-    ssd.save_figure(mistakes, plots / "mistakes.png")
-    print(f"{summary}\n{folder}\n{plots / 'mistakes.png'}")
+    plots = Path(args.output_dir) / "plots"
+    folder = plots / "evaluation"
+    ssd.write_json(folder / "evaluation.json", evaluation | numbers)
+    analysis = numbers["analysis"]
+    figures = {
+        "precision_recall": plot_precision_recall(result, classes),
+        "confusion": plot_confusion(np.array(numbers["confusion"]["matrix"]), classes),
+        "errors": plot_errors(analysis["tide"]),
+        "sizes": plot_sizes(numbers["coco"]["per_class"], analysis["sizes"]),
+        "f1": plot_f1(result, analysis["best_f1"], classes),
+        "calibration": plot_calibration(analysis["calibration"]),
+    }
+    for name, figure in figures.items():
+        ssd.save_figure(figure, folder / f"{name}.png")
+    ssd.save_figure(plot_mistakes(found, objects, records, classes), plots / "mistakes.png")
+    print(f"{folder}\n{plots / 'mistakes.png'}")
 
 
 def main(argv=None):
     """Run the command line; returns the exit code: 0 done, 2 a mistake to mend."""
-    try:
-        run(*parse_args(argv))
-    except (ssd.InputError, OSError) as error:
-        print(f"error: {str(error).strip().splitlines()[-1].split('InputError: ')[-1]}", file=sys.stderr)
-        return 2
-    return 0
+    return coco.run_tool(run, argv, "Say why a detector fails: its errors by kind, size and score.")
 
 
 if __name__ == "__main__":

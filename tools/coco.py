@@ -1,0 +1,156 @@
+"""Score a checkpoint as COCO does, by pycocotools: AP over IoU .5 to .95, by size, and average recall.
+
+    python tools/coco.py checkpoints/FILE.pth
+    python tools/coco.py checkpoints/FILE.pth --data PATH --test-split val --output-dir DIR
+
+Takes the flags of `ssd_object_detection.py --evaluate` after the checkpoint, with the same defaults, and does
+what that does. Besides, it prints COCO's figures and writes them to OUTPUT_DIR/plots/evaluation/coco.json. An
+object is small up to 32x32 pixels of its image, and large from 96x96.
+"""
+
+import argparse
+import contextlib
+import io
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+import ssd_object_detection as ssd  # noqa: E402
+
+SIZES = ("small", "medium", "large")
+LIMITS = (1, 10, 100)  # detections an image and class that average recall allows
+
+
+def import_pycocotools():
+    """Return the classes (COCO, COCOeval); InputError if pycocotools is not installed."""
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise ssd.InputError(f"COCO's figures need pycocotools: pip install pycocotools ({error})") from None
+    return COCO, COCOeval
+
+
+def to_coco_rows(side):
+    """Return detections or truth, see `coco_figures`, as a list of COCO's annotation dicts, ids from 1."""
+    edges = np.asarray(side["boxes_px"], dtype=np.float64).reshape(-1, 4) - np.array([1, 1, 0, 0])
+    corner, size = edges[:, :2], edges[:, 2:] - edges[:, :2]
+    columns = {
+        "image_id": np.asarray(side["image_ids"], dtype=np.int64),
+        "category_id": np.asarray(side["labels"], dtype=np.int64),
+        "bbox": np.concatenate((corner, size), axis=1),
+        "area": size.prod(axis=1),
+    }
+    if "scores" in side:
+        columns["score"] = np.asarray(side["scores"], dtype=np.float64)
+    else:
+        columns["iscrowd"] = np.asarray(side["difficult"], dtype=np.int64)
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    rows = [dict(zip(columns, row, strict=True)) for row in rows]
+    return [{"id": number, **row} for number, row in enumerate(rows, start=1)]
+
+
+def to_figures(precision, recall):
+    """Return COCO's twelve figures; NaN where there is no ground truth.
+
+    precision (IoUs, recalls, ..., areas, limits) and recall (IoUs, ..., areas, limits) of COCOeval, of one
+    class or of all; -1 where there is no ground truth.
+    """
+    parts = {"ap": precision[..., 0, 2], "ap50": precision[0, ..., 0, 2], "ap75": precision[5, ..., 0, 2]}
+    parts |= {f"ap_{size}": precision[..., area, 2] for area, size in enumerate(SIZES, start=1)}
+    parts |= {f"ar{limit}": recall[..., 0, place] for place, limit in enumerate(LIMITS)}
+    parts |= {f"ar_{size}": recall[..., area, 2] for area, size in enumerate(SIZES, start=1)}
+    valid = {name: values[values > -1] for name, values in parts.items()}
+    return {name: float(values.mean()) if len(values) else math.nan for name, values in valid.items()}
+
+
+def coco_figures(detections, truth, num_classes):
+    """Score detections with pycocotools; the arguments are those of `ssd.evaluate_voc`, in VOC pixels.
+
+    Difficult objects are crowds. Returns {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1",
+    "ar10", "ar100", "ar_small", "ar_medium", "ar_large", "per_class": {label: the same twelve}}: floats, NaN
+    where there is no ground truth. Raises InputError if pycocotools is not installed.
+    """
+    coco_class, judge_class = import_pycocotools()
+    images = np.unique(np.concatenate((truth["image_ids"], detections["image_ids"]))).astype(np.int64)
+    sides = []
+    with contextlib.redirect_stdout(io.StringIO()):
+        for side in (truth, detections):
+            coco = coco_class()
+            coco.dataset = {
+                "images": [{"id": image} for image in images.tolist()],
+                "categories": [{"id": label} for label in range(1, num_classes + 1)],
+                "annotations": to_coco_rows(side),
+            }
+            coco.createIndex()
+            sides.append(coco)
+        judge = judge_class(*sides, "bbox")
+        judge.evaluate()
+        judge.accumulate()
+    precision, recall = judge.eval["precision"], judge.eval["recall"]
+    per_class = {k + 1: to_figures(precision[:, :, k], recall[:, k]) for k in range(num_classes)}
+    return {**to_figures(precision, recall), "per_class": per_class}
+
+
+def table(figures):
+    """Return the figures of `by_name` as text: a row a class, then that of all classes."""
+    rows = {**figures["per_class"], "all": figures}
+    names = [name for name in figures if name != "per_class"]
+    headings = [re.sub("_([sml]).*", r"\1", name).upper() for name in names]  # AP, AP50, ..., APS, ...
+    width = max(9, *map(len, rows))
+    lines = ["COCO's AP and AR at IoU .5 to .95 (S: up to 32x32 pixels, L: from 96x96; difficult: crowds):",
+             " " * width + "".join(f"{heading:>8}" for heading in headings)]
+    for row_name, row in rows.items():
+        cells = ["-" if math.isnan(row[name]) else f"{row[name]:.4f}" for name in names]
+        lines.append(f"{row_name:<{width}}" + "".join(f"{cell:>8}" for cell in cells))
+    return "\n".join(lines)
+
+
+def by_name(figures, classes):
+    """Return the figures with the classes' names in place of their labels."""
+    return {**figures, "per_class": dict(zip(classes, figures["per_class"].values(), strict=True))}
+
+
+def run(args):
+    """Evaluate the checkpoint; print COCO's figures and write coco.json."""
+    import_pycocotools()  # before the work
+    checkpoint, records, _, numbers, result = ssd.evaluate_checkpoint(args)
+    classes = checkpoint["classes"]
+    figures = by_name(coco_figures(result["detections"], ssd.truth_of(records), len(classes)), classes)
+    print(f"\n{table(figures)}")
+    path = Path(args.output_dir) / "plots" / "evaluation" / "coco.json"
+    about = ("checkpoint", "data", "split", "num_images", "precision", "detection")
+    ssd.write_json(path, {name: numbers[name] for name in about} | figures)
+    print(path)
+
+
+def run_tool(run, argv, description):
+    """Call run(args) for a command line of CHECKPOINT and the flags of --evaluate; returns the exit code."""
+    flags = "[flags of ssd_object_detection.py --evaluate]"
+    parser = argparse.ArgumentParser(
+        description=description, usage=f"%(prog)s CHECKPOINT {flags}",
+        epilog="The flags, with the same defaults: --data, --data-root, --test-split, --output-dir, "
+               "--device, --score-thresh, --nms-iou, --batch-size ...",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pth file that training left")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    path = parser.parse_args(argv[:1]).checkpoint
+    try:
+        run(ssd.parse_args(["--evaluate", path, *argv[1:]]))
+    except (ssd.InputError, OSError) as error:  # raised in a loader process it comes with a traceback
+        print(f"error: {str(error).strip().splitlines()[-1].split('InputError: ')[-1]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code: 0 done, 2 a mistake to mend."""
+    return run_tool(run, argv, "Score a checkpoint as COCO does.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

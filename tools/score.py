@@ -1,0 +1,144 @@
+"""Score the detection files of any program by the VOC rules, or write those of a checkpoint.
+
+    python tools/score.py DETECTIONS --data PATH --test-split LIST --output-dir DIR
+    python tools/score.py DETECTIONS --write checkpoints/FILE.pth [flags of --evaluate]
+
+DETECTIONS is a folder with the files of the VOC devkit's task comp4, comp4_det_LIST_CLASS.txt for each class.
+A line is a detection, `image score xmin ymin xmax ymax`, in pixels counted from 1 with both corners included.
+The first command prints the class table and writes OUTPUT_DIR/plots/evaluation/evaluation.json, both as
+`ssd_object_detection.py --evaluate` does. The second does what --evaluate does, and writes the files.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+import ssd_object_detection as ssd  # noqa: E402
+
+
+def devkit_path(folder, split, class_name):
+    """Return the path of the devkit's file of a class."""
+    return Path(folder) / f"comp4_det_{split}_{class_name}.txt"
+
+
+def write_devkit_files(folder, split, detections, records, classes):
+    """Write detections, of `ssd.evaluate` on the records, as devkit files; a missing folder is made."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for label, name in enumerate(classes, start=1):
+        lines = []
+        for row in np.flatnonzero(detections["labels"] == label):
+            image_id = records[detections["image_ids"][row]].image_id
+            numbers = [detections["scores"][row], *detections["boxes_px"][row]]
+            lines.append(" ".join([image_id, *(f"{number:.9g}" for number in numbers)]) + "\n")
+        devkit_path(folder, split, name).write_text("".join(lines), encoding="utf-8")
+
+
+def parse_line(line):
+    """Return (image id, [score, xmin, ymin, xmax, ymax]) of a line; ValueError unless they are finite."""
+    image_id, *numbers = line.split() or [""]
+    numbers = [float(number) for number in numbers]
+    if len(numbers) != 5 or not all(map(math.isfinite, numbers)):
+        raise ValueError("not five finite numbers")
+    return image_id, numbers
+
+
+def read_devkit_files(folder, split, records, classes):
+    """Return detections, image ids as positions in records, in the form that `ssd.evaluate_voc` takes.
+
+    Raises InputError for a class without a file (an empty one is legal), and for a line that is not an image
+    of the list and five finite numbers.
+    """
+    position = {record.image_id: index for index, record in enumerate(records)}
+    image_ids, labels = [], []
+    table = []  # a row a detection: score, xmin, ymin, xmax, ymax
+    for label, name in enumerate(classes, start=1):
+        path = devkit_path(folder, split, name)
+        if not path.is_file():
+            raise ssd.InputError(f"{path}: no such file; each class needs one, empty if nothing was detected")
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for number, line in enumerate(text.splitlines(), start=1):
+            where = f"{path}, line {number}: {line.strip()[:80]!r}"
+            try:
+                image_id, numbers = parse_line(line)
+            except ValueError:
+                raise ssd.InputError(f"{where}: not 'image score xmin ymin xmax ymax'") from None
+            if image_id not in position:
+                raise ssd.InputError(f"{where}: list {split} has no such image")
+            image_ids.append(position[image_id])
+            labels.append(label)
+            table.append(numbers)
+    table = np.array(table, dtype=np.float64).reshape(-1, 5)
+    return {"image_ids": np.array(image_ids, dtype=np.int64), "labels": np.array(labels, dtype=np.int64),
+            "scores": table[:, 0], "boxes_px": table[:, 1:]}
+
+
+def parse_args(argv=None):
+    """Return (folder of detections, checkpoint to write or None, namespace of the module's flags)."""
+    parser = argparse.ArgumentParser(
+        description="Score detection files by the VOC rules, or write those of a checkpoint.",
+        usage="%(prog)s DETECTIONS [--write CHECKPOINT] [flags of ssd_object_detection.py]",
+        epilog="To score: --data, --data-root, --test-split, --classes (default: VOC's, or those that the "
+               "list's annotations have) and --output-dir. With --write: every flag of --evaluate.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("detections", metavar="DETECTIONS", help="the folder of the files")
+    parser.add_argument("--write", metavar="CHECKPOINT", help="write a checkpoint's detections as such files")
+    own, flags = parser.parse_known_args(argv)
+    flags += ["--evaluate", own.write] if own.write else []
+    return own.detections, own.write, ssd.parse_args(flags)
+
+
+def write_checkpoint(folder, args):
+    """Measure the checkpoint args.evaluate on the test list and write its detections into the folder."""
+    checkpoint, records, _, numbers, result = ssd.evaluate_checkpoint(args)
+    write_devkit_files(folder, numbers["split"], result["detections"], records, checkpoint["classes"])
+
+
+def score_files(folder, args):
+    """Score the files of a folder on the test list of the flags: print the table, write evaluation.json."""
+    splits = (args.train_split, args.val_split, args.test_split)
+    (root, *_), lists = ssd.find_data(args.data, args.data_root, *splits)
+    split = lists["test"]
+    if not split:
+        raise ssd.InputError(f"{args.data} has no test list: name one with --test-split")
+    is_voc = args.data in ("voc2007", "voc0712")
+    classes = args.classes or (ssd.VOC_CLASSES if is_voc else ssd.annotated_classes(root, split))
+    records = ssd.read_records(root, split, classes, only_listed=True)
+    detections = read_devkit_files(folder, split, records, classes)
+    print(f"{folder} on {args.data}, list {split}: {len(records)} images")
+    result = ssd.score_detections(detections, records, len(classes))
+    keys = ("ap_area", "ap11", "ap75", "num_gt")
+    rows = zip(classes, result["classes"].values(), strict=True)
+    numbers = {  # the keys of the module's `measure`
+        "detections": str(folder), "data": args.data, "split": split, "num_images": len(records),
+        "precision": None, "detection": None, **{key: result[key] for key in ("map_area", "map11", "map75")},
+        "per_class": {name: {key: row[key] for key in keys} for name, row in rows},
+    }
+    path = Path(args.output_dir) / "plots" / "evaluation" / "evaluation.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ssd.write_json(path, numbers)
+    print(ssd.class_table(result, classes))
+    print(f"Test mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point); mAP@.75: "
+          f"{result['map75']:.4f} (area)")
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code: 0 done, 2 a mistake to mend."""
+    try:
+        folder, checkpoint, args = parse_args(argv)
+        if checkpoint:
+            write_checkpoint(folder, args)
+        else:
+            score_files(folder, args)
+    except (ssd.InputError, OSError) as error:  # raised in a loader process it comes with a traceback
+        print(f"error: {str(error).strip().splitlines()[-1].split('InputError: ')[-1]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
