@@ -41,6 +41,7 @@ import platform
 import random
 import re
 import runpy
+import shlex
 import signal
 import sys
 import time
@@ -366,13 +367,11 @@ def read_records(root: PathLike, split: str, classes: Sequence[str], *,
 
 
 def annotated_classes(root: PathLike, split: str) -> tuple[str, ...]:
-    """Return the class names of a list's annotations, in alphabetical order; InputError if there are none."""
+    """Return the class names of a list's annotations, in alphabetical order."""
     names = set()
     for image_id in read_split(root, split):
         _, _, objects = parse_annotation(Path(root) / "Annotations" / f"{image_id}.xml")
         names.update(name for name, _, _ in objects)
-    if not names:
-        raise InputError(f"the list {split} of {root} names no image with an object")
     return tuple(sorted(names))
 
 
@@ -402,7 +401,8 @@ def find_data(data: str, data_root: PathLike, train_split: str | None, val_split
     if data in ("voc2007", "voc0712"):
         years = (2007, 2012) if data == "voc0712" else (2007,)
         roots = [Path(data_root) / "VOCdevkit" / f"VOC{year}" for year in years]
-        lists |= {"train": train_split or "trainval", "test": "test" if test_split is None else test_split}
+        lists["train"] = "trainval" if train_split is None else train_split
+        lists["test"] = "test" if test_split is None else test_split
         for split in lists.values():
             fetch_voc(roots[0], split)
         fetch_voc(roots[-1], lists["train"])
@@ -446,6 +446,8 @@ def load_data(data: str, *, data_root: PathLike = "data", classes: Sequence[str]
     else:
         name = re.sub(r"\W+", "_", roots[0].resolve().name.lower()).strip("_") or "custom"
         found = annotated_classes(roots[0], lists["train"])
+        if not found:
+            raise InputError(f"the list {lists['train']} of {data} names no image with an object")
         classes = tuple(classes or found)
         if absent := [c for c in classes if c not in found]:
             raise InputError(f"--classes: the training list has {', '.join(found)}, not {', '.join(absent)}")
@@ -1655,13 +1657,19 @@ class TrainState:
 
     def load_state_dict(self, state: dict, averaged: dict) -> None:
         """Go back to a saved state and the average's weights; InputError if they are of another network."""
+        groups = self.optimizer.param_groups
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         try:
+            if state["optimizer"]["param_groups"][0].keys() != groups[0].keys():
+                raise ValueError(f"not of {type(self.optimizer).__name__}")
             for name in ("model", "optimizer", "scaler"):
                 getattr(self, name).load_state_dict(state[name])
             self.ema.model.load_state_dict(averaged)
         except (KeyError, ValueError, RuntimeError) as error:
             problem = " ".join(str(error).split())[:300]
-            raise InputError(f"the checkpoint to resume from is of another network: {problem}") from None
+            raise InputError(f"the run to resume is of another network or optimizer: {problem}") from None
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # a flag beats the saved run
         for name in ("epoch", "step", "best_map", "best_epoch", "history"):
             setattr(self, name, state[name])
         for parameter, moments in self.optimizer.state.items():
@@ -2089,6 +2097,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """
     parser = build_parser()
     given, _ = parser.parse_known_args(argv)
+    if [] in vars(given).values():  # argparse's reading of --flag=--
+        parser.error("a flag needs a value, not --")
     recipe = getattr(given, "recipe", "shapes" if getattr(given, "data", "") == "shapes" else "voc")
     parser.set_defaults(**dict.fromkeys(OPTIONAL_FLAGS), data="voc2007", recipe=recipe)
     parser.set_defaults(**RECIPES[recipe])
@@ -2098,8 +2108,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         is_elsewhere = hasattr(given, "data") and not given.resume
         parser.set_defaults(**{k: v for k, v in saved.items() if not (is_elsewhere and k in DATA_FLAGS)})
     args = parser.parse_args(argv)
-    if [] in vars(args).values():  # argparse's reading of --flag=--
-        parser.error("a flag needs a value, not --")
     if bool(args.predict) != bool(args.weights):
         parser.error("--predict and --weights go together")
     if sum(map(bool, (args.predict, args.evaluate, args.resume))) > 1:
@@ -2214,14 +2222,13 @@ def evaluate_checkpoint(args: Namespace) -> tuple[dict, list[Record], SSD300, di
     prepare_device(args, device)
     checkpoint = load_checkpoint(args.evaluate)
     classes = checkpoint["classes"]
-    splits = (args.train_split, args.val_split, args.test_split)
-    (root, *_), lists = find_data(args.data, args.data_root, *splits)
+    (root, *_), lists = find_data(args.data, args.data_root, "", "", args.test_split)  # no other list
     split = lists["test"]
     if not split:
         raise InputError(f"{args.data} has no test list: name one with --test-split")
     found = annotated_classes(root, split)
     unknown = [name for name in found if name not in classes]
-    if len(unknown) == len(found):
+    if found and len(unknown) == len(found):
         raise InputError(f"{args.data}, list {split} has the classes {', '.join(found)}; the model knows "
                          f"{', '.join(classes)}: name the data it was trained for with --data")
     if unknown:
@@ -2307,10 +2314,10 @@ def run_training(args: Namespace, *, loss: Callable | None = None, dataset_class
 
 def run_prediction(args: Namespace) -> int:
     """Detect in images: write a drawn copy of each and predictions.json; returns the exit code."""
-    folder = Path(args.output_dir) / "plots" / "predictions"
-    folder.mkdir(parents=True, exist_ok=True)
     detector = load_detector(args.weights, args.device, args.amp)
     found = detector.predict(args.predict, score_thresh=args.score_thresh, nms_iou_thresh=args.nms_iou)
+    folder = Path(args.output_dir) / "plots" / "predictions"
+    folder.mkdir(parents=True, exist_ok=True)
     taken = set()
     for path, one in zip(args.predict, found, strict=True):
         names = (f"{Path(path).stem}{f'_{n}' if n else ''}.png" for n in itertools.count())
@@ -2367,7 +2374,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         folder = Path(args.output_dir if args else ".")
         is_saved = (folder / "checkpoints" / "last.pth").is_file()
-        how = f"go on with --resume --output-dir {folder}" if is_saved else "nothing was saved yet"
+        again = f"go on with --resume --output-dir {shlex.quote(str(folder))}"
+        how = again if is_saved else "nothing was saved yet"
         print(f"\nstopped; {how}", file=sys.stderr)
         return 128 + (stop.args or (signal.SIGINT,))[0]
     print(f"error: {problem}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""What the benchmarks share: their flags, timing in turns, the table, the JSON file, pictures to work on.
+"""What the benchmarks share: flags, timing in turns, the table, the JSON file, and torchvision's side.
 
-The peers are torchvision's SSD300 (`ssd300_vgg16`, random weights) and its reference SSD augmentation, measured in the
-same process, round by round in turn, so that a neighbour's load or a clock that changes meets all of them alike.
+The peer is torchvision's SSD300 (`ssd300_vgg16`, random weights) with its reference augmentation for SSD.
+Both are measured in one process, in turns, so that a neighbour's load or a changing clock meets them alike.
 """
 
 import argparse
@@ -12,137 +12,247 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import cv2
 import torch
 import torchvision
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 import ssd_object_detection as ssd
 
-PEER = "torchvision"
+ROOT = Path(ssd.__file__).resolve().parent
 
 
-def make_parser(doc, *, rounds):
-    """Return a parser with the flags of every benchmark; doc is the script's docstring."""
-    formatter = type("Formatter", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
-    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter)
-    parser.add_argument("--data", default="shapes", help="shapes (generated where missing) or a folder in VOC layout")
-    parser.add_argument("--data-root", default="data", help="where shapes is or will be")
-    parser.add_argument("--train-split", default="train", help="list of the pictures to use")
-    parser.add_argument("--rounds", type=ssd.positive_int, default=rounds, help="rounds that the median is taken of")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on a CPU")
-    parser.add_argument("--json", metavar="FILE", help="write the table's numbers there too")
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Prints the defaults, and a program's docstring as it stands."""
+
+
+def make_parser(doc):
+    """Return a parser without flags; doc is the program's docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
+
+
+def make_speed_parser(doc, *, rounds):
+    """Return a parser with the flags of every benchmark of speed."""
+    parser = make_parser(doc)
+    add = parser.add_argument
+    add("--data", default="shapes", help="shapes (drawn if missing) or a folder in VOC layout")
+    add("--data-root", default="data", help="where shapes is or will be")
+    add("--train-split", default="train", help="list of the images to use")
+    add("--rounds", type=ssd.positive_int, default=rounds, help="rounds that the median is taken of")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--threads", type=ssd.positive_int, default=torch.get_num_threads(), help="of torch on a CPU")
+    add("--json", metavar="FILE", help="write the table's numbers there too")
     return parser
 
 
 def begin(args):
-    """Set what every measurement needs and return the device: threads, seed, freed memory kept for all cases alike."""
+    """Set up torch and OpenCV as training does; returns (device, DataSplits with nothing held out)."""
     torch.set_num_threads(args.threads)
-    ssd.cv2.setNumThreads(0)
-    ssd.set_seed(0)
+    cv2.setNumThreads(0)
+    torch.manual_seed(0)
     device = ssd.pick_device(args.device)
-    torch.backends.cudnn.benchmark = device.type == "cuda"  # both as training does it, for peer and module alike
-    if device.type == "cpu":
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    else:
         ssd.keep_freed_memory()
-    return device
+    data = ssd.load_data(args.data, data_root=args.data_root, train_split=args.train_split, val_fraction=0)
+    return device, data
 
 
-def load_data(args):
-    """Return the DataSplits that the flags name, nothing held out."""
-    return ssd.load_data(args.data, data_root=args.data_root, train_split=args.train_split, val_fraction=0)
+def precisions(device):
+    """Return {name: autocast dtype or None} of what the hardware computes: fp32, and bfloat16 or float16."""
+    dtype = ssd.pick_amp_dtype(device)
+    return {"fp32": None} if dtype is None else {"fp32": None, str(dtype).removeprefix("torch."): dtype}
 
 
 def make_batch(records, device, *, batch_size):
-    """Return a collated batch on a device, resized but not augmented; records are repeated where there are too few."""
-    dataset = ssd.VocDataset(records, ssd.build_transform(train=False))
-    return ssd.to_device(ssd.collate([dataset[i % len(dataset)] for i in range(batch_size)]), device)
+    """Return (batch on a device, [(boxes, labels)]): resized images, and their ground truth on the CPU.
+
+    boxes (G, 4) float32 in [0, 1], labels (G,) int64. Records are repeated if there are too few.
+    """
+    dataset = ssd.VocDataset(records, ssd.build_transform(train=False), ssd.make_anchors())
+    indices = [i % len(dataset) for i in range(batch_size)]
+    batch = torch.utils.data.default_collate([dataset[i] for i in indices])
+    truth = [tuple(map(torch.from_numpy, dataset.augment(i)[1:])) for i in indices]
+    return ssd.to_device(batch, device), truth
 
 
-def peer_targets(batch, size=ssd.IMAGE_SIZE):
-    """Return the batch's ground truth as torchvision takes it: a list of boxes in pixels and labels."""
-    targets = []
-    for boxes, labels in zip(batch["gt_boxes"], batch["gt_labels"], strict=True):
-        real = labels > 0
-        targets.append({"boxes": boxes[real] * size, "labels": labels[real]})
-    return targets
+def make_state(num_classes, device, amp_dtype, *, batch_size, width=1.0, compiled=False):
+    """Return (TrainState, flags) of a run of this project with random weights and SGD."""
+    args = ssd.parse_args([
+        "--recipe", "voc", "--no-pretrained", "--freeze-blocks", "0", "--width", str(width), "--lr", "1e-4",
+        "--batch-size", str(batch_size), "--device", str(device), "--compile" if compiled else "--no-compile",
+    ])
+    state, _ = ssd.build_state(args, num_classes, device, amp_dtype)
+    return state, args
 
 
 def peer_model(num_classes, device):
     """Return torchvision's SSD300 with random weights; its class count includes the background."""
-    model = torchvision.models.detection.ssd300_vgg16(
-        weights=None, weights_backbone=None, num_classes=num_classes + 1, topk_candidates=ssd.PRE_NMS_TOP_K)
-    return model.to(device)
+    return torchvision.models.detection.ssd300_vgg16(
+        weights=None, weights_backbone=None, num_classes=num_classes + 1, topk_candidates=ssd.PRE_NMS_TOP_K
+    ).to(device)
 
 
-def precisions(device):
-    """Return [(name, autocast dtype or None)] that the hardware itself computes: fp32, and bf16 or fp16."""
-    dtype = ssd.pick_amp_dtype(device)
-    return [("fp32", None)] + ([(str(dtype).removeprefix("torch."), dtype)] if dtype is not None else [])
+def peer_anchors(model, device):
+    """Return the 8,732 anchors of torchvision's SSD300, xyxy in pixels."""
+    size = ssd.IMAGE_SIZE
+    maps = [torch.zeros(1, 1, cells, cells, device=device) for cells in (38, 19, 10, 5, 3, 1)]
+    images = torch.zeros(1, 3, size, size, device=device)
+    listed = torchvision.models.detection.image_list.ImageList(images, [(size, size)])
+    return model.anchor_generator(listed, maps)[0]
+
+
+def peer_targets(truth, device):
+    """Return the ground truth of `make_batch` as torchvision takes it: boxes in pixels, labels."""
+    size = ssd.IMAGE_SIZE
+    return [{"boxes": boxes.to(device) * size, "labels": labels.to(device)} for boxes, labels in truth]
+
+
+class PeerDataset(torch.utils.data.Dataset):
+    """Records as torchvision's reference training reads them: (uint8 image (3, H, W), {"boxes", "labels"}).
+
+    train: with the reference augmentation for SSD of transforms v2: photometric distortion, zoom-out, IoU
+    crop, flip. resize: to 300x300, which else is left to torchvision's model. Its transforms are faster on
+    PIL images than on tensors, so images are decoded by PIL.
+    """
+
+    def __init__(self, records, *, train=True, resize=True):
+        self.records = records
+        steps = []
+        if train:
+            steps += [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=(123, 117, 104))]
+            steps += [v2.RandomIoUCrop(), v2.RandomHorizontalFlip(p=0.5)]
+        if resize:
+            steps += [v2.Resize((ssd.IMAGE_SIZE, ssd.IMAGE_SIZE))]
+        self.transform = v2.Compose([*steps, v2.ToImage(), v2.SanitizeBoundingBoxes(), v2.ToPureTensor()])
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        record = self.records[index]
+        image = Image.open(record.image_path).convert("RGB")
+        size = (record.height, record.width)
+        boxes = tv_tensors.BoundingBoxes(torch.from_numpy(record.boxes_px), format="XYXY", canvas_size=size)
+        return self.transform(image, {"boxes": boxes, "labels": torch.from_numpy(record.labels)})
+
+
+def peer_loader(dataset, device, *, batch_size, workers, train=True):
+    """Return a DataLoader of lists of images and targets; train: shuffled, without a smaller last batch."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_size=min(batch_size, len(dataset)), shuffle=train, drop_last=train,
+        num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+        multiprocessing_context="fork" if workers else None,
+        collate_fn=lambda samples: tuple(zip(*samples, strict=True)))
+
+
+def peer_to_device(batch, device):
+    """Return a batch of `peer_loader` as torchvision's model takes it: float images in [0, 1], targets."""
+    images = [image.to(device, torch.float32, non_blocking=True).div_(255) for image in batch[0]]
+    targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in batch[1]]
+    return images, targets
+
+
+def peer_optimizer(model):
+    """Return SGD as SSD is trained, with a small learning rate."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(params, lr=1e-4, momentum=0.9, weight_decay=5e-4)
+
+
+def peer_step(model, optimizer, images, targets, amp_dtype):
+    """Take a training step as torchvision's reference does; returns the loss, still on the device."""
+    with ssd.autocast(images[0].device, amp_dtype):
+        loss = sum(model(images, targets).values())
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def figures(detections, records, num_classes):
+    """Return VOC's and COCO's figures of detections in the form that `ssd.evaluate_voc` takes."""
+    from tools.coco import coco_figures  # needs pycocotools, which the benchmarks of speed do without
+    voc = ssd.score_detections(detections, records, num_classes)
+    coco = coco_figures(detections, ssd.truth_of(records), num_classes)
+    return {"map_area": voc["map_area"], "map11": voc["map11"], "coco_ap": coco["ap"],
+            "ap75": coco["ap75"], "ap_small": coco["ap_small"]}
+
+
+def measure(checkpoint, root, splits, *, device="auto", amp="auto", **settings):
+    """Return `figures` of a checkpoint on lists of a VOC folder together; settings: of `ssd.detect`."""
+    saved = ssd.load_checkpoint(checkpoint)
+    classes = saved["classes"]
+    records = [r for split in splits for r in ssd.read_records(root, split, classes, only_listed=True)]
+    model = ssd.model_from_checkpoint(saved, checkpoint, ssd.pick_device(device))
+    dataset = ssd.VocDataset(records, ssd.build_transform(train=False), model.anchors.cpu())
+    dtype = ssd.pick_amp_dtype(model.anchors.device, amp)
+    result = ssd.evaluate(model, ssd.make_loader(dataset, batch_size=8), amp_dtype=dtype, **settings)
+    return figures(result["detections"], records, len(classes))
 
 
 def time_in_turns(cases, rounds, device, *, least=0.05):
-    """Return {name: [seconds a call]}: after one untimed call each, `rounds` rounds of every case in turn.
+    """Return {name: [seconds a call]} of cases {name: function}: `rounds` rounds of every case in turn.
 
-    cases: {name: function}. A case shorter than `least` seconds is called several times a round. Waits for the device.
+    A case is called until `least` seconds are over, and a round before is not counted: it pays for set-up,
+    allocation, compilation. Waits for the device after each call.
     """
-    def run(function, calls):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / calls
-
-    calls = {}
-    for name, function in cases.items():
-        run(function, 1)  # pays for lazy set-up, allocation, compilation
-        calls[name] = max(1, round(least / max(run(function, 1), 1e-6))) if rounds > 1 else 1
     times = {name: [] for name in cases}
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         for name, function in cases.items():
-            times[name].append(run(function, calls[name]))
-    return times
+            calls, seconds = 0, 0.0
+            start = time.perf_counter()
+            while calls == 0 or seconds < least:
+                function()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                calls += 1
+                seconds = time.perf_counter() - start
+            times[name].append(seconds / calls)
+    return {name: values[1:] for name, values in times.items()}
 
 
-def rows_of(times, peer_of, *, images, extra=None):
-    """Return a table row a case: median and spread of its times, images/s, and how many times its peer's speed.
+def rows_of(times, peer_of, *, images):
+    """Return a table row for each case: median and spread of its times, images/s, and times its peer's speed.
 
-    peer_of: {case: the case to compare with}. images: pictures a call, a number or {case: number}. extra: {case: dict
-    of more columns}.
+    peer_of: {case: the case to compare with}. images: images a call.
     """
     medians = {name: statistics.median(values) for name, values in times.items()}
     rows = []
     for name, values in times.items():
-        count = images[name] if isinstance(images, dict) else images
-        row = {"case": name, "ms": 1e3 * medians[name], "images_per_s": count / medians[name],
-               "spread": (max(values) - min(values)) / medians[name]}
-        peer = peer_of.get(name)
-        if peer:
-            peer_count = images[peer] if isinstance(images, dict) else images
-            row["times_peer"] = row["images_per_s"] * medians[peer] / peer_count
-        rows.append({**row, **(extra or {}).get(name, {})})
+        spread = (max(values) - min(values)) / medians[name]
+        rows.append({"case": name, "ms": 1e3 * medians[name], "images_per_s": images / medians[name],
+                     "spread": spread, "times_peer": medians[peer_of[name]] / medians[name]})
     return rows
 
 
 def _cell(value):
-    if value is None:
+    if value is None or value != value:  # NaN
         return "-"
-    return value if isinstance(value, str) else f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    if isinstance(value, str):
+        return value
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def report(title, rows, args, **facts):
-    """Print one Markdown table of row dicts, and write it with versions, machine and facts to --json. Returns both."""
+def markdown(rows):
+    """Return row dicts as one Markdown table; "-" stands for None, NaN and what a row lacks."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *[[_cell(row.get(c)) for c in columns] for row in rows]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    environment = ssd.environment(ssd.pick_device(args.device)) | {"threads": torch.get_num_threads()}
-    print(f"{title}\n{environment['device']}, {environment['threads']} thread(s), torch {environment['torch']}, "
-          f"torchvision {environment['torchvision']}; medians of {args.rounds} round(s) taken in turn\n")
-    print("\n".join(lines), flush=True)
-    result = {"title": title, "rows": rows, **facts, "rounds": args.rounds, "environment": environment}
+    table = [columns, *[[_cell(row.get(column)) for column in columns] for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * width for width in widths])
+    padded = [[cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] for cells in table]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def report(title, rows, args, device, **facts):
+    """Print the table, and write it with versions, machine and facts to --json; returns what that holds."""
+    machine = ssd.environment(device) | {"threads": torch.get_num_threads()}
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "torchvision", "threads"))
+    print(f"{title}\n{machine['device']}, {versions}; medians of {args.rounds} rounds\n\n{markdown(rows)}")
+    result = {"title": title, "rows": rows, **facts, "rounds": args.rounds, "environment": machine}
     if args.json:
         ssd.write_json(args.json, result)
     return result

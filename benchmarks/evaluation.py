@@ -1,190 +1,108 @@
-"""The evaluator's speed against pycocotools, both on the same random arrays, and how far their values differ.
+"""The speed of the VOC scorer, against pycocotools restricted to IoU .5, on the same random arrays.
 
-The arrays are seeded and made to look like a detector's at a low threshold: --objects objects an image of 12 to 280
-pixels' geometric mean side on 500x375 pictures, of --classes classes (class k comes up in proportion to 1/k), a tenth
-of them difficult. Of --detections detections an image four in ten are objects moved and stretched, six in seven of
-those under the right class and with scores that rise with the overlap; the others lie anywhere, low scores first. So
-images have hits, duplicates, loose boxes, wrong classes and background as real ones have.
+The arrays are seeded and look like a detector's at a low threshold: 3 objects an image of 500x375, 12 to 280
+pixels large, of 20 classes (class k in proportion to 1/k), a tenth of them difficult. Of 200 detections an
+image four in ten are objects moved and stretched, six in seven of those under the right class and with scores
+that rise with the overlap; the others lie anywhere, with low scores.
 
     python benchmarks/evaluation.py
     python benchmarks/evaluation.py --images 500 --json evaluation.json
 
-Timed is the scoring alone, from arrays: `evaluate_voc`, `evaluate_coco`. pycocotools is timed twice, its evaluate() and
-accumulate() alone, and with createIndex() and loadRes() of the same detections as one array, which it cannot do
-without; the list of its ground truth dicts is made before the clock starts. For the VOC figures it is restricted to IoU
-.5 and the area "all", for the COCO figures it runs its whole protocol. Both run on one core.
-
-The difference of values: COCO, the largest over the twelve summary figures and each class's AP, AP50, AP75. VOC, whose
-AP pycocotools does not compute, the largest over each class's area and 11-point AP against the plain loops of
-tests/reference.py on the first --reference images.
+Timed is the scoring alone, from arrays, on one core: `evaluate_voc` at IoU .5 against pycocotools' evaluate()
+and accumulate(). The dicts that pycocotools reads and its index are made before the clock starts.
 """
 
-import argparse
 import contextlib
 import io
-import json
-import statistics
-import sys
-import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
+import common
 import numpy as np
-import reference
+from common import ssd
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import ssd_object_detection as ssd
+from tools.coco import to_coco_rows
 
-SUMMARY = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
-           "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
+IMAGE = np.array([500, 375])
+OBJECTS, DETECTIONS, CLASSES = 3, 200, 20
 
 
-def make_arrays(*, images, objects, detections, classes, seed):
-    """Return (detections, truth) as `evaluate_voc` takes them: what the module's docstring describes."""
-    rng, size = np.random.default_rng(seed), np.array([500, 375])
+def random_boxes(rng, count):
+    """Return boxes (N, 4) in VOC pixels, 12 to 280 pixels large, anywhere in an image."""
+    side = np.exp(rng.uniform(np.log(12), np.log(280), (count, 1)))
+    stretch = np.exp(rng.normal(0, 0.35, (count, 1)))
+    sides = np.minimum(side * np.hstack((stretch, 1 / stretch)), IMAGE - 1)
+    low = 1 + rng.random((count, 2)) * (IMAGE - sides)
+    return np.hstack((low, low + sides - 1))
 
-    def boxes(count):
-        side = np.exp(rng.uniform(np.log(12), np.log(280), (count, 1)))
-        stretch = np.exp(rng.normal(0, 0.35, (count, 1)))
-        sides = np.minimum(side * np.hstack((stretch, 1 / stretch)), size - 1)
-        low = 1 + rng.random((count, 2)) * (size - sides)
-        return np.hstack((low, low + sides - 1))
 
-    share = 1 / np.arange(1, classes + 1)
-    num_gt = rng.poisson(objects, images)
+def make_arrays(images, seed=0):
+    """Return (detections, truth) as `evaluate_voc` takes them: what the docstring above describes."""
+    rng = np.random.default_rng(seed)
+    num_gt = rng.poisson(OBJECTS, images)
     gt_images = np.repeat(np.arange(images), num_gt)
-    truth = {"image_ids": gt_images, "boxes_px": boxes(len(gt_images)), "difficult": rng.random(len(gt_images)) < 0.1,
-             "labels": 1 + rng.choice(classes, len(gt_images), p=share / share.sum())}
-    det_images = np.repeat(np.arange(images), detections)
+    share = 1 / np.arange(1, CLASSES + 1)
+    gt_labels = 1 + rng.choice(CLASSES, len(gt_images), p=share / share.sum())
+    gt_boxes = random_boxes(rng, len(gt_images))
+    truth = {"image_ids": gt_images, "labels": gt_labels, "boxes_px": gt_boxes,
+             "difficult": rng.random(len(gt_images)) < 0.1}
+
+    image_ids = np.repeat(np.arange(images), DETECTIONS)  # all anywhere at first
+    count = len(image_ids)
+    boxes_px = random_boxes(rng, count)
+    labels = rng.integers(1, CLASSES + 1, count)
+    scores = 0.01 + 0.3 * rng.random(count) ** 3
+
+    near = np.flatnonzero((rng.random(count) < 0.4) & (num_gt[image_ids] > 0))  # then some near an object
     first = np.cumsum(num_gt) - num_gt
-    near = (rng.random(len(det_images)) < 0.4) & (num_gt[det_images] > 0)
-    source = first[det_images[near]] + (rng.random(near.sum()) * num_gt[det_images[near]]).astype(int)
-    looseness = rng.choice([0.03, 0.1, 0.25], (len(source), 1))
-    found, labels = boxes(len(det_images)), rng.integers(1, classes + 1, len(det_images))
-    sides = truth["boxes_px"][source, 2:] - truth["boxes_px"][source, :2]
-    found[near] = truth["boxes_px"][source] + rng.normal(0, 1, (len(source), 4)) * looseness * np.tile(sides, 2)
-    found[near, 2:] = np.maximum(found[near, 2:], found[near, :2] + 1)
-    labels[near] = np.where(rng.random(len(source)) < 6 / 7, truth["labels"][source], labels[near])
-    scores = 0.01 + 0.3 * rng.random(len(det_images)) ** 3
-    scores[near] = np.clip(0.9 - 2.5 * looseness[:, 0] + rng.normal(0, 0.15, len(source)), 0.01, 1)
-    return {"image_ids": det_images, "labels": labels, "scores": scores.round(4), "boxes_px": found}, truth
+    source = first[image_ids[near]] + (rng.random(len(near)) * num_gt[image_ids[near]]).astype(int)
+    looseness = rng.choice([0.03, 0.1, 0.25], (len(near), 1))
+    sides = np.tile(gt_boxes[source, 2:] - gt_boxes[source, :2], 2)
+    boxes_px[near] = gt_boxes[source] + rng.normal(0, 1, (len(near), 4)) * looseness * sides
+    boxes_px[near, 2:] = np.maximum(boxes_px[near, 2:], boxes_px[near, :2] + 1)
+    is_right = rng.random(len(near)) < 6 / 7
+    labels[near[is_right]] = gt_labels[source[is_right]]
+    scores[near] = np.clip(0.9 - 2.5 * looseness[:, 0] + rng.normal(0, 0.15, len(near)), 0.01, 1)
+    return {"image_ids": image_ids, "labels": labels, "scores": scores.round(4), "boxes_px": boxes_px}, truth
 
 
-def coco_rows(side):
-    """Return image ids, labels and [x, y, width, height], as pycocotools takes them, of one side's arrays."""
-    low, high = side["boxes_px"][:, :2] - 1, side["boxes_px"][:, 2:]
-    return side["image_ids"], side["labels"], np.hstack((low, high - low))
-
-
-def pycocotools_judge(detections, truth, *, images, classes, only_voc):
-    """Return (COCOeval, seconds to build it, seconds to evaluate and accumulate)."""
-    annotations = [
-        {"id": number, "image_id": image, "category_id": label, "bbox": bbox, "area": bbox[2] * bbox[3],
-         "iscrowd": crowd}
-        for number, (image, label, bbox, crowd) in enumerate(
-            zip(*(column.tolist() for column in (*coco_rows(truth), truth["difficult"].astype(int))), strict=True), 1)
-    ]
-    image_ids, labels, bboxes = coco_rows(detections)
-    table = np.column_stack((image_ids, bboxes, detections["scores"], labels))
-    coco = COCO()
-    coco.dataset = {"images": [{"id": i} for i in range(images)], "annotations": annotations,
-                    "categories": [{"id": k} for k in range(1, classes + 1)]}
-    began = time.perf_counter()
-    coco.createIndex()
-    judge = COCOeval(coco, coco.loadRes(table), "bbox")
-    if only_voc:
-        judge.params.iouThrs, judge.params.maxDets = np.array([0.5]), [100]
-        judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
-    built = time.perf_counter()
-    judge.evaluate()
-    judge.accumulate()
-    return judge, built - began, time.perf_counter() - built
-
-
-def coco_difference(judge, mine, classes):
-    """Return the largest difference over the summary figures and the classes' AP, AP50 and AP75."""
-    judge.summarize()
-    pairs = list(zip(judge.stats, (mine[name] for name in SUMMARY), strict=True))
-    for label in range(1, classes + 1):
-        precision = judge.eval["precision"][:, :, label - 1, 0, 2]
-        theirs = precision.mean(), precision[0].mean(), precision[5].mean()
-        pairs += zip(theirs, (mine["per_class"][label][name] for name in ("ap", "ap50", "ap75")), strict=True)
-    theirs, own = np.array(pairs, dtype=float).T  # pycocotools writes -1 where there is no ground truth
-    return float(np.abs(np.where(theirs == -1, np.nan, theirs) - own)[theirs != -1].max(initial=0.0))
-
-
-def voc_difference(detections, truth, *, images, classes):
-    """Return the largest difference of area and 11-point AP from the loops, on the first `images` images."""
-    det, gt = ({name: column[side["image_ids"] < images] for name, column in side.items()}
-               for side in (detections, truth))
-    mine, largest = ssd.evaluate_voc(det, gt, classes), 0.0
-    det_rows = list(zip(*(det[n].tolist() for n in ("image_ids", "labels", "scores", "boxes_px")), strict=True))
-    gt_rows = list(zip(*(gt[n].tolist() for n in ("image_ids", "labels", "boxes_px", "difficult")), strict=True))
-    for label in range(1, classes + 1):
-        outcomes, num_gt = reference.voc_class(det_rows, gt_rows, label)
-        theirs, own = reference.voc_ap(outcomes, num_gt), (mine[label]["ap_area"], mine[label]["ap11"])
-        if num_gt:
-            largest = max(largest, *(abs(a - b) for a, b in zip(theirs, own, strict=True)))
-    return largest
-
-
-def median_time(function, rounds):
-    """Return (seconds, what the function returned): the median of `rounds` calls."""
-    times = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        result = function()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times), result
+def make_judge(detections, truth, images):
+    """Return a COCOeval of both, restricted to IoU .5 and objects of all sizes."""
+    sides = []
+    for side in (truth, detections):
+        coco = COCO()
+        coco.dataset = {"images": [{"id": i} for i in range(images)], "annotations": to_coco_rows(side),
+                        "categories": [{"id": k} for k in range(1, CLASSES + 1)]}
+        coco.createIndex()
+        sides.append(coco)
+    judge = COCOeval(*sides, "bbox")
+    judge.params.iouThrs = np.array([0.5])
+    judge.params.maxDets = [100]
+    judge.params.areaRng = [[0, 1e10]]
+    judge.params.areaRngLbl = ["all"]
+    return judge
 
 
 def main(argv=None):
     """Measure by the flags, print the table; returns what --json holds."""
-    formatter = type("Formatter", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = common.make_parser(__doc__)
     add = parser.add_argument
     add("--images", type=ssd.positive_int, default=5000, help="images")
-    add("--objects", type=ssd.positive_float, default=3.0, help="objects an image, on average")
-    add("--detections", type=ssd.positive_int, default=200, help="detections an image")
-    add("--classes", type=ssd.positive_int, default=20, help="classes")
-    add("--reference", type=ssd.natural_int, default=150, metavar="N", help="images whose VOC APs the loops check")
-    add("--rounds", type=ssd.positive_int, default=3, help="calls of the module, the median counts; one of the peer")
-    add("--seed", type=ssd.natural_int, default=0, help="of the arrays")
+    add("--rounds", type=ssd.positive_int, default=3, help="rounds that the median is taken of")
     add("--json", metavar="FILE", help="write the table's numbers there too")
     args = parser.parse_args(argv)
-    sizes = {name: getattr(args, name) for name in ("images", "objects", "detections", "classes", "seed")}
-    detections, truth = make_arrays(**sizes)
-    print(f"{args.images} images, {len(truth['labels'])} objects, {len(detections['labels'])} detections, "
-          f"{args.classes} classes, seed {args.seed}")
-    rows = {}
-    for name, function in (("voc", ssd.evaluate_voc), ("coco", ssd.evaluate_coco)):
-        own, mine = median_time(lambda function=function: function(detections, truth, args.classes), args.rounds)
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            judge, build, score = pycocotools_judge(detections, truth, images=args.images, classes=args.classes,
-                                                    only_voc=name == "voc")
-            if name == "coco":
-                difference = coco_difference(judge, mine, args.classes)
-        if name == "voc":
-            difference = voc_difference(detections, truth, images=args.reference, classes=args.classes)
-        del judge
-        rows[name] = {"own_s": own, "pycocotools_s": score, "pycocotools_with_loading_s": build + score,
-                      "ratio": score / own, "ratio_with_loading": (build + score) / own,
-                      "largest_difference": difference}
-    print(f"{'figures':<8} {'own s':>8} {'pycocotools s':>14} {'ratio':>6} {'with loading s':>15} {'ratio':>6} "
-          f"{'largest difference':>19}")
-    for name, row in rows.items():
-        print(f"{name:<8} {row['own_s']:8.3f} {row['pycocotools_s']:14.3f} {row['ratio']:6.1f} "
-              f"{row['pycocotools_with_loading_s']:15.3f} {row['ratio_with_loading']:6.1f} "
-              f"{row['largest_difference']:19.2e}")
-    print(f"voc: difference from the loops of tests/reference.py on {min(args.reference, args.images)} images; "
-          "coco: from pycocotools on all")
-    result = {"arrays": sizes, "rounds": args.rounds, "reference_images": args.reference, "rows": rows}
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
+    detections, truth = make_arrays(args.images)
+    device = ssd.pick_device("cpu")
+    cases = {
+        "pycocotools": lambda: (judge.evaluate(), judge.accumulate()),
+        "evaluate_voc": lambda: ssd.evaluate_voc(detections, truth, CLASSES),
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        judge = make_judge(detections, truth, args.images)
+        times = common.time_in_turns(cases, args.rounds, device, least=0)
+    rows = common.rows_of(times, dict.fromkeys(times, "pycocotools"), images=args.images)
+    counts = f"{len(truth['labels'])} objects, {len(detections['labels'])} detections, {CLASSES} classes"
+    return common.report(f"VOC scorer: {args.images} images, {counts}", rows, args, device)
 
 
 if __name__ == "__main__":

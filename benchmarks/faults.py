@@ -1,159 +1,178 @@
-"""Kill a training run at random moments, damage its files and its data, and look at what is left each time.
+"""Kill training runs at random moments, damage checkpoints and data, and count what comes of it.
 
     python benchmarks/faults.py --kills 200 --flips 200 --mutations 500
 
-Prints what came of each kind of trial, as it ends, and writes all to faults.json in the working folder. POSIX only:
-each run is a fork of this process, so that it does not import torch again.
+Prints the counts of each kind of trial as it ends. POSIX only: each run is a fork of this process, so that it
+need not import torch again; it writes no plots and saves after every epoch, however short.
 """
 
-import argparse
-import contextlib
+import collections
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
-from matplotlib.figure import Figure
+import common
+import cv2
+from common import ROOT, ssd
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import ssd_object_detection as ssd
+sys.path.insert(0, str(ROOT / "tools"))
+import audit
+import shapes
 
-TIMES = {"seconds", "images_per_s", "data_wait", "memory_gb"}
-
-
-def run(argv, kill_after=None, file_limit=None):
-    """Run main(argv) in a fork, silent and without pictures; returns its exit code, negative for a signal."""
-    if (child := os.fork()) == 0:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        for name in ("plot_augmentations", "plot_data", "plot_losses", "plot_training", "draw_gallery"):
-            setattr(ssd, name, lambda *args, **more: Figure())
-        if file_limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-        code = 70
-        with contextlib.suppress(SystemExit):
-            code = ssd.main(argv)
-        os._exit(code)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+TIMES = {"seconds", "images_per_s", "data_wait"}
+LISTS = ["--val-split", "val", "--test-split", "test"]
+FLAGS = [*LISTS, "--recipe", "shapes", "--epochs", "3", "--workers", "0", "--device", "cpu", "--amp", "off"]
 
 
-def describe(output):
-    """Return the weights, averaged and not, and the metrics, times apart, that a run left; for comparison by ==."""
-    last = ssd.load_checkpoint(output / "checkpoints" / "last.pth")
-    rows = [json.loads(line) for line in (output / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
-    weights = [v.numpy().tobytes() for part in (last["model"], last["train_state"]["model"]) for v in part.values()]
-    return weights, [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+def run(main, argv, *, kill_after=None):
+    """Run main(argv) in a fork; returns its exit code, negative for a signal, and what it printed.
+
+    kill_after: seconds until it is killed.
+    """
+    with tempfile.TemporaryFile() as output:
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                os.dup2(output.fileno(), 2)
+                sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
+                ssd.save_figure = lambda figure, path: None
+                ssd.SAVE_SECONDS = 0.0
+                code = main([str(arg) for arg in argv])
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        return code, output.read().decode(errors="replace")
+
+
+def weights_of(path):
+    """Return the weights of a checkpoint, averaged and not, as bytes, which == compares bit for bit."""
+    saved = ssd.load_checkpoint(path)
+    tensors = [*saved["model"].values(), *saved["train_state"]["model"].values()]
+    return [tensor.numpy().tobytes() for tensor in tensors]
+
+
+def metrics_of(checkpoints):
+    """Return the rows of metrics.jsonl, times apart."""
+    path = checkpoints / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def kill_runs(flags, folder, kills, rng):
-    """Kill runs until there were enough kills; returns (checkpoints looked at, unreadable, runs ended, runs equal)."""
+    """Kill runs and resume them, until there were enough kills and the last run has ended; returns counts."""
+    whole, killed = folder / "whole" / "checkpoints", folder / "killed" / "checkpoints"
     began = time.perf_counter()
-    assert run([*flags, "--output-dir", str(folder / "whole")]) == 0
-    whole, expected = time.perf_counter() - began, describe(folder / "whole")
-    looked = unreadable = ended = equal = done = 0
-    output = folder / "killed"
-    while done < kills or output.exists():  # the last run is brought to its end
-        started = (output / "checkpoints" / "last.pth").exists()
-        argv = ["--resume", "--output-dir", str(output)] if started else [*flags, "--output-dir", str(output)]
-        code = run(argv, rng.uniform(0, 0.8 * whole) if done < kills else None)
-        done += code == -signal.SIGKILL
-        for path in (output / "checkpoints").glob("*.pth"):
-            looked += 1
+    run(ssd.main, [*flags, "--output-dir", whole.parent])
+    seconds = time.perf_counter() - began
+    expected = weights_of(whole / "last.pth"), metrics_of(whole)
+    counts = collections.Counter({"kills": 0, "checkpoints looked at": 0, "unreadable": 0, "epochs lost": 0})
+    while counts["kills"] < kills or killed.exists():
+        how = ["--resume"] if (killed / "last.pth").exists() else flags
+        kill_after = rng.uniform(0, 0.8 * seconds) if counts["kills"] < kills else None
+        code, text = run(ssd.main, [*how, "--output-dir", killed.parent], kill_after=kill_after)
+        saved_epochs = {}
+        for path in killed.glob("*.pth"):
+            counts["checkpoints looked at"] += 1
             try:
-                ssd.load_checkpoint(path)
+                saved_epochs[path.name] = ssd.load_checkpoint(path)["metrics"]["epoch"]
             except ssd.InputError as error:
-                unreadable += 1
+                counts["unreadable"] += 1
                 print(error)
-        if code == 0:
-            ended, equal = ended + 1, equal + (describe(output) == expected)
-            shutil.rmtree(output)
-        elif code != -signal.SIGKILL:
-            raise SystemExit(f"a resumed run ended with exit code {code}")
-    return {"kills": done, "checkpoints looked at": looked, "unreadable": unreadable, "runs ended": ended,
-            "of them bit-equal": equal}
+        if code == -signal.SIGKILL:
+            counts["kills"] += 1
+            counts["epochs lost"] += max(0, len(metrics_of(killed)) - saved_epochs.get("last.pth", 0))
+        elif code == 0:
+            counts["runs ended"] += 1
+            counts["of them bit-equal"] += (weights_of(killed / "last.pth"), metrics_of(killed)) == expected
+            shutil.rmtree(killed.parent)
+        else:
+            raise SystemExit(f"a run ended with exit code {code}:\n{text}")
+    return counts
+
+
+def mutate(content, rng):
+    """Return bytes with a bit flipped in up to six of them, half of the time cut somewhere."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 6)):
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(content[: rng.choice([len(content), rng.randrange(len(content))])])
 
 
 def damage_checkpoints(path, flips, rng):
-    """Flip a bit or cut the end of a checkpoint; each time it must be refused by name, or hold the same weights."""
-    content, refused, same = path.read_bytes(), 0, 0
-    expected = {k: v.numpy().tobytes() for k, v in ssd.load_checkpoint(path)["model"].items()}
-    copy = path.parent / "damaged" / "last.pth"
-    copy.parent.mkdir(exist_ok=True)
-    for number in range(flips):
-        at = rng.randrange(len(content))
-        bad = content[:at] if number % 4 == 0 else (
-            content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :])
-        copy.write_bytes(bad)
+    """Damage a checkpoint; each time it must be refused by name, or hold the same weights."""
+    expected = weights_of(path)
+    counts = {"damaged checkpoints": flips, "refused by name": 0, "with the same weights": 0}
+    damaged = path.with_name("damaged.pth")
+    for _ in range(flips):
+        damaged.write_bytes(mutate(path.read_bytes(), rng))
         try:
-            same += {k: v.numpy().tobytes() for k, v in ssd.load_checkpoint(copy)["model"].items()} == expected
+            counts["with the same weights"] += weights_of(damaged) == expected
         except ssd.InputError as error:
-            refused += str(copy) in str(error)
-    return {"damaged checkpoints": flips, "refused by name": refused, "harmless": same}
+            counts["refused by name"] += str(damaged) in str(error)
+    return counts
 
 
-def mutate_data(flags, root, folder, mutations, rng):
-    """Damage annotations and pictures, ten at a time; each must be named by the audit or trained through."""
-    named = through = crashed = 0
-    for batch in range(mutations // 10):
-        data = folder / f"mutated{batch}"
-        shutil.copytree(root, data, ignore=shutil.ignore_patterns("audit.json"))
-        names = [p for kind in ("Annotations", "JPEGImages") for p in sorted((data / kind).glob("train_*"))]
-        chosen = rng.sample(names, 10)
-        for path in chosen:
-            content = bytearray(path.read_bytes())
-            for _ in range(rng.randint(1, 6)):
-                content[rng.randrange(len(content))] = rng.randrange(256)
-            path.write_bytes(content[: rng.choice([len(content), rng.randrange(len(content))])])
-        argv = ["--data", str(data), "--output-dir", str(data / "out"), "--allow-bad-data", "--epochs", "1",
-                "--batch-size", "1"]
-        crashed += run([*flags, *argv]) != 0
-        report = json.loads((data / "audit.json").read_text())
-        found = " ".join(place for places in report["findings"].values() for place in places)
-        mine = sum(path.name in found for path in chosen)
-        named, through = named + mine, through + 10 - mine
-        shutil.rmtree(data)
-    return {"mutated files": named + through, "named by the audit": named, "trained through": through,
-            "runs that failed": crashed}
+def mutate_data(flags, data, folder, mutations, rng):
+    """Damage a file of the data; each time a training must stop and name it, or do without what is lost."""
+    files = [path for kind in ("Annotations", "JPEGImages") for path in sorted((data / kind).iterdir())]
+    counts = {"damaged annotations and images": mutations, "stopped, naming the file": 0,
+              "trained through": 0, "ended otherwise": 0, "foretold by the audit": 0}
+    output = ["--output-dir", folder / "mutated"]
+    for _ in range(mutations):
+        path = rng.choice(files)
+        content = path.read_bytes()
+        path.write_bytes(mutate(content, rng))
+        audited, _ = run(audit.main, ["--data", data, *LISTS, *output])
+        code, text = run(ssd.main, [*flags, *output, "--epochs", "1"])
+        path.write_bytes(content)
+        counts["foretold by the audit"] += (audited == 0) == (code == 0)
+        if code == 0:
+            counts["trained through"] += 1
+        elif code == 2 and path.stem in text.splitlines()[-1]:
+            counts["stopped, naming the file"] += 1
+        else:
+            counts["ended otherwise"] += 1
+            print(f"{path.name}, exit code {code}:\n{text}")
+    return counts
 
 
-def main():
-    """Run all kinds of trials and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("--kills", 200), ("--flips", 200), ("--mutations", 500), ("--seed", 0)):
-        parser.add_argument(name, type=int, default=default)
-    args, results = parser.parse_args(), {}
+def main(argv=None):
+    """Run all kinds of trials and print their counts."""
+    parser = common.make_parser(__doc__)
+    add = parser.add_argument
+    add("--kills", type=ssd.natural_int, default=200, help="of training runs")
+    add("--flips", type=ssd.natural_int, default=200, help="damaged checkpoints")
+    add("--mutations", type=ssd.natural_int, default=500, help="damaged annotations and images")
+    add("--seed", type=ssd.natural_int, default=0, help="of the moments and the damage")
+    args = parser.parse_args(argv)
     rng = random.Random(args.seed)
+    cv2.setNumThreads(0)  # threads do not survive a fork
+    shapes.SPLITS.update(train=24, val=4, test=2)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ssd.SHAPES_SPLITS.update(train=24, val=4, test=2)
-        data = folder / "data"
-        with contextlib.redirect_stdout(None):
-            ssd.generate_shapes(data / "shapes")
-        flags = ["--data", str(data / "shapes"), "--val-split", "val", "--test-split", "test", "--width", ".0625",
-                 "--batch-size", "4", "--epochs", "3", "--workers", "0", "--device", "cpu", "--amp", "off",
-                 "--lr", ".005", "--no-pretrained", "--save-minutes", "1e-9", "--deterministic"]
-        trials = (
+        data = shapes.generate(folder / "shapes")
+        flags = ["--data", data, *FLAGS]
+        for trial in (
             lambda: kill_runs(flags, folder, args.kills, rng),
             lambda: damage_checkpoints(folder / "whole" / "checkpoints" / "last.pth", args.flips, rng),
-            lambda: {"exit code of a run that can save nothing":
-                     run([*flags, "--output-dir", str(folder / "full")], file_limit=400_000)},
-            lambda: mutate_data(flags, data / "shapes", folder, args.mutations, rng),
-        )
-        for trial in trials:
-            results |= (counts := trial())
-            for what, count in counts.items():
+            lambda: mutate_data(flags, data, folder, args.mutations, rng),
+        ):
+            for what, count in trial().items():
                 print(f"{what:<45}{count:6d}", flush=True)
-    Path("faults.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,14 +19,18 @@ part() { # part NAME SECONDS COMMAND...
     echo "== $((SECONDS - began)) s so far"
 }
 
+speed() { # speed NAME SECONDS FLAGS...
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" "$python" "benchmarks/$name.py" --data "$data" --device cuda --json "$out/$name.json" "$@"
+}
+
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$out/machine.txt"
-common=(--data "$data" --device cuda)
-part training_step 120 "$python" benchmarks/training_step.py "${common[@]}" --batch-size 32 --compile --rounds 7 --json "$out/training_step.json"
-part inference 50 "$python" benchmarks/inference.py "${common[@]}" --compile --rounds 7 --json "$out/inference.json"
-part losses 30 "$python" benchmarks/losses.py "${common[@]}" --json "$out/losses.json"
-part loader 50 "$python" benchmarks/loader.py "${common[@]}" --workers "$workers" --images 2500 --rounds 2 --json "$out/loader.json"
-part end_to_end 90 "$python" benchmarks/end_to_end.py "${common[@]}" --images 2500 --batch-size 32 --workers "$workers" \
-    --cache ram --compile --rounds 2 --json "$out/end_to_end.json"
+speed training_step 120 --batch-size 32 --compile --rounds 7
+speed inference 50 --batch-sizes 1 32 --rounds 7
+speed losses 30
+speed loader 50 --workers "$workers" --images 2500 --rounds 2
+speed end_to_end 90 --workers "$workers" --images 2500 --rounds 2 --batch-size 32 --compile
 part train 200 "$python" ssd_object_detection.py --data "$data" --train-split train --val-fraction .05 --test-split val \
-    --no-pretrained --epochs 40 --batch-size 32 --eval-interval 10 --workers "$workers" --cache ram --profile 5 --output-dir "$out/run"
+    --recipe scratch --epochs 40 --eval-interval 10 --workers "$workers" --device cuda --output-dir "$out/run"
 echo "all done in $((SECONDS - began)) s"

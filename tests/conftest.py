@@ -123,8 +123,7 @@ def same_run():
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Leave out the pictures of a run, which take most of its time."""
-    monkeypatch.setattr(ssd, "draw_progress", lambda *args, **more: None)
-    for name in ("plot_augmentations", "plot_predictions"):
+    for name in ("plot_augmentations", "plot_losses", "plot_predictions", "plot_training"):
         monkeypatch.setattr(ssd, name, lambda *args, **more: Figure())
 
 

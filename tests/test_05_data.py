@@ -682,3 +682,10 @@ def test_cores_are_shared_by_the_processes_of_the_machine(monkeypatch):
     assert 1 <= alone <= os.cpu_count()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * alone))
     assert ssd.usable_cores() == 1
+
+
+def test_a_list_that_is_not_asked_for_is_not_fetched(tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(torchvision.datasets, "VOCDetection", lambda root, **what: fetched.append(what))
+    ssd.find_data("voc2007", tmp_path, "", "", None)
+    assert [what["image_set"] for what in fetched] == ["test"]

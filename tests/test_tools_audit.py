@@ -1,0 +1,401 @@
+"""tools/audit.py: every fault is named and counted, and the exit code says if a training can start."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from PIL import Image
+
+import ssd_object_detection as ssd
+from tools import audit
+
+SIZE = (40, 30)  # width, height
+CAT = ("cat", (1, 1, 20, 15))
+DOG = ("dog", (11, 6, 40, 30))
+
+
+def annotation(objects, size=SIZE):
+    """objects: (name, (xmin, ymin, xmax, ymax))."""
+    nodes = "".join(
+        f"<object><name>{name}</name><bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[2]}</xmax>"
+        f"<ymax>{box[3]}</ymax></bndbox></object>" for name, box in objects
+    )
+    return f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>{nodes}</annotation>"
+
+
+def write_voc(root, images, **lists):
+    """Write images {id: objects}, each of another grey, and lists of ids (default: all in train)."""
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for number, (image_id, objects) in enumerate(images.items()):
+        Image.new("L", SIZE, 10 * number).save(root / "JPEGImages" / f"{image_id}.jpg")
+        (root / "Annotations" / f"{image_id}.xml").write_text(annotation(objects))
+    for split, ids in (lists or {"train": images}).items():
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
+    return root
+
+
+def flags_of(root, *more):
+    """The flags that audit a folder with nothing held out."""
+    return ["--data", str(root), "--output-dir", str(root / "out"), "--val-fraction", "0", *more]
+
+
+def use_all(root, **options):
+    """Do what a training does with the files of a folder."""
+    records = ssd.load_data(str(root), val_fraction=0, **options).train
+    samples = ssd.VocDataset(records, ssd.build_transform(train=True), ssd.make_anchors())
+    assert all(torch.isfinite(samples[i]["box_targets"]).all() for i in range(len(samples)))
+
+
+@pytest.fixture
+def findings(monkeypatch):
+    """A function that audits a folder: (exit code, {kind: places}) of audit.json; it draws no picture."""
+    monkeypatch.setattr(audit, "plot_data", lambda *_: Figure())
+
+    def run(root, *flags):
+        code = audit.main(flags_of(root, *flags))
+        content = json.loads((root / "audit.json").read_text())
+        assert content["counts"] == {kind: len(places) for kind, places in content["findings"].items()}
+        return code, content["findings"]
+
+    return run
+
+
+def jpeg(image=None):
+    """The bytes of a JPEG file; without an image of noise, 400x300."""
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3)).astype(np.uint8)
+    return cv2.imencode(".jpg", noise if image is None else image)[1].tobytes()
+
+
+# -- Images and annotations that cannot be used
+
+USES_A = annotation([("&a;", CAT[1])])
+READS = '<!DOCTYPE annotation [<!ENTITY a SYSTEM "file:///etc/hostname">]>' + USES_A
+DAMAGES = {  # kind, how: the file and its content, None without it
+    "image missing": ("b.jpg", None),
+    "image unreadable": ("b.jpg", b"nothing"),
+    "image unreadable, empty": ("b.jpg", b""),
+    "image and annotation differ in size": ("b.jpg", jpeg()),
+    "annotation missing": ("b.xml", None),
+    "annotation unreadable": ("b.xml", b"<annotation><size>"),
+    "annotation unreadable, no size": ("b.xml", annotation([CAT], (0, 30)).encode()),
+    "annotation unreadable, half a box": ("b.xml", annotation([CAT]).replace("xmin", "x").encode()),
+    "annotation unreadable, unknown encoding": ("b.xml", b'<?xml version="1.0" encoding="x-none"?><a/>'),
+    "annotation unreadable, a file as entity": ("b.xml", READS.encode()),
+    "unknown class": ("d.xml", annotation([CAT, ("walrus", CAT[1])]).encode()),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_what_stops_a_training_is_found_and_named(case, findings, tmp_path, capsys):
+    root = write_voc(tmp_path, {name: [CAT] for name in "abcd"}, train="abc", test="d")
+    assert findings(root) == (0, {})
+    assert "a training can start" in capsys.readouterr().out
+    kind = case.split(",")[0]
+    name, content = DAMAGES[case]
+    path = root / ("JPEGImages" if name.endswith("jpg") else "Annotations") / name
+    path.write_bytes(content) if content is not None else path.unlink()
+    code, found = findings(root)
+    assert code == 1
+    assert list(found) == [kind]
+    (place,) = found[kind]
+    assert str(path) in place
+    out = capsys.readouterr().out
+    assert re.search(rf"^ +1 {kind}: stops a training\n +{re.escape(place)}$", out, re.M)
+    assert f"mend before a training: {kind}\n" in out
+    with pytest.raises(ssd.InputError):  # it does stop one
+        use_all(root)
+
+
+def test_all_faults_are_named_together(findings, tmp_path, capsys):
+    root = write_voc(tmp_path, {name: [CAT] for name in "abcdefgh"}, train="abcdefg", test="h")
+    for name in "abcd":
+        (root / "JPEGImages" / f"{name}.jpg").unlink()
+    (root / "JPEGImages" / "e.jpg").write_bytes(b"nothing")
+    (root / "Annotations" / "a.xml").write_text("no XML")
+    (root / "Annotations" / "e.xml").unlink()
+    code, found = findings(root)
+    assert code == 1
+    assert {kind: len(places) for kind, places in found.items()} == {
+        "image missing": 4, "image unreadable": 1, "annotation missing": 1, "annotation unreadable": 1}
+    out = capsys.readouterr().out
+    assert f"mend before a training: {', '.join(found)}\n" in out
+    assert "c.jpg\n         ... and 1 more in audit.json\n" in out
+
+
+def test_each_fault_of_an_annotation_is_named_and_its_sound_objects_are_checked(findings, tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT], "b": []}, train="a", test="b")
+    sound = annotation([("walrus", CAT[1]), CAT])[:-len("</annotation>")].replace("<width>40", "<width>none")
+    broken = "<object><name>dog</name></object><object><bndbox/></object></annotation>"
+    (root / "Annotations" / "b.xml").write_text(sound + broken)
+    code, found = findings(root)
+    assert code == 1
+    path = root / "Annotations" / "b.xml"
+    assert found["annotation unreadable"] == [
+        f"{path}: no usable <size> with <width> and <height>",
+        f"{path}: object 3 (dog) has no full <name> and <bndbox>",
+        f"{path}: object 4 (no name) has no full <name> and <bndbox>",
+    ]
+    assert found["unknown class"] == [f"{path} object 1 (walrus)"]
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(("content", "is_complete"), [
+    (jpeg(), True), (jpeg()[:20_000], False), (jpeg()[:-40], False), (jpeg() + b"\0", True),
+    (cv2.imencode(".png", np.zeros((300, 400), np.uint8))[1].tobytes(), True),
+])
+def test_an_image_that_is_cut_off_is_noted(content, is_complete, findings, tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT], "b": [CAT]})
+    (root / "JPEGImages" / "b.jpg").write_bytes(content)
+    (root / "Annotations" / "b.xml").write_text(annotation([("cat", (101, 76, 300, 225))], (400, 300)))
+    places = [str(root / "JPEGImages" / "b.jpg")]
+    assert findings(root) == (0, {} if is_complete else {"image incomplete": places})
+    use_all(root)
+
+
+def test_an_image_annotated_on_its_side_is_told_so(findings, tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT], "b": [CAT]})
+    (root / "Annotations" / "b.xml").write_text(annotation([CAT], SIZE[::-1]))
+    (place,) = findings(root)[1]["image and annotation differ in size"]
+    assert "40x30 pixels, not 30x40: annotated as its EXIF mark turns it?" in place
+
+
+# -- Objects
+
+
+def test_what_a_training_mends_is_noted_with_file_and_object(findings, tmp_path, capsys):
+    other = ("dog", *CAT[1:])
+    boxes = [CAT, other, CAT, ("cat", (20, 1, 20, 9)), ("cat", (9, 20, 5, 25)), ("cat", (60, 1, 70, 9)),
+             ("dog", (30, 20, 45, 30)), ("dog", (0, 0, 40, 30)), ("dog", (1, 4, 40, 7))]  # the last: IoU .46
+    root = write_voc(tmp_path, {"a": boxes})
+    code, found = findings(root)
+    assert code == 0
+    path = root / "Annotations" / "a.xml"
+    assert found == {
+        "same box and class twice": [f"{path} object 3 (cat)"],
+        "box reversed, without area or outside": [f"{path} object {n} (cat)" for n in (4, 5, 6)],
+        "box beyond the image": [f"{path} object 7 (dog)"],  # object 8 is of a 0-based annotation
+        "object that no anchor overlaps by half": [f"{path} object 9 (dog)"],
+    }
+    captured = capsys.readouterr()
+    assert re.search(r"^ +3 box reversed, .*: left out$", captured.out, re.M)
+    assert "train       1 images        5 objects  (list train)" in captured.out
+    assert "2 classes: cat, dog\n" in captured.out
+    assert captured.err == ""
+
+
+coordinate = st.integers(-3, 46) | st.floats(-1, 45)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.tuples(*[coordinate] * 4)), max_size=8))
+def test_the_objects_that_are_kept_are_those_of_the_module(tmp_path_factory, objects):
+    root = write_voc(tmp_path_factory.mktemp("voc"), {"a": objects + objects[:1]})
+    path = root / "Annotations" / "a.xml"
+    record, dropped = ssd.read_record(root, "a", ("a", "b"))
+    found = {kind: [] for kind in audit.KINDS}
+    kept = audit.check_objects(audit.inspect_files(root, "a"), str(path), ("a", "b"), False, found)
+    assert [(" ab".index(name), *box) for _, name, box in kept] == [
+        (label, *box) for label, box in zip(record.labels, record.boxes, strict=True)]
+    left_out = "box reversed, without area or outside", "same box and class twice"
+    assert sum(len(found[kind]) for kind in left_out) == dropped
+
+
+def test_fractions_for_coordinates_leave_nothing_to_train_on(findings, tmp_path):
+    root = write_voc(tmp_path, {"a": [("cat", (0.1, 0.2, 0.5, 0.9))], "b": [CAT]}, train="a", val="b")
+    code, found = findings(root, "--val-split", "val")
+    assert code == 1
+    assert len(found["box under a pixel"]) == 1
+    assert found["no object to train on"] == ["the training list"]
+
+
+@pytest.mark.parametrize("objects", [[], [("cat", (20, 1, 20, 9))]])
+def test_a_training_list_without_an_object_is_told(objects, findings, tmp_path):
+    root = write_voc(tmp_path, {"a": objects, "b": [CAT]}, train="a", test="b")
+    code, found = findings(root)
+    assert code == 1
+    assert found["no object to train on"] == ["the training list"]
+
+
+def test_classes_given_leave_others_out(findings, tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT, DOG], "b": [("walrus", CAT[1])]}, train="a", test="b")
+    code, found = findings(root, "--classes", "cat")
+    assert code == 0
+    assert [place.split("Annotations")[1][1:] for place in found["class not named by --classes"]] == [
+        "a.xml object 2 (dog)", "b.xml object 1 (walrus)"]
+
+
+def test_anchors_given_are_those_that_overlap(findings, tmp_path):
+    root = write_voc(tmp_path / "voc", {"a": [CAT, ("dog", (1, 14, 40, 15))]})
+    assert len(findings(root)[1]["object that no anchor overlaps by half"]) == 1
+    path = tmp_path / "anchors.json"
+    path.write_text(json.dumps([[[1.0, 0.07]], *ssd.ANCHOR_SIZES[1:]]))
+    assert findings(root, "--anchors", str(path)) == (0, {})
+
+
+# -- Lists
+
+
+def test_an_image_in_two_lists_stops_a_training(findings, tmp_path):
+    root = write_voc(tmp_path, {name: [CAT] for name in "abc"}, train="ab", val="bc", test="c")
+    code, found = findings(root, "--val-split", "val")
+    assert code == 1
+    assert found == {"image in two lists": [f"{root}/JPEGImages/b.jpg (train, val)",
+                                            f"{root}/JPEGImages/c.jpg (val, test)"]}
+    with pytest.raises(ssd.InputError, match=r"b\.jpg"):
+        ssd.load_data(str(root), val_split="val")
+
+
+@pytest.mark.parametrize(("objects", "lists", "code"), [
+    ([CAT], {"train": "ab", "test": "c"}, 1),
+    ([CAT], {"train": "abc"}, 0),
+    ([], {"train": "ab", "test": "c"}, 0),
+])
+def test_the_same_pixels_in_two_lists_are_a_leak(objects, lists, code, findings, tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT], "b": objects, "c": objects}, **lists)
+    shutil.copy(root / "JPEGImages" / "b.jpg", root / "JPEGImages" / "c.jpg")
+    kind = "same pixels in two lists" if code else "same pixels twice"
+    images = root / "JPEGImages"
+    last = "train" if len(lists) == 1 else "test"
+    assert findings(root) == (code, {kind: [f"{images}/c.jpg ({last}) has those of {images}/b.jpg (train)"]})
+
+
+def test_voc_is_read_from_both_years_with_its_classes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(audit, "plot_data", lambda *_: Figure())
+    devkit = tmp_path / "VOCdevkit"
+    write_voc(devkit / "VOC2007", {"a": [CAT], "b": [CAT]}, trainval="a", test="b")
+    shutil.copytree(devkit / "VOC2007", devkit / "VOC2012")
+    (devkit / "VOC2012" / "Annotations" / "a.xml").write_text(annotation([("walrus", CAT[1])]))
+    Image.new("L", SIZE, 200).save(devkit / "VOC2012" / "JPEGImages" / "a.jpg")
+    flags = ["--data-root", str(tmp_path), "--output-dir", str(tmp_path), "--val-fraction", "0"]
+    assert audit.main(["--data", "voc2007", *flags]) == 0
+    assert "20 classes: aeroplane," in capsys.readouterr().out
+    assert audit.main(["--data", "voc0712", *flags]) == 1
+    out = capsys.readouterr().out
+    assert "train       2 images" in out
+    assert "test        1 images" in out
+    assert f"{devkit / 'VOC2012' / 'Annotations' / 'a.xml'} object 1 (walrus)" in out
+
+
+# -- Files
+
+
+def test_only_changed_files_are_read_again(findings, tmp_path, monkeypatch):
+    root = write_voc(tmp_path, {"a": [CAT], "b": [CAT], "c": [DOG]})
+    first = findings(root)
+    read = []
+    inspect = audit.inspect_files
+    monkeypatch.setattr(audit, "inspect_files", lambda root, name: read.append(name) or inspect(root, name))
+    assert findings(root) == first
+    assert read == []
+    (root / "Annotations" / "b.xml").write_text(annotation([CAT, CAT]))
+    os.utime(root / "JPEGImages" / "c.jpg", (1, 1))
+    assert list(findings(root)[1]) == ["same box and class twice"]
+    assert sorted(read) == ["b", "c"]
+    content = json.loads((root / "audit.json").read_text())
+    (root / "audit.json").write_text(json.dumps(content | {"version": 1}))  # of another version of the program
+    assert list(findings(root)[1]) == ["same box and class twice"]
+    assert sorted(read[2:]) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 0, "files": {"a": {}}}', '{"version": 2}'])
+def test_a_broken_audit_file_is_made_anew(content, findings, tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT]})
+    (root / "audit.json").write_text(content)
+    assert findings(root) == (0, {})
+    assert list(json.loads((root / "audit.json").read_text())["files"]) == ["a"]
+    assert not list(root.glob(".*"))
+
+
+def test_an_audit_file_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, capsys):
+    root = write_voc(tmp_path, {"a": [CAT], "b": [CAT]})
+
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert audit.main(flags_of(root)) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"warning: {root / 'audit.json'} was not written: ")
+    assert "a training can start" in captured.out
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_is_found_or_trained_through(tmp_path_factory, data):
+    root = write_voc(tmp_path_factory.mktemp("voc"), {"a": [CAT], "b": [CAT, DOG]})
+    (root / "JPEGImages" / "b.jpg").write_bytes(jpeg(np.full((30, 40, 3), 99, np.uint8)))
+    path = root / data.draw(st.sampled_from(["Annotations/b.xml", "JPEGImages/b.jpg"]))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audit, "plot_data", lambda *_: Figure())
+        code = audit.main(flags_of(root, "--classes", "cat"))
+    try:
+        use_all(root, classes=("cat",))
+    except ssd.InputError:
+        assert code == 1
+    else:
+        assert code == 0
+
+
+# -- The program
+
+
+def test_the_plot_counts_the_objects_and_those_matched_by_an_anchor():
+    # Squares of 30 and 60 pixels at a cell's centre fit anchors; a 2-pixel box and a 290 x 8 strip fit none.
+    squares = [[150 - s / 2, 150 - s / 2, 150 + s / 2, 150 + s / 2] for s in (30, 60, 2)]
+    boxes = np.float32([*squares, [5, 100, 295, 108]]) / 300
+    objects = [audit.Object("", name, box, ["train"]) for name, box in zip("aaa$", boxes, strict=True)]
+    figure = audit.plot_data(objects, audit.best_anchor_iou(boxes), ("a", "$", "c$"), 3)
+    counts, sizes, shares = figure.axes
+    assert [bar.get_width() for bar in counts.patches] == [3, 1, 0]
+    assert [bar.get_width() for bar in shares.patches] == pytest.approx([2 / 3, 0, 0])
+    assert "0.500" in shares.get_title()
+    assert "4 objects in 3" in counts.get_title()
+    assert sizes.collections[0].get_offsets().tolist() == pytest.approx(
+        np.array([[30, 30], [60, 60], [2, 2], [290, 8]]), abs=1e-3)
+    figure.canvas.draw()  # of a formula between two $ it would raise
+    assert [label.get_text() for label in counts.get_yticklabels()] == ["a", r"\$", r"c\$"]
+
+
+def test_the_program_writes_audit_json_and_data_png_alone(make_voc, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = make_voc(tmp_path / "voc", {"train": 4, "val": 1})
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    assert audit.main(["--data", "voc", "--val-split", "val"]) == 0
+    assert "4 images" in capsys.readouterr().out
+    written = {path for path in tmp_path.rglob("*") if path.is_file()} - before.keys()
+    assert written == {data / "audit.json", tmp_path / "plots" / "data.png"}
+    assert Image.open(tmp_path / "plots" / "data.png").width == 1400
+    assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.parametrize("flags", [
+    ["--data", "nowhere"], ["--train-split", "none"], ["--classes", "cat,walrus"], ["--val-split", "none"],
+])
+def test_a_mistake_is_told_in_one_line(flags, tmp_path, capsys):
+    root = write_voc(tmp_path, {"a": [CAT], "b": [CAT]})
+    assert audit.main(flags_of(root, *flags)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert flags[1].split(",")[-1] in error
+
+
+def test_what_the_module_refuses_besides_is_told(tmp_path, capsys):
+    root = write_voc(tmp_path, {"a": [CAT]})
+    assert audit.main(flags_of(root, "--val-fraction", ".1")) == 2
+    assert "nothing is left to train on" in capsys.readouterr().err
+    assert audit.main(flags_of(root)) == 0
