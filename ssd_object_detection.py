@@ -318,7 +318,9 @@ def parse_annotation(path: PathLike) -> tuple[int, int, list[tuple[str, list[flo
 
 def read_image(path: PathLike) -> np.ndarray:
     """Return an image file as RGB uint8 (H, W, 3), as stored: annotations ignore EXIF turns."""
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    image = None
+    with contextlib.suppress(cv2.error):  # of an image too large for OpenCV
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
         raise InputError(f"{path}: not readable as an image")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -446,8 +448,6 @@ def load_data(data: str, *, data_root: PathLike = "data", classes: Sequence[str]
     else:
         name = re.sub(r"\W+", "_", roots[0].resolve().name.lower()).strip("_") or "custom"
         found = annotated_classes(roots[0], lists["train"])
-        if not found:
-            raise InputError(f"the list {lists['train']} of {data} names no image with an object")
         classes = tuple(classes or found)
         if absent := [c for c in classes if c not in found]:
             raise InputError(f"--classes: the training list has {', '.join(found)}, not {', '.join(absent)}")
@@ -458,8 +458,8 @@ def load_data(data: str, *, data_root: PathLike = "data", classes: Sequence[str]
         val = read(roots[0], lists["val"])
     else:
         train, val = hold_out(train, val_fraction, seed)
-    if not train:
-        raise InputError("nothing is left to train on: lower --val-fraction")
+    if not any(len(record.labels) for record in train):
+        raise InputError(f"{data}: no object to train on in list {lists['train']} less --val-fraction")
     counts = collections.Counter(record.image_path for record in [*train, *val, *test])
     if shared := [path for path, count in counts.items() if count > 1]:
         raise InputError(f"{shared[0]} is in two of the lists, as are {len(shared) - 1} more: mend them or "
@@ -588,14 +588,10 @@ class _BoxGeometry(A.DualTransform):
 
 
 class SSDZoomOut(_BoxGeometry):
-    """Place the image at random on a canvas up to max_ratio times larger, of the mean colour (SSD section
-    3.6).
+    """Place the image at random on a mean-coloured canvas, up to max_ratio times larger (SSD section 3.6)."""
 
-    Image and canvas are shrunk together where the canvas would have more than twice the network's resolution,
-    which saves half the pipeline's time.
-    """
-
-    # Differs from paper: its canvas keeps the image's resolution; and there the photometric steps come first.
+    # Differs from paper: image and canvas shrink together to at most twice the network's resolution, which
+    # saves half the pipeline's time; and the photometric steps come later.
 
     def __init__(self, max_ratio: float = 4.0, p: float = 0.5):
         super().__init__(p=p)
@@ -629,11 +625,10 @@ class SSDZoomOut(_BoxGeometry):
 class SSDCrop(_BoxGeometry):
     """Cut out a random patch (SSD section 2.2, "Data augmentation").
 
-    One of seven choices, equally likely: the whole image; a patch whose IoU with at least one object is no
-    less than .1, .3, .5, .7 or .9; any patch. A patch has .3 to 1 of each side and an aspect ratio of .5 to
-    2, and must hold the centre of at least one object, else another is drawn, `trials` times; then the image
-    stays whole. Objects whose centre is inside are kept, clipped to the patch. An image without objects takes
-    any patch.
+    One of seven choices, equally likely: the whole image; a patch whose IoU with an object is at least .1,
+    .3, .5, .7 or .9; any patch. A patch has .3 to 1 of each side and an aspect ratio of .5 to 2, and must
+    hold the centre of an object: of `trials` patches the first that fits is taken, else the whole image.
+    Objects whose centre is inside are kept, clipped to the patch. An image without objects takes any patch.
     """
 
     min_ious = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # None: the whole image
@@ -664,9 +659,7 @@ class SSDCrop(_BoxGeometry):
 
     @staticmethod
     def centre_inside(boxes: np.ndarray, patch: np.ndarray) -> np.ndarray:
-        """Whether each box (G, 4) has its centre strictly inside a patch (4,) or (N, 1, 4); (G,) or (N,
-        G).
-        """
+        """Whether centres of boxes (G, 4) are inside a patch (4,) or patches (N, 1, 4): (G,) or (N, G)."""
         centre = (boxes[:, :2] + boxes[:, 2:4]) / 2
         return ((centre > patch[..., :2]) & (centre < patch[..., 2:])).all(axis=-1)
 
@@ -709,20 +702,16 @@ class Noise(A.ImageOnlyTransform):
 
 
 def resize_transform() -> A.Resize:
-    """Return the resize of training, evaluation and inference: area averaging to shrink, linear to
-    enlarge.
-    """
+    """Return the resize of training, evaluation and inference: area averaging to shrink, else linear."""
     return A.Resize(IMAGE_SIZE, IMAGE_SIZE, interpolation=cv2.INTER_LINEAR, area_for_downscale="image")
 
 
 def build_transform(*, train: bool, zoom_out: float = 0.5, crop: float = 1.0, color: float = 0.5,
                     shadow: float = 0.2, noise: float = 0.2, blur: float = 0.1) -> A.Compose:
-    """Return the albumentations pipeline; the numbers are its steps' probabilities (resize only if not
-    train).
+    """Return the albumentations pipeline, whose steps have these probabilities; not train: only the resize.
 
-    The geometry comes first and ends at 300x300, so that the photometric steps see few pixels. Brightness
-    within +-32/255, contrast and saturation .5 to 1.5, hue +-18 degrees, each at probability `color` (SSD
-    section 2.2).
+    The geometry comes first and ends at 300x300, so that the photometric steps see few pixels. `color` is for
+    each of brightness +-32/255, contrast and saturation .5 to 1.5, hue +-18 degrees (SSD section 2.2).
     """
     options = {"check_each_transform": False} if train else {"clip": True}  # the steps keep boxes in [0, 1]
     bbox_params = A.BboxParams(format="albumentations", label_fields=["rows"], **options)
@@ -748,9 +737,7 @@ def build_transform(*, train: bool, zoom_out: float = 0.5, crop: float = 1.0, co
 
 
 class L2Norm(nn.Module):
-    """Divide each pixel's channel vector by its length, times a learned scale per channel (ParseNet Eq.
-    1).
-    """
+    """Divide each pixel's channel vector by its length and multiply by a learned scale (ParseNet Eq. 1)."""
 
     def __init__(self, num_channels: int, scale: float = L2_NORM_SCALE):
         super().__init__()
@@ -777,15 +764,13 @@ class SSD300(nn.Module):
     forward(images): images (B, 3, 300, 300) RGB, uint8 or float in 0..255, normalised inside. Returns float32
     cls_logits (B, A, K + 1), class 0 is background, and box_deltas (B, A, 4), what `encode` makes of boxes.
 
-    num_classes counts foreground classes; width multiplies every channel count (1.0: the paper's); batch_norm
-    puts one behind every convolution but the heads'; prior_prob sets the heads' first foreground probability
-    (focal loss section 4.1, spread over the classes of a softmax), None leaves the bias at zero.
-    anchor_sizes: see `make_anchors`. Raises ValueError for images of another shape.
+    num_classes counts foreground classes; width multiplies every channel count; batch_norm puts one behind
+    every convolution but the heads'; prior_prob is the heads' first foreground probability (Focal loss
+    section 4.1), None leaves their bias at zero; anchor_sizes: see `make_anchors`.
     """
 
-    # Differs from paper: maps of 37, 18, 18, 9, 5, 2 cells with 9,966 anchors (SSD: 38, 19, 10, 5, 3, 1 with
-    # 8,732): VGG's pooling rounds down, conv5_3 feeds a head of its own, fc6 is not dilated, nothing pools
-    # before it.
+    # Differs from paper: its maps have 38, 19, 10, 5, 3, 1 cells and 8,732 anchors. Here VGG's pooling rounds
+    # down, conv5_3 feeds a head of its own, fc6 is not dilated, nothing pools before it.
 
     def __init__(self, num_classes: int, *, width: float = 1.0, batch_norm: bool = False,
                  prior_prob: float | None = None, anchor_sizes: Sequence = ANCHOR_SIZES):
@@ -827,9 +812,7 @@ class SSD300(nn.Module):
         return max(8, round(full * width / 8) * 8)
 
     def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Set what images are normalised by, for red, green and blue, as fractions of 255; checkpoints keep
-        it.
-        """
+        """Set what images are normalised by, red, green, blue, as fractions of 255; a checkpoint keeps it."""
         self.mean.copy_(torch.tensor(mean).mul(255).view(1, 3, 1, 1))
         self.std.copy_(torch.tensor(std).mul(255).view(1, 3, 1, 1))
 
@@ -848,9 +831,7 @@ class SSD300(nn.Module):
                 head.bias.view(-1, self.num_classes + 1)[:, 0] = background
 
     def freeze_blocks(self, count: int) -> SSD300:
-        """Keep the first `count` of the five VGG blocks as they are: no gradient, batch norm in evaluation
-        mode.
-        """
+        """Keep the first `count` of the five VGG blocks as they are: no gradient, batch norm not updated."""
         self.frozen_blocks = count
         self.blocks[:count].requires_grad_(False)
         return self.train(self.training)
@@ -1118,8 +1099,7 @@ def assign_voc(det: dict, gt: dict, num_classes: int,
 
 
 def evaluate_voc(detections: dict, truth: dict, num_classes: int, iou_thresh: float = 0.5) -> dict[int, dict]:
-    """Score detections by the VOC2007 devkit's rules: {label: {"ap_area", "ap11", "recall", "precision",
-    ...}}.
+    """Score detections by the VOC2007 devkit's rules: {label: {"ap_area", "ap11", "recall", ...}}.
 
     detections: {"image_ids" (N,) int, "labels" (N,) 1..K, "scores" (N,), "boxes_px" (N, 4)}; truth:
     {"image_ids" (M,), "labels" (M,), "boxes_px" (M, 4), "difficult" (M,) bool}. Boxes are VOC pixels:
@@ -1440,9 +1420,7 @@ def _line_axes(axes, history, curves, title, ylabel):
 
 
 def plot_losses(history: list[dict]) -> Figure:
-    """Return loss.png: total, class and box loss of training and validation over the epochs of
-    metrics.jsonl.
-    """
+    """Return loss.png: total, class and box loss over the epochs of metrics.jsonl."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     titles = {"loss": "Loss", "loss_cls": "Class loss", "loss_box": "Box loss"}
     for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
@@ -1452,9 +1430,7 @@ def plot_losses(history: list[dict]) -> Figure:
 
 
 def plot_training(history: list[dict]) -> Figure:
-    """Return training.png: validation mAP, learning rate, images per second over the epochs of
-    metrics.jsonl.
-    """
+    """Return training.png: validation mAP, learning rate and speed over the epochs of metrics.jsonl."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     maps = [("val_map_area", "IoU .5, area", "C2-"), ("val_map11", "IoU .5, 11-point", "C4--"),
@@ -1515,9 +1491,7 @@ def plot_sheet(images: list[Image.Image], title: str, columns: int = 4) -> Figur
 
 
 def plot_augmentations(dataset: VocDataset, classes: Sequence[str], count: int = 16) -> Figure:
-    """Return augmentations.png: training images as the network sees them in the first epoch, with their
-    boxes.
-    """
+    """Return augmentations.png: training images as the network first sees them, with their boxes."""
     images, side = [], 450
     for index in spread(range(len(dataset)), count):
         image, boxes, labels = dataset.augment(index)
@@ -1527,8 +1501,7 @@ def plot_augmentations(dataset: VocDataset, classes: Sequence[str], count: int =
 
 
 def plot_predictions(records: list[Record], detections: dict, classes: Sequence[str], title: str) -> Figure:
-    """Return predictions.png: twelve records, evenly spread, truth in white, detections coloured with their
-    score.
+    """Return predictions.png: twelve records, evenly spread, with truth in white and coloured detections.
 
     detections: of `evaluate`, image ids are positions in records; those below DRAW_SCORE_THRESH are left out.
     """

@@ -397,5 +397,5 @@ def test_a_mistake_is_told_in_one_line(flags, tmp_path, capsys):
 def test_what_the_module_refuses_besides_is_told(tmp_path, capsys):
     root = write_voc(tmp_path, {"a": [CAT]})
     assert audit.main(flags_of(root, "--val-fraction", ".1")) == 2
-    assert "nothing is left to train on" in capsys.readouterr().err
+    assert "no object to train on" in capsys.readouterr().err
     assert audit.main(flags_of(root)) == 0
