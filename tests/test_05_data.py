@@ -301,7 +301,7 @@ def test_images_without_objects_are_legal(tmp_path):
 
 
 def test_a_training_list_without_any_object_is_an_input_error(tmp_path):
-    assert "no image with an object" in input_error(load, write_voc(tmp_path, {"a": [], "b": []}))
+    assert "no object to train on" in input_error(load, write_voc(tmp_path, {"a": [], "b": []}))
 
 
 def test_the_held_out_share_is_disjoint_and_covers_the_list_with_the_rest(tmp_path):
