@@ -459,7 +459,7 @@ def load_data(data: str, *, data_root: PathLike = "data", classes: Sequence[str]
     else:
         train, val = hold_out(train, val_fraction, seed)
     if not any(len(record.labels) for record in train):
-        raise InputError(f"{data}: no object to train on in list {lists['train']} without --val-fraction")
+        raise InputError(f"{data}: no object to train on in list {lists['train']} (less --val-fraction)")
     counts = collections.Counter(record.image_path for record in [*train, *val, *test])
     if shared := [path for path, count in counts.items() if count > 1]:
         raise InputError(f"{shared[0]} is in two of the lists, as are {len(shared) - 1} more: mend them or "
