@@ -92,6 +92,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # torchvision VGG16_Weights.IMAGENET1K_V1
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CAFFE_MEAN = (123.68 / 255, 116.779 / 255, 103.939 / 255)  # torchvision VGG16_Weights.IMAGENET1K_FEATURES
 CAFFE_STD = (1 / 255, 1 / 255, 1 / 255)
+CAFFE_SCALE = 6.0  # root mean square of these weights' conv5_3 on VOC2007 images
 L2_NORM_SCALE = 20.0  # ParseNet section 3.2, SSD section 3.1
 
 FOCAL_GAMMA = 1.0  # Differs from paper: with its 2 (Focal loss section 5.1) mAP is lower (docs/recipes.md)
@@ -922,11 +923,16 @@ def load_backbone(model: SSD300, state: dict) -> bool:
                          f"{len(own)} of the VGG blocks, or other shapes: take torchvision's vgg16 (with "
                          "--batch-norm vgg16_bn)")
     has_classifier = fc[0] is not None and not fc[0].isnan().any()  # torchvision fills Caffe's with NaN
-    if not has_classifier and not model.batch_norm:
-        model.set_normalisation(CAFFE_MEAN, CAFFE_STD)
+    is_caffe = not has_classifier and not model.batch_norm
+    if is_caffe:
+        model.set_normalisation(CAFFE_MEAN, [CAFFE_SCALE * std for std in CAFFE_STD])
     with torch.no_grad():
         for target, source in zip(own, given, strict=True):
             target.copy_(source)
+            # Caffe's features are divided, so that new layers see numbers around 1: with ReLU it is enough to
+            # divide the images and the biases.
+            if is_caffe and target.ndim == 1:
+                target.div_(CAFFE_SCALE)
         if has_classifier:
             fc6, fc7 = (layer for layer in model.fc if isinstance(layer, nn.Conv2d))
             fc6.weight.copy_(fc[0].view(4096, 512, 7, 7)[::4, :, ::3, ::3])

@@ -312,13 +312,30 @@ def test_weights_without_a_classifier_leave_the_rest_and_switch_the_normalisatio
     own = weights_in(model.blocks.state_dict())
     assert len(own) == 26
     assert changed == {f"blocks.{name}" for name in own} | {"mean", "std"}
-    assert all(torch.equal(a, b) for a, b in zip(own.values(), given.values(), strict=True))
+    for a, b in zip(own.values(), given.values(), strict=True):
+        assert torch.equal(a, b / ssd.CAFFE_SCALE if b.ndim == 1 else b)
     # The authors' network saw 0 to 255 with their training set's mean colour subtracted.
-    expected = [255 - 123.68, 0 - 116.779, 127.5 - 103.939]
+    expected = [(255 - 123.68) / 6, (0 - 116.779) / 6, (127.5 - 103.939) / 6]
     assert normalised(model, [255.0, 0.0, 127.5]) == pytest.approx(expected, abs=1e-3)
     transforms = VGG16_Weights.IMAGENET1K_FEATURES.transforms()  # its mean is rounded to whole steps of 255
     assert model.mean.flatten().tolist() == pytest.approx([255 * v for v in transforms.mean], abs=0.7)
-    assert model.std.flatten().tolist() == pytest.approx([255 * v for v in transforms.std])
+    assert model.std.flatten().tolist() == pytest.approx([6 * 255 * v for v in transforms.std])
+
+
+def test_the_features_of_weights_without_a_classifier_are_those_of_their_network_scaled():
+    model, plain = narrow(), narrow()
+    for name, value in plain.blocks.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(value, std=10.0)
+    own = plain.blocks.state_dict().values()
+    ssd.load_backbone(model, dict(zip(vgg16_features(model), own, strict=True)))
+    images = 255 * torch.rand(2, 3, 300, 300)
+    mean = torch.tensor([123.68, 116.779, 103.939]).view(3, 1, 1)
+    with torch.no_grad():
+        theirs = plain.feature_maps(images - mean)[1]
+        ours = model.feature_maps((images - model.mean) / model.std)[1]
+    assert float(theirs.std()) > 1
+    assert torch.allclose(6 * ours, theirs, atol=1e-4 * float(theirs.max()))
 
 
 def test_a_checkpoint_keeps_the_normalisation(tmp_path):
@@ -329,7 +346,7 @@ def test_a_checkpoint_keeps_the_normalisation(tmp_path):
     ssd.save_checkpoint(tmp_path / "a.pth", content)
     loaded = ssd.model_from_checkpoint(ssd.load_checkpoint(tmp_path / "a.pth"))
     assert loaded.mean.flatten().tolist() == pytest.approx([123.68, 116.779, 103.939])
-    assert loaded.std.flatten().tolist() == pytest.approx([1, 1, 1])
+    assert loaded.std.flatten().tolist() == pytest.approx([6, 6, 6])
 
 
 @pytest.mark.parametrize("changes", [
