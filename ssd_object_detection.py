@@ -97,7 +97,9 @@ L2_NORM_SCALE = 20.0  # ParseNet section 3.2, SSD section 3.1
 
 FOCAL_GAMMA = 1.0  # Differs from paper: with its 2 (Focal loss section 5.1) mAP is lower (docs/recipes.md)
 FOCAL_PRIOR = 0.01  # Focal loss section 4.1, "Initialization"
-SCORE_THRESH, NMS_IOU_THRESH, MAX_DETECTIONS = 0.01, 0.45, 200  # SSD section 2.2, "Inference"
+SCORE_THRESH = 0.01  # this and the next two: SSD section 2.2, "Inference"
+NMS_IOU_THRESH = 0.45
+MAX_DETECTIONS = 200
 PRE_NMS_TOP_K = 1000  # Differs from paper: its code keeps 400 a class, too few for crowded images
 DRAW_SCORE_THRESH = 0.4  # detections below it are left out of pictures
 
