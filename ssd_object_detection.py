@@ -566,7 +566,7 @@ class EpochBatchSampler(torch.utils.data.Sampler):
 def _init_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process ends the run
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.excepthook = lambda *error: None  # errors reach the main process; a pipe that its end breaks is no news
+    sys.excepthook = lambda *error: None  # errors reach the main process; its end breaks pipes, no news
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
