@@ -217,22 +217,16 @@ def match_anchors(gt_boxes: np.ndarray, anchors_xyxy: np.ndarray,
     return matched_gt
 
 
-def build_targets(gt_boxes: Tensor, gt_labels: Tensor, anchors_cxcywh: Tensor,
-                  match_iou_thresh: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Return labels (A,) int64, 0 is background, and box_targets (A, 4), zero for background, of one image.
+def build_targets(matched_gt: Tensor, gt_boxes: Tensor, gt_labels: Tensor,
+                  anchors_cxcywh: Tensor) -> tuple[Tensor, Tensor]:
+    """Return labels (B, A) int64, 0 is background, and box_targets (B, A, 4), without meaning there.
 
-    gt_boxes (G, 4) float32: xyxy in [0, 1]; gt_labels (G,) int64: 1..K. G may be 0.
+    matched_gt (B, A): of `match_anchors`; gt_boxes (B, G, 4): xyxy in [0, 1] and gt_labels (B, G) int64:
+    1..K, filled up to the same G, 1 or more, in every image.
     """
-    centre, size = anchors_cxcywh.split(2, dim=1)
-    anchors_xyxy = torch.cat((centre - size / 2, centre + size / 2), dim=1)
-    matched_gt = torch.from_numpy(match_anchors(gt_boxes.numpy(), anchors_xyxy.numpy(), match_iou_thresh))
-    labels = torch.zeros(len(anchors_cxcywh), dtype=torch.int64)
-    box_targets = torch.zeros_like(anchors_cxcywh)
-    (positive,) = (matched_gt >= 0).nonzero(as_tuple=True)
-    gt = matched_gt[positive]
-    labels[positive] = gt_labels[gt]
-    box_targets[positive] = encode(gt_boxes[gt], anchors_cxcywh[positive])
-    return labels, box_targets
+    gt = matched_gt.long().clamp(min=0)
+    labels = gt_labels.gather(1, gt) * (matched_gt >= 0)
+    return labels, encode(gt_boxes.gather(1, gt[..., None].expand(-1, -1, 4)), anchors_cxcywh)
 
 
 # ---- 5. Data ----
@@ -501,17 +495,20 @@ class VocDataset(torch.utils.data.Dataset):
     """Images with their targets; an item, asked for by (index, epoch), depends on (seed, epoch, index) alone.
 
     So the order, number and restarts of loader processes change nothing. A sample is a dict that torch's own
-    collate stacks: images uint8 (3, 300, 300) RGB, labels (A,) and box_targets (A, 4), see `build_targets`,
-    indices. pixels: of `decode_all`, else each image is read from its file every time.
+    collate stacks: images uint8 (3, 300, 300) RGB, matched_gt (A,) int16 of `match_anchors`, gt_boxes (G, 4)
+    and gt_labels (G,) filled up with zeros to the G of the image with most objects, indices. pixels: of
+    `decode_all`, else each image is read from its file every time.
     """
 
     def __init__(self, records: list[Record], transform: A.Compose, anchors_cxcywh: Tensor, *, seed: int = 0,
                  pixels: list[np.ndarray] | None = None):
         self.records = records
         self.transform = transform
-        self.anchors_cxcywh = anchors_cxcywh
+        centre, size = anchors_cxcywh.numpy()[:, :2], anchors_cxcywh.numpy()[:, 2:]
+        self.anchors_xyxy = np.concatenate((centre - size / 2, centre + size / 2), axis=1)
         self.seed = seed
         self.pixels = pixels
+        self.most_objects = max([1, *(len(record.labels) for record in records)])
 
     def __len__(self) -> int:
         return len(self.records)
@@ -529,38 +526,45 @@ class VocDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
-        image, boxes, gt_labels = self.augment(index, epoch)
-        labels, box_targets = build_targets(torch.from_numpy(boxes), torch.from_numpy(gt_labels),
-                                            self.anchors_cxcywh)
-        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        return {"images": pixels, "labels": labels, "box_targets": box_targets, "indices": index}
+        image, boxes, labels = self.augment(index, epoch)
+        missing = self.most_objects - len(labels)
+        arrays = {
+            "images": np.ascontiguousarray(image.transpose(2, 0, 1)),
+            "matched_gt": match_anchors(boxes, self.anchors_xyxy).astype(np.int16),
+            "gt_boxes": np.pad(boxes, ((0, missing), (0, 0))),
+            "gt_labels": np.pad(labels, (0, missing)),
+        }
+        return {name: torch.from_numpy(array) for name, array in arrays.items()} | {"indices": index}
 
 
 class EpochBatchSampler(torch.utils.data.Sampler):
-    """Yield batches of (index, epoch) in an order that depends on (seed, epoch) alone; set `epoch` before.
+    """Yield the batches of (index, epoch) of each of `epochs`, in an order by (seed, epoch) alone.
 
-    The last, smaller batch is dropped (batch norm, static shapes) unless it is the only one. Of several
-    processes each yields its part of the same batches: every world-th image from its rank on.
+    One pass goes through all epochs, so that the loader prepares the next one while this one is validated.
+    The last, smaller batch of an epoch is dropped (batch norm, static shapes) unless it is the only one. Of
+    several processes each yields its part of the same batches: every world-th image from its rank on.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1):
+    def __init__(self, num_samples: int, batch_size: int, seed: int = 0, *, epochs: Sequence[int] = (0,),
+                 rank: int = 0, world: int = 1):
         self.num_samples = num_samples
         self.batch_size = min(batch_size, num_samples)
-        self.seed = seed
+        self.steps_per_epoch = num_samples // self.batch_size
+        self.seed, self.epochs = seed, epochs
         self.rank, self.world = rank, world
-        self.epoch = 0
         if self.batch_size % world:
             raise InputError(f"{world} processes cannot share a batch of {self.batch_size} images: set "
                              "--batch-size to a multiple of them")
 
     def __len__(self) -> int:
-        return self.num_samples // self.batch_size
+        return self.steps_per_epoch * len(self.epochs)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples).tolist()
-        for number in range(len(self)):
-            batch = order[number * self.batch_size : (number + 1) * self.batch_size]
-            yield [(index, self.epoch) for index in batch[self.rank :: self.world]]
+        for epoch in self.epochs:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples).tolist()
+            for number in range(self.steps_per_epoch):
+                batch = order[number * self.batch_size : (number + 1) * self.batch_size]
+                yield [(index, epoch) for index in batch[self.rank :: self.world]]
 
 
 def _init_worker(_):
@@ -576,7 +580,9 @@ def make_loader(dataset: VocDataset, *, batch_size: int = 1, workers: int = 0, p
     """Return a DataLoader: by an EpochBatchSampler to train, else complete and in order."""
     options = {"batch_sampler": batch_sampler} if batch_sampler else {"batch_size": batch_size}
     if workers:
-        options |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": _init_worker}
+        # The training loader is iterated once. (Kept processes of a pinning one delay an exit by 5 s each.)
+        options |= {"persistent_workers": not batch_sampler, "prefetch_factor": 4}
+        options |= {"worker_init_fn": _init_worker}
         options |= {"multiprocessing_context": "fork" if dataset.pixels else None}  # else each copies them
     generator = torch.Generator()  # else each pass would draw from torch's global one
     return DataLoader(dataset, num_workers=workers, pin_memory=pin_memory, generator=generator, **options)
@@ -958,6 +964,11 @@ def to_device(batch: dict, device: torch.device) -> dict:
     return moved
 
 
+def targets_of(batch: dict, anchors_cxcywh: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the targets of a collated batch for `detection_loss`, see `build_targets`."""
+    return build_targets(batch["matched_gt"], batch["gt_boxes"], batch["gt_labels"], anchors_cxcywh)
+
+
 # ---- 8. Losses ----
 
 
@@ -1032,16 +1043,19 @@ def detect(cls_logits: Tensor, box_deltas: Tensor, anchors_cxcywh: Tensor, *,
     """
     scores = F.softmax(cls_logits.float(), dim=-1)[..., 1:]
     boxes = decode(box_deltas.float(), anchors_cxcywh).clamp(0, 1)
+    has_area = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1, keepdim=True)  # after the cut
+    is_candidate = scores >= score_thresh  # (B, A, K)
+    if is_candidate.sum(dim=1).amax() > PRE_NMS_TOP_K:
+        best = scores.topk(PRE_NMS_TOP_K, dim=1).indices
+        is_candidate &= torch.zeros_like(is_candidate).scatter_(1, best, True)
+    image, anchor, column = (is_candidate & has_area).nonzero(as_tuple=True)
+    order = scores[image, anchor, column].argsort(descending=True, stable=True)
+    order = order[image[order].argsort(stable=True)]  # image by image, best first
+    image, anchor, column = image[order], anchor[order], column[order]
+    counts = image.bincount(minlength=len(boxes)).tolist()
+    columns = (boxes[image, anchor], column + 1, scores[image, anchor, column])
     results = []
-    for image_boxes, image_scores in zip(boxes, scores, strict=True):
-        is_candidate = image_scores >= score_thresh  # (A, K)
-        if is_candidate.sum(dim=0).amax() > PRE_NMS_TOP_K:
-            best = image_scores.topk(PRE_NMS_TOP_K, dim=0).indices
-            is_candidate &= torch.zeros_like(is_candidate).scatter_(0, best, True)
-        has_area = (image_boxes[:, 2:] > image_boxes[:, :2]).all(dim=1, keepdim=True)  # after the cut
-        anchor, column = (is_candidate & has_area).nonzero(as_tuple=True)
-        score, order = image_scores[anchor, column].sort(descending=True, stable=True)
-        found, label = image_boxes[anchor[order]], column[order] + 1
+    for found, label, score in zip(*(part.split(counts) for part in columns), strict=True):
         # Mostly the best few are enough: NMS never looks down the list.
         for count in (5 * max_detections, len(score)):
             keep = batched_nms(found[:count], score[:count], label[:count], nms_iou_thresh)[:max_detections]
@@ -1191,21 +1205,22 @@ def evaluate(model: SSD300, loader: DataLoader, *, amp_dtype: torch.dtype | None
     model.eval()
     device = model.anchors.device
     records = loader.dataset.records
+    sizes = np.array([[record.width, record.height] * 2 for record in records])
     parts, losses = collections.defaultdict(list), collections.defaultdict(float)
     for batch in loader:
         batch = to_device(batch, device)
         with autocast(device, amp_dtype):
             outputs = model(batch["images"])
         if loss is not None:
-            for name, value in loss(outputs, (batch["labels"], batch["box_targets"])).items():
+            for name, value in loss(outputs, targets_of(batch, model.anchors)).items():
                 losses[name] += value.item() * len(batch["images"]) / len(records)
         found = detect(*outputs, model.anchors, **settings)
-        for index, (boxes, labels, scores) in zip(batch["indices"].tolist(), found, strict=True):
-            size = np.array([records[index].width, records[index].height] * 2)
-            parts["image_ids"].append(np.full(len(labels), index))
-            parts["labels"].append(labels.cpu().numpy())
-            parts["scores"].append(scores.cpu().numpy())
-            parts["boxes_px"].append(to_voc_pixels(boxes.cpu().numpy() * size))
+        boxes, labels, scores = (torch.cat(column).cpu().numpy() for column in zip(*found, strict=True))
+        indices = np.repeat(batch["indices"].tolist(), [len(one[0]) for one in found])
+        parts["image_ids"].append(indices)
+        parts["labels"].append(labels)
+        parts["scores"].append(scores)
+        parts["boxes_px"].append(to_voc_pixels(boxes * sizes[indices]))
     detections = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     return {**score_detections(detections, records, model.num_classes), **losses}
 
@@ -1672,8 +1687,8 @@ def train_step(state: TrainState, batch: dict, loss: Callable, *, lr: float, cli
     before = [buffer.clone() for buffer in buffers]
     with autocast(state.model.anchors.device, amp_dtype):
         outputs = state.network(batch["images"])
-    num_positive = mean_over_processes((batch["labels"] > 0).sum().float())
-    losses = loss(outputs, (batch["labels"], batch["box_targets"]), num_positive=num_positive)
+    num_positive = mean_over_processes((batch["matched_gt"] >= 0).sum().float())
+    losses = loss(outputs, targets_of(batch, state.model.anchors), num_positive=num_positive)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.zero_grad(set_to_none=True)
@@ -1692,21 +1707,23 @@ def train_step(state: TrainState, batch: dict, loss: Callable, *, lr: float, cli
     return dict(zip(losses, values, strict=True)) if is_finite else None
 
 
-def train_one_epoch(state: TrainState, loader: DataLoader, loss: Callable, args: Namespace, *,
-                    amp_dtype: torch.dtype | None = None) -> dict:
+def train_one_epoch(state: TrainState, loader: DataLoader, batches: Iterator, loss: Callable,
+                    args: Namespace, *, amp_dtype: torch.dtype | None = None) -> dict:
     """Train for an epoch; returns columns of metrics.jsonl, data_wait is the share of time the loader took.
 
-    Raises InputError that names the images after three steps in a row whose gradient was not finite.
+    batches: iter(loader), which goes on into the next epoch. Raises InputError that names the images after
+    three steps in a row whose gradient was not finite.
     """
-    records, steps = loader.dataset.records, len(loader)
+    records, sampler = loader.dataset.records, loader.batch_sampler
+    steps = sampler.steps_per_epoch
     limit = min(steps, 25 if state.scaler.is_enabled() else MAX_SKIPPED_STEPS)  # float16 seeks its scale
-    loader.batch_sampler.epoch = state.epoch
     state.model.train()
     totals = collections.defaultdict(float)
     skipped = in_a_row = 0
     waited, start = 0.0, time.perf_counter()
     is_quiet = not sys.stderr.isatty() or process_rank()[0] > 0
-    bar = tqdm(loader, f"epoch {state.epoch + 1}/{args.epochs}", leave=False, disable=is_quiet)
+    bar = tqdm(itertools.islice(batches, steps), f"epoch {state.epoch + 1}/{args.epochs}", steps, leave=False,
+               disable=is_quiet)
     ready = start
     for number, batch in enumerate(bar, start=1):
         waited += time.perf_counter() - ready
@@ -1731,7 +1748,7 @@ def train_one_epoch(state: TrainState, loader: DataLoader, loss: Callable, args:
     means = mean_over_processes(sums / (steps - skipped)).tolist()
     row = {f"train_{name}": mean for name, mean in zip(totals, means, strict=True)}
     row |= {"lr": lr, "skipped": skipped, "data_wait": waited / seconds}
-    return row | {"images_per_s": steps * loader.batch_sampler.batch_size / seconds}
+    return row | {"images_per_s": steps * sampler.batch_size / seconds}
 
 
 def epoch_line(row: dict, epochs: int) -> str:
@@ -1752,6 +1769,7 @@ def fit(state: TrainState, loaders: tuple, args: Namespace, *, loss: Callable, a
     draws the plots. The first process alone validates, writes and draws.
     """
     train_loader, val_loader = loaders
+    batches = iter(train_loader)
 
     def validate():
         settings = {"amp_dtype": amp_dtype, "nms_iou_thresh": args.nms_iou}
@@ -1766,7 +1784,7 @@ def fit(state: TrainState, loaders: tuple, args: Namespace, *, loss: Callable, a
             break
         start = time.perf_counter()
         row = {"epoch": state.epoch + 1}
-        row |= train_one_epoch(state, train_loader, loss, args, amp_dtype=amp_dtype)
+        row |= train_one_epoch(state, train_loader, batches, loss, args, amp_dtype=amp_dtype)
         if val_loader and (row["epoch"] == args.epochs or row["epoch"] % args.eval_interval == 0):
             row |= from_first_process(validate)
         row["seconds"] = round(time.perf_counter() - start, 3)
@@ -1803,7 +1821,9 @@ def build_state(args: Namespace, num_classes: int, device: torch.device,
     model.freeze_blocks(args.freeze_blocks)
     if world > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # there is no such layer for CPUs
-    network = torch.compile(model, dynamic=False) if args.compile else model
+    # CUDA graphs: loader processes beside it slow down the launching of 500 kernels a step.
+    mode = "reduce-overhead" if device.type == "cuda" and world == 1 else None
+    network = torch.compile(model, dynamic=False, mode=mode) if args.compile else model
     if world > 1:
         ids = [device] if device.type == "cuda" else None
         network = nn.parallel.DistributedDataParallel(network, device_ids=ids)
@@ -2131,8 +2151,9 @@ def prepare_device(args: Namespace, device: torch.device) -> torch.dtype | None:
         torch.backends.cudnn.benchmark = True  # the shapes stay the same
     cv2.setNumThreads(0)
     torch.manual_seed(args.seed)  # order and augmentation have generators of their own, see VocDataset
-    if args.workers is None:  # one a core beside a GPU; on a CPU torch's threads want the cores
-        args.workers = min(16, usable_cores()) if device.type != "cpu" else int(usable_cores() > 2)
+    if args.workers is None:  # beside a GPU all but two cores' worth; on a CPU torch's threads want the cores
+        cores = usable_cores()
+        args.workers = int(cores > 2) if device.type == "cpu" else max(1, min(16, cores - 2))
     if args.compile is None:
         args.compile = device.type == "cuda"
     return pick_amp_dtype(device, args.amp)
@@ -2144,13 +2165,16 @@ def plain_loader(args: Namespace, records: list[Record], model: SSD300) -> DataL
     return make_loader(dataset, batch_size=args.batch_size, workers=args.workers)
 
 
-def make_loaders(args: Namespace, data: DataSplits, model: SSD300, dataset_class: type) -> tuple:
-    """Return the loaders of training, and of validation (None if nothing is held out)."""
+def make_loaders(args: Namespace, data: DataSplits, state: TrainState, dataset_class: type) -> tuple:
+    """Return the loaders of the epochs to come, and of validation (None if nothing is held out)."""
+    model = state.model
     steps = ("zoom_out", "crop", "color", "shadow", "noise", "blur")
     transform = build_transform(train=True, **{name: getattr(args, name) for name in steps})
     pixels = decode_all(data.train) if args.cache else None
     train = dataset_class(data.train, transform, model.anchors.cpu(), seed=args.seed, pixels=pixels)
-    sampler = EpochBatchSampler(len(train), args.batch_size, args.seed, *process_rank())
+    rank, world = process_rank()
+    epochs = range(state.epoch, args.epochs)
+    sampler = EpochBatchSampler(len(train), args.batch_size, args.seed, epochs=epochs, rank=rank, world=world)
     is_cuda = model.anchors.device.type == "cuda"
     train_loader = make_loader(train, workers=args.workers, pin_memory=is_cuda, batch_sampler=sampler)
     return train_loader, plain_loader(args, data.val, model) if data.val else None
@@ -2252,7 +2276,7 @@ def run_training(args: Namespace, *, loss: Callable | None = None, dataset_class
     state, config = build_state(args, len(data.classes), device, amp_dtype)
     if args.resume:
         resume_state(state, data.classes, checkpoints)
-    loaders = make_loaders(args, data, state.model, dataset_class)
+    loaders = make_loaders(args, data, state, dataset_class)
     print_header(args, data, state.model, amp_dtype)
     flags = {name: value for name, value in vars(args).items() if name not in MACHINE_FLAGS}
     writer = CheckpointWriter(checkpoints, {"config": config, "classes": list(data.classes), "args": flags})

@@ -20,11 +20,13 @@ def own_epoch(args, records, num_classes, device, amp_dtype):
     state, flags = common.make_state(num_classes, device, amp_dtype, **options)
     pixels = ssd.decode_all(records) if args.cache else None
     dataset = ssd.VocDataset(records, ssd.build_transform(train=True), ssd.make_anchors(), pixels=pixels)
-    loader = ssd.make_loader(dataset, workers=args.workers, pin_memory=device.type == "cuda",
-                             batch_sampler=ssd.EpochBatchSampler(len(records), args.batch_size))
+    sampler = ssd.EpochBatchSampler(len(records), args.batch_size, epochs=range(args.rounds + 1))
+    pin_memory = device.type == "cuda"
+    loader = ssd.make_loader(dataset, workers=args.workers, pin_memory=pin_memory, batch_sampler=sampler)
+    batches = iter(loader)
 
     def epoch():
-        ssd.train_one_epoch(state, loader, ssd.detection_loss, flags, amp_dtype=amp_dtype)
+        ssd.train_one_epoch(state, loader, batches, ssd.detection_loss, flags, amp_dtype=amp_dtype)
         state.epoch += 1
 
     return epoch

@@ -8,20 +8,23 @@ copied one by one as its reference training does. This project's samples are mat
     python benchmarks/loader.py --device cuda --workers 4 8 16 --images 1000 --json loader.json
 """
 
+import itertools
+
 import common
 from common import ssd
 
 
-def own_epoch(records, workers, batch_size, device, pixels):
+def own_epoch(records, workers, batch_size, device, pixels, epochs):
     """Return a function that runs one more epoch of this project's loader."""
     dataset = ssd.VocDataset(records, ssd.build_transform(train=True), ssd.make_anchors(), pixels=pixels)
-    sampler = ssd.EpochBatchSampler(len(records), batch_size)
+    sampler = ssd.EpochBatchSampler(len(records), batch_size, epochs=range(epochs))
     pin_memory = device.type == "cuda"
     loader = ssd.make_loader(dataset, workers=workers, pin_memory=pin_memory, batch_sampler=sampler)
 
+    batches = iter(loader)
+
     def epoch():
-        sampler.epoch += 1
-        for batch in loader:
+        for batch in itertools.islice(batches, sampler.steps_per_epoch):
             ssd.to_device(batch, device)
 
     return epoch
@@ -54,8 +57,8 @@ def main(argv=None):
     for workers in args.workers:
         common_args = records, workers, size, device
         cases[f"torchvision, {workers} workers"] = peer_epoch(*common_args)
-        cases[f"files, {workers} workers"] = own_epoch(*common_args, pixels=None)
-        cases[f"cache, {workers} workers"] = own_epoch(*common_args, pixels=pixels)
+        cases[f"files, {workers} workers"] = own_epoch(*common_args, None, args.rounds + 1)
+        cases[f"cache, {workers} workers"] = own_epoch(*common_args, pixels, args.rounds + 1)
     times = common.time_in_turns(cases, args.rounds, device, least=0)
     peer_of = {name: f"torchvision,{name.split(',')[1]}" for name in cases}
     rows = common.rows_of(times, peer_of, images=len(records) // size * size)

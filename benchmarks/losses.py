@@ -14,7 +14,7 @@ indices; the targets are made in its loss. `loss` begins with what was matched a
 import common
 import torch
 from common import ssd
-from torchvision.ops import box_iou
+from torchvision.ops import box_convert, box_iou
 
 
 def peer_match(model, targets, anchors):
@@ -48,18 +48,20 @@ def make_cases(batch, truth, num_classes):
     peer_head = dict(zip(("cls_logits", "bbox_regression"), peer_outputs, strict=True))
     anchors = ssd.make_anchors()
     outputs = random_outputs(size, len(anchors), num_classes, device)
-    targets = batch["labels"], batch["box_targets"]
+    on_device = anchors.to(device)
+    anchors_xyxy = box_convert(anchors, "cxcywh", "xyxy").numpy()
 
     def peer_loss():
         losses = peer.compute_loss(peer_targets, peer_head, [peer_anchors] * size, peer_matched)
         torch.autograd.grad(sum(losses.values()), peer_outputs)
 
     def own_loss(loss):
+        targets = ssd.targets_of(batch, on_device)  # torchvision's loss encodes the boxes too
         torch.autograd.grad(ssd.detection_loss(outputs, targets, loss=loss)["loss"], outputs)
 
     return {
         "torchvision match": lambda: peer_match(peer, peer_targets, peer_anchors),
-        "match": lambda: [ssd.build_targets(boxes, labels, anchors) for boxes, labels in truth],
+        "match": lambda: [ssd.match_anchors(boxes.numpy(), anchors_xyxy) for boxes, _ in truth],
         "torchvision loss": peer_loss,
         "multibox loss": lambda: own_loss("multibox"),
         "focal loss": lambda: own_loss("focal"),

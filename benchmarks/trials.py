@@ -14,7 +14,7 @@ import common
 import numpy as np
 import torch
 from common import ssd
-from torchvision.ops import box_convert, distance_box_iou_loss
+from torchvision.ops import distance_box_iou_loss
 
 
 def diou_detection_loss(outputs, targets, *, anchors_cxcywh, box_weight=5.0, num_positive=None, **settings):
@@ -76,18 +76,10 @@ class AtssDataset(ssd.VocDataset):
     largest = np.inf
 
     def __getitem__(self, key):
-        index, epoch = key if isinstance(key, tuple) else (key, 0)
-        image, boxes, gt_labels = self.augment(index, epoch)
-        anchors_xyxy = box_convert(self.anchors_cxcywh, "cxcywh", "xyxy").numpy()
-        matched_gt = atss_match(boxes, anchors_xyxy, largest=self.largest)
-        (positive,) = np.nonzero(matched_gt >= 0)
-        gt = matched_gt[positive]
-        labels = torch.zeros(len(matched_gt), dtype=torch.int64)
-        labels[positive] = torch.from_numpy(gt_labels[gt])
-        box_targets = torch.zeros_like(self.anchors_cxcywh)
-        box_targets[positive] = ssd.encode(torch.from_numpy(boxes[gt]), self.anchors_cxcywh[positive])
-        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        return {"images": pixels, "labels": labels, "box_targets": box_targets, "indices": index}
+        sample = super().__getitem__(key)
+        boxes = sample["gt_boxes"][sample["gt_labels"] > 0].numpy()
+        matched_gt = atss_match(boxes, self.anchors_xyxy, largest=self.largest)
+        return sample | {"matched_gt": torch.from_numpy(matched_gt.astype(np.int16))}
 
 
 class SmallAtssDataset(AtssDataset):

@@ -5,8 +5,12 @@ import math
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.ops import box_convert
 
 import ssd_object_detection as ssd
+
+ANCHORS = ssd.make_anchors()
+ANCHORS_XYXY = box_convert(ANCHORS, "cxcywh", "xyxy").numpy()
 
 
 def iou(a, b, extra=0.0):
@@ -114,3 +118,20 @@ def red_box(size, box):
     pixels = np.zeros((size[1], size[0], 3), np.uint8)
     pixels[box[1] : box[3], box[0] : box[2], 0] = 255
     return Image.fromarray(pixels)
+
+
+def batch(boxes, labels):
+    """The targets' part of a batch of images with boxes (G, 4), tensors, and labels (G,), sequences."""
+    most = max([1, *map(len, boxes)])
+    matched = [ssd.match_anchors(one.numpy(), ANCHORS_XYXY).astype(np.int16) for one in boxes]
+    out = {"matched_gt": torch.from_numpy(np.stack(matched)), "gt_boxes": torch.zeros(len(boxes), most, 4),
+           "gt_labels": torch.zeros(len(boxes), most, dtype=torch.int64)}
+    for row, (one, named) in enumerate(zip(boxes, labels, strict=True)):
+        out["gt_boxes"][row, : len(one)] = one
+        out["gt_labels"][row, : len(one)] = torch.as_tensor(list(named), dtype=torch.int64)
+    return out
+
+
+def targets(boxes, labels):
+    """labels (B, A) and box_targets (B, A, 4) of images, see `batch`."""
+    return ssd.targets_of(batch(boxes, labels), ANCHORS)

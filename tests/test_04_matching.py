@@ -144,7 +144,7 @@ def test_no_ground_truth_makes_every_anchor_background():
 def test_targets_carry_label_and_encoded_box_of_the_match():
     gt_boxes = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.5, 0.4, 0.9, 0.8]])
     gt_labels = torch.tensor([7, 3])
-    labels, box_targets = ssd.build_targets(gt_boxes, gt_labels, ANCHORS)
+    labels, box_targets = (part[0] for part in reference.targets([gt_boxes], [gt_labels]))
     matched = torch.from_numpy(ssd.match_anchors(gt_boxes.numpy(), ANCHORS_XYXY))
     assert labels.shape == (9966,)
     assert labels.dtype == torch.int64
@@ -152,7 +152,7 @@ def test_targets_carry_label_and_encoded_box_of_the_match():
     assert box_targets.dtype == torch.float32
     is_positive = matched >= 0
     assert not labels[~is_positive].any()
-    assert not box_targets[~is_positive].any()
+    assert torch.isfinite(box_targets).all()
     assert labels.unique().tolist() == [0, 3, 7]
     assert torch.equal(labels[is_positive], gt_labels[matched[is_positive]])
     recovered = ssd.decode(box_targets, ANCHORS)[is_positive]
@@ -160,20 +160,24 @@ def test_targets_carry_label_and_encoded_box_of_the_match():
 
 
 @pytest.mark.parametrize("thresh", [0.35, 0.5, 0.7])
-def test_targets_use_the_threshold(thresh):
+def test_matching_uses_the_threshold(thresh):
     box = [0.2, 0.2, 0.6, 0.6]
-    labels, _ = ssd.build_targets(torch.tensor([box]), torch.tensor([1]), ANCHORS, thresh)
+    matched = ssd.match_anchors(np.array([box]), ANCHORS_XYXY, thresh)
     overlaps = [reference.iou(box, anchor) for anchor in ANCHORS_XYXY.tolist()]
-    assert labels.sum().item() == max(1, sum(overlap >= thresh for overlap in overlaps))
+    assert (matched == 0).sum() == max(1, sum(overlap >= thresh for overlap in overlaps))
 
 
-def test_targets_without_ground_truth_are_all_background():
-    labels, box_targets = ssd.build_targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), ANCHORS)
-    assert labels.shape == (9966,)
-    assert labels.dtype == torch.int64
-    assert box_targets.shape == (9966, 4)
-    assert not labels.any()
-    assert not box_targets.any()
+def test_images_share_a_batch_whatever_they_hold():
+    boxes = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.5, 0.4, 0.9, 0.8]])
+    labels, box_targets = reference.targets([torch.zeros(0, 4), boxes, boxes[1:]], [[], [7, 3], [3]])
+    assert (labels.shape, labels.dtype) == ((3, 9966), torch.int64)
+    assert box_targets.shape == (3, 9966, 4)
+    assert torch.isfinite(box_targets).all()
+    assert not labels[0].any()
+    for row, (one, named) in enumerate([(boxes, [7, 3]), (boxes[1:], [3])], start=1):
+        alone, targets = reference.targets([one], [named])
+        assert torch.equal(labels[row], alone[0])
+        assert torch.equal(box_targets[row][alone[0] > 0], targets[0][alone[0] > 0])
 
 
 def test_targets_of_a_crowd_name_every_object():
@@ -181,5 +185,5 @@ def test_targets_of_a_crowd_name_every_object():
     rng = np.random.default_rng(0)
     low = torch.from_numpy(rng.uniform(0, 0.9, (100, 2))).float()
     gt_boxes = torch.cat((low, low + 0.03), dim=1)
-    labels, _ = ssd.build_targets(gt_boxes, torch.arange(1, 101), ANCHORS)
+    labels, _ = reference.targets([gt_boxes], [range(1, 101)])
     assert labels.unique().tolist() == list(range(101))

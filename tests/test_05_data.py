@@ -196,7 +196,7 @@ def test_a_damaged_file_is_an_input_error_or_trained_through(tmp_path_factory, d
     except ssd.InputError as error:
         message = str(error)
     if message is None:
-        assert torch.isfinite(sample["box_targets"]).all()
+        assert torch.isfinite(sample["gt_boxes"]).all()
     else:
         assert "b.xml" in message or "b.jpg" in message
 
@@ -296,8 +296,8 @@ def test_images_without_objects_are_legal(tmp_path):
     assert empty.labels.shape == empty.difficult.shape == (0,)
     for train in (False, True):
         sample = ssd.VocDataset(data.train, ssd.build_transform(train=train), ANCHORS)[0]
-        assert not sample["labels"].any()
-        assert not sample["box_targets"].any()
+        assert (sample["matched_gt"] == -1).all()
+        assert not sample["gt_labels"].any()
 
 
 def test_a_training_list_without_any_object_is_an_input_error(tmp_path):
@@ -490,22 +490,20 @@ def equal(a, b):
 def test_a_sample_has_the_documented_form(records):
     sample = dataset_of(records)[2, 0]
     forms = {name: (tuple(v.shape), v.dtype) for name, v in sample.items() if name != "indices"}
-    assert forms == {"images": ((3, 300, 300), torch.uint8), "labels": ((9966,), torch.int64),
-                     "box_targets": ((9966, 4), torch.float32)}
+    assert forms == {"images": ((3, 300, 300), torch.uint8), "matched_gt": ((9966,), torch.int16),
+                     "gt_boxes": ((2, 4), torch.float32), "gt_labels": ((2,), torch.int64)}
     assert sample["indices"] == 2
 
 
 def test_a_plain_sample_is_the_resized_image_with_the_targets_of_its_boxes(records):
     sample = dataset_of(records, train=False)[5]
     assert (sample["images"] == 50).all()
-    labels, box_targets = ssd.build_targets(
-        torch.from_numpy(records[5].boxes), torch.from_numpy(records[5].labels), ANCHORS
-    )
-    assert torch.equal(sample["labels"], labels)
-    torch.testing.assert_close(sample["box_targets"], box_targets)
-    positive = labels > 0
-    boxes = ssd.decode(sample["box_targets"][positive], ANCHORS[positive])
-    expected = torch.from_numpy(records[5].boxes)[labels[positive] - 1]  # labels 1 and 2, in this order
+    np.testing.assert_allclose(sample["gt_boxes"], records[5].boxes)
+    assert sample["gt_labels"].tolist() == records[5].labels.tolist() == [1, 2]
+    labels, box_targets = ssd.targets_of(torch.utils.data.default_collate([sample]), ANCHORS)
+    positive = labels[0] > 0
+    boxes = ssd.decode(box_targets[0, positive], ANCHORS[positive])
+    expected = torch.from_numpy(records[5].boxes)[labels[0, positive] - 1]  # labels 1 and 2, in this order
     torch.testing.assert_close(boxes, expected, atol=1e-5, rtol=0)
 
 
@@ -545,7 +543,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(records):
     assert not torch.equal(dataset[2, 4]["images"], first["images"])
     assert not torch.equal(dataset_of(records, seed=5)[2, 3]["images"], first["images"])
     # Images 2 and 5 differ by a constant only; so would their augmented versions if the index did not count.
-    assert not torch.equal(dataset[5, 3]["box_targets"], first["box_targets"])
+    assert not torch.equal(dataset[5, 3]["gt_boxes"][0], first["gt_boxes"][0])
 
 
 def test_an_index_alone_means_epoch_zero(records):
@@ -610,9 +608,12 @@ def test_the_order_depends_on_seed_and_epoch_and_covers_all():
     assert [len(batch) for batch in first] == [4, 4, 4]
     assert sorted(i for batch in first for i, _ in batch) == list(range(12))
     assert {epoch for batch in first for _, epoch in batch} == {0}
-    sampler.epoch = 1
-    assert {epoch for batch in sampler for _, epoch in batch} == {1}
-    assert [i for batch in sampler for i, _ in batch] != [i for batch in first for i, _ in batch]
+    second = list(ssd.EpochBatchSampler(12, 4, seed=7, epochs=[1]))
+    assert {epoch for batch in second for _, epoch in batch} == {1}
+    assert [i for batch in second for i, _ in batch] != [i for batch in first for i, _ in batch]
+    both = ssd.EpochBatchSampler(12, 4, seed=7, epochs=range(2))
+    assert list(both) == first + second
+    assert (len(both), both.steps_per_epoch) == (6, 3)
     assert list(ssd.EpochBatchSampler(12, 4, seed=8)) != first
 
 
@@ -625,23 +626,24 @@ def test_the_last_smaller_batch_is_dropped_unless_it_is_the_only_one(count, batc
 
 def test_several_processes_share_the_batches_of_one():
     whole = list(ssd.EpochBatchSampler(14, 6, seed=2))
-    parts = [list(ssd.EpochBatchSampler(14, 6, 2, rank, 3)) for rank in range(3)]
+    parts = [list(ssd.EpochBatchSampler(14, 6, 2, rank=rank, world=3)) for rank in range(3)]
     assert [[len(batch) for batch in part] for part in parts] == [[2, 2]] * 3
     for number, batch in enumerate(whole):
         assert sorted(batch) == sorted(sample for part in parts for sample in part[number])
 
 
 def test_a_batch_that_processes_cannot_share_is_an_input_error():
-    assert "--batch-size" in input_error(ssd.EpochBatchSampler, 100, 8, 0, 0, 3)
-    assert "a batch of 5 images" in input_error(ssd.EpochBatchSampler, 5, 8, 0, 0, 2)
+    assert "--batch-size" in input_error(ssd.EpochBatchSampler, 100, 8, world=3)
+    assert "a batch of 5 images" in input_error(ssd.EpochBatchSampler, 5, 8, world=2)
 
 
 def test_a_batch_stacks_its_samples(records):
     dataset = dataset_of(records)
     (batch,) = ssd.make_loader(dataset, batch_size=6)
     forms = {name: (tuple(value.shape), value.dtype) for name, value in batch.items()}
-    assert forms == {"images": ((6, 3, 300, 300), torch.uint8), "labels": ((6, 9966), torch.int64),
-                     "box_targets": ((6, 9966, 4), torch.float32), "indices": ((6,), torch.int64)}
+    assert forms == {"images": ((6, 3, 300, 300), torch.uint8), "matched_gt": ((6, 9966), torch.int16),
+                     "gt_boxes": ((6, 2, 4), torch.float32), "gt_labels": ((6, 2), torch.int64),
+                     "indices": ((6,), torch.int64)}
     assert equal({name: value[4] for name, value in batch.items()}, dataset[4])
 
 
@@ -650,12 +652,8 @@ def test_loader_processes_change_nothing(records, in_memory):
     batches = {}
     for workers in (0, 2):
         dataset = dataset_of(records, seed=1, pixels=ssd.decode_all(records) if in_memory else None)
-        sampler = ssd.EpochBatchSampler(len(dataset), 2, seed=1)
-        loader = ssd.make_loader(dataset, workers=workers, batch_sampler=sampler)
-        batches[workers] = []
-        for epoch in (0, 1):
-            sampler.epoch = epoch
-            batches[workers] += list(loader)
+        sampler = ssd.EpochBatchSampler(len(dataset), 2, seed=1, epochs=range(2))
+        batches[workers] = list(ssd.make_loader(dataset, workers=workers, batch_sampler=sampler))
     assert len(batches[0]) == 6
     assert all(equal(a, b) for a, b in zip(batches[0], batches[2], strict=True))
     first, second = (torch.cat([b["images"][b["indices"] == 2] for b in part])

@@ -172,9 +172,7 @@ def test_batch_without_objects_has_a_finite_loss_that_still_teaches_background(l
 @pytest.mark.parametrize("loss", ["focal", "multibox"])
 def test_one_empty_image_of_several_teaches_background(loss):
     boxes = torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.4, 0.4, 0.9, 0.8]])
-    images = [ssd.build_targets(boxes, torch.tensor([1, 2]), ANCHORS),
-              ssd.build_targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), ANCHORS)]
-    labels, box_targets = (torch.stack(parts) for parts in zip(*images, strict=True))
+    labels, box_targets = reference.targets([boxes, torch.zeros(0, 4)], [[1, 2], []])
     logits = torch.zeros(2, 9966, 3, requires_grad=True)
     deltas = torch.zeros(2, 9966, 4, requires_grad=True)
     losses = ssd.detection_loss((logits, deltas), (labels, box_targets), loss=loss)
@@ -259,7 +257,7 @@ def test_a_narrow_network_learns_a_few_images_by_heart(tmp_path, loss):
     model = ssd.SSD300(2, width=0.125, batch_norm=True, prior_prob=0.01 if loss == "focal" else None)
     assert ssd.evaluate(model, loader)["map_area"] < 0.5  # else learning would prove nothing
     batch = next(iter(loader))
-    targets = batch["labels"], batch["box_targets"]
+    targets = ssd.targets_of(batch, ANCHORS)
     steps = 40
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from torch import nn
 from torch._inductor.exc import InductorError
@@ -84,14 +85,10 @@ def torchrun(*command, cwd, code=0):
 def test_gradient_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path):
     generator = torch.Generator().manual_seed(0)
     # One process gets images with 3 and 1 objects, the other with none and 2: each counts other positives.
-    targets = []
-    for labels in ([1, 2, 3], [], [2], [3, 1]):
-        low = torch.rand(len(labels), 2, generator=generator) * 0.5
-        boxes = torch.cat((low, low + 0.4), dim=1)
-        targets.append(ssd.build_targets(boxes, torch.tensor(labels, dtype=torch.int64), ssd.make_anchors()))
-    batch = {"images": torch.randint(0, 256, (4, 3, 300, 300), dtype=torch.uint8, generator=generator),
-             "labels": torch.stack([labels for labels, _ in targets]),
-             "box_targets": torch.stack([boxes for _, boxes in targets])}
+    labels = ([1, 2, 3], [], [2], [3, 1])
+    low = [torch.rand(len(one), 2, generator=generator) * 0.5 for one in labels]
+    batch = reference.batch([torch.cat((corner, corner + 0.4), dim=1) for corner in low], labels)
+    batch["images"] = torch.randint(0, 256, (4, 3, 300, 300), dtype=torch.uint8, generator=generator)
     torch.save(batch, tmp_path / "batch.pt")
     (tmp_path / "script.py").write_text(GRADIENTS)
     torchrun("script.py", cwd=tmp_path)
@@ -157,7 +154,7 @@ def test_with_compile_the_compiled_network_trains_and_the_checkpoint_has_the_pla
     calls = []
 
     class Compiled(nn.Module):
-        def __init__(self, model, dynamic):
+        def __init__(self, model, dynamic, mode):
             super().__init__()
             self.inner = model
 

@@ -48,9 +48,14 @@ def records(tiny_voc):
     return ssd.load_data(str(tiny_voc), val_split="val").train
 
 
-def loader_of(records, batch_size=4, *, train=False):
+def loader_of(records, batch_size=4, *, train=False, epochs=(0,)):
     dataset = ssd.VocDataset(records, ssd.build_transform(train=train), ssd.make_anchors())
-    return ssd.make_loader(dataset, batch_sampler=ssd.EpochBatchSampler(len(records), batch_size))
+    sampler = ssd.EpochBatchSampler(len(records), batch_size, epochs=epochs)
+    return ssd.make_loader(dataset, batch_sampler=sampler)
+
+
+def train_once(state, loader, loss, args):
+    return ssd.train_one_epoch(state, loader, iter(loader), loss, args)
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +386,7 @@ def test_a_skipped_step_is_named_counted_and_left_out_of_the_means(records, caps
         return losses[-1]
 
     loader = loader_of(records, 2)
-    row = ssd.train_one_epoch(state, loader, watched, args)
+    row = train_once(state, loader, watched, args)
     assert row["skipped"] == 1
     assert state.step == 3
     good = [one["loss"].item() for one in losses if math.isfinite(one["loss"].item())]
@@ -396,7 +401,7 @@ def test_three_skipped_steps_in_a_row_end_the_epoch_and_name_the_images(records)
     state, args = tiny_state()
     before, loader = everything(state), loader_of(records, 2)
     with pytest.raises(ssd.InputError, match="3 in a row") as caught:
-        ssd.train_one_epoch(state, loader, poisoning(args, 0, 1, 2), args)
+        train_once(state, loader, poisoning(args, 0, 1, 2), args)
     assert_equal(everything(state), before)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
@@ -406,7 +411,7 @@ def test_three_skipped_steps_in_a_row_end_the_epoch_and_name_the_images(records)
 
 def test_skipped_steps_with_good_ones_between_do_not_end_the_epoch(records):
     state, args = tiny_state()
-    row = ssd.train_one_epoch(state, loader_of(records, 1), poisoning(args, 0, 1, 3, 4, 6, 7), args)
+    row = train_once(state, loader_of(records, 1), poisoning(args, 0, 1, 3, 4, 6, 7), args)
     assert row["skipped"] == 6
 
 
@@ -442,7 +447,7 @@ def test_a_run_that_gets_no_finite_gradient_ends_with_exit_code_2_and_loses_noth
 def test_an_epoch_returns_finite_means_and_counts_its_steps(records):
     state, args = tiny_state()
     loader = loader_of(records, 3, train=True)  # 8 images: two steps, the rest is dropped
-    row = ssd.train_one_epoch(state, loader, loss_of(args), args)
+    row = train_once(state, loader, loss_of(args), args)
     assert state.step == 2
     assert state.epoch == 0  # `fit` counts epochs
     for name in ("train_loss", "train_loss_cls", "train_loss_box", "images_per_s", "data_wait"):
@@ -454,18 +459,20 @@ def test_an_epoch_returns_finite_means_and_counts_its_steps(records):
 
 def test_each_epoch_asks_for_its_own_order_and_augmentation(records):
     state, args = tiny_state()
-    loader, seen = loader_of(records, 8, train=True), []
+    loader, seen = loader_of(records, 8, train=True, epochs=(0, 1, 0)), []
 
     def watched(outputs, targets, **more):
         seen.append([value.clone() for value in targets])
         return loss_of(args)(outputs, targets, **more)
 
+    batches = iter(loader)
     for epoch in (0, 1, 0):
         state.epoch = state.step = epoch
-        ssd.train_one_epoch(state, loader, watched, args)
+        ssd.train_one_epoch(state, loader, batches, watched, args)
+    assert next(batches, None) is None
     assert_equal(seen[0], seen[2])
     assert not torch.equal(seen[0][0], seen[1][0])
-    rows = [sorted(boxes.sum().item() for boxes in targets[1]) for targets in seen]
+    rows = [sorted(labels.sum().item() for labels in targets[0]) for targets in seen]
     assert rows[0] != pytest.approx(rows[1])  # not the same samples in another order
 
 
@@ -476,7 +483,7 @@ def test_batches_in_which_some_or_all_images_have_no_object_train(make_voc, tmp_
     assert sum(len(r.labels) == 0 for r in records) == 4 // empty_every
     state, args = tiny_state()
     before = weights(state)
-    row = ssd.train_one_epoch(state, loader_of(records, 2, train=True), loss_of(args), args)
+    row = train_once(state, loader_of(records, 2, train=True), loss_of(args), args)
     assert math.isfinite(row["train_loss"])
     assert row["train_loss_cls"] > 0
     assert (row["train_loss_box"] == 0) == (empty_every == 1)
@@ -489,7 +496,7 @@ def test_a_few_images_are_learnt_by_heart(records):
     loader = loader_of(records[:4])
     for epoch in range(args.epochs):
         state.epoch = epoch
-        ssd.train_one_epoch(state, loader, loss_of(args), args)
+        train_once(state, loader, loss_of(args), args)
     dataset = ssd.VocDataset(records[:4], ssd.build_transform(train=False), ssd.make_anchors())
     assert ssd.evaluate(state.ema.model, ssd.make_loader(dataset, batch_size=4))["map_area"] > 0.95
 

@@ -98,7 +98,7 @@ def test_peer_gets_the_boxes_of_its_own_image(tiny_voc):
     image, target = common.PeerDataset([record], train=False, resize=False)[0]
     assert image.shape[1:] == (record.height, record.width)
     batch, truth = common.make_batch([record], torch.device("cpu"), batch_size=2)
-    assert batch["labels"].shape == (2, len(common.ssd.make_anchors()))
+    assert batch["matched_gt"].shape == (2, len(common.ssd.make_anchors()))
     torch.testing.assert_close(truth[1][0], torch.from_numpy(record.boxes), atol=1e-5, rtol=0)
     (peer, _) = common.peer_targets(truth, torch.device("cpu"))
     torch.testing.assert_close(peer["boxes"], 300 * torch.from_numpy(record.boxes), atol=1e-2, rtol=0)

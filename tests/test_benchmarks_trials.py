@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,8 +30,7 @@ def no_step(monkeypatch):
 
 
 def test_the_diou_loss_is_torchvision_s_over_the_positives():
-    labels, targets = (part[None] for part in ssd.build_targets(
-        torch.from_numpy(BOXES), torch.tensor([1, 2, 1]), ANCHORS))
+    labels, targets = reference.targets([torch.from_numpy(BOXES)], [[1, 2, 1]])
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, len(ANCHORS), 3, generator=generator)
     noisy = targets + 0.3 * torch.randn(targets.shape, generator=generator)
@@ -100,16 +100,14 @@ def test_an_atss_sample_differs_from_the_module_s_in_its_targets_alone(tiny_voc)
         assert torch.equal(own["images"], other["images"])
         assert {name: value.shape for name, value in own.items() if name != "indices"} == {
             name: value.shape for name, value in other.items() if name != "indices"}
-        differ += not torch.equal(own["labels"], other["labels"])
-        _, boxes, labels = plain.augment(index, 2)
-        positive = (other["labels"] > 0).nonzero()[:, 0]
-        decoded = ssd.decode(other["box_targets"][positive], ANCHORS[positive])
-        for box, label in zip(decoded, other["labels"][positive], strict=True):
-            distance = np.abs(boxes - box.numpy()).max(axis=1)
-            assert distance.min() < 1e-3
-            assert labels[distance.argmin()] == label
+        differ += not torch.equal(own["matched_gt"], other["matched_gt"])
+        assert torch.equal(own["gt_boxes"], other["gt_boxes"])
+        boxes = plain.augment(index, 2)[1]
+        largest = small.largest if index % 2 else np.inf
+        kind = (small if index % 2 else atss)[index, 2]
+        assert np.array_equal(kind["matched_gt"], trials.atss_match(boxes, ANCHORS_XYXY, largest=largest))
         if (np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)) > 0.1).all():
-            assert torch.equal(small[index, 2]["labels"], own["labels"])
+            assert torch.equal(small[index, 2]["matched_gt"], own["matched_gt"])
     assert differ > len(records) // 3
 
 

@@ -53,7 +53,7 @@ def use_all(root, **options):
     """Do what a training does with the files of a folder."""
     records = ssd.load_data(str(root), val_fraction=0, **options).train
     samples = ssd.VocDataset(records, ssd.build_transform(train=True), ssd.make_anchors())
-    assert all(torch.isfinite(samples[i]["box_targets"]).all() for i in range(len(samples)))
+    assert all(torch.isfinite(samples[i]["gt_boxes"]).all() for i in range(len(samples)))
 
 
 @pytest.fixture
