@@ -1051,11 +1051,10 @@ def detect(cls_logits: Tensor, box_deltas: Tensor, anchors_cxcywh: Tensor, *,
     image, anchor, column = (is_candidate & has_area).nonzero(as_tuple=True)
     order = scores[image, anchor, column].argsort(descending=True, stable=True)
     order = order[image[order].argsort(stable=True)]  # image by image, best first
-    image, anchor, column = image[order], anchor[order], column[order]
     counts = image.bincount(minlength=len(boxes)).tolist()
     columns = (boxes[image, anchor], column + 1, scores[image, anchor, column])
     results = []
-    for found, label, score in zip(*(part.split(counts) for part in columns), strict=True):
+    for found, label, score in zip(*(part[order].split(counts) for part in columns), strict=True):
         # Mostly the best few are enough: NMS never looks down the list.
         for count in (5 * max_detections, len(score)):
             keep = batched_nms(found[:count], score[:count], label[:count], nms_iou_thresh)[:max_detections]
