@@ -1945,14 +1945,14 @@ def load_detector(path: PathLike, device: str = "auto", precision: str = "auto")
 # What --recipe chooses; a flag given beside it wins. What is no flag stands here alone.
 RECIPES = {
     "voc": {  # ImageNet start, a GPU
-        "width": 1.0, "pretrained": True, "batch_norm": False, "freeze_blocks": 0, "batch_size": 32,
-        "epochs": 100, "optimizer": "sgd", "lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "loss": "focal",
+        "width": 1.0, "pretrained": True, "batch_norm": False, "freeze_blocks": 2, "batch_size": 32,
+        "epochs": 100, "optimizer": "adamw", "lr": 1e-4, "momentum": 0.9, "weight_decay": 0.05, "loss": "focal",
         "warmup_epochs": 1.0, "schedule": "cosine", "clip_grad": 10.0, "ema_decay": 0.998,
         "zoom_out": 0.5, "crop": 1.0, "color": 0.5, "shadow": 0.2, "noise": 0.2, "blur": 0.1,
     },
 }
 RECIPES["scratch"] = RECIPES["voc"] | {
-    "pretrained": False, "batch_norm": True, "optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05,
+    "pretrained": False, "batch_norm": True, "freeze_blocks": 0, "lr": 2e-3,
 }
 RECIPES["small"] = RECIPES["scratch"] | {  # minutes on two CPU cores for a few hundred images
     "width": 0.125, "batch_size": 4, "lr": 3e-3, "epochs": 28, "zoom_out": 0.2, "crop": 0.6,
@@ -1962,7 +1962,8 @@ RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
     "noise": 0.1, "val_split": "val",
 }
 RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
-    "loss": "multibox", "schedule": "step", "warmup_epochs": 0.0, "clip_grad": 0.0, "ema_decay": 0.0,
+    "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "loss": "multibox", "schedule": "step",
+    "warmup_epochs": 0.0, "clip_grad": 0.0, "ema_decay": 0.0,
     "shadow": 0.0, "noise": 0.0, "blur": 0.0,
 }
 OPTIONAL_FLAGS = ("evaluate", "predict", "weights", "classes", "train_split", "val_split", "test_split",
