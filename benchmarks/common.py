@@ -5,7 +5,9 @@ Both are measured in one process, in turns, so that a neighbour's load or a chan
 """
 
 import argparse
+import json
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -90,6 +92,13 @@ def make_state(num_classes, device, amp_dtype, *, batch_size, width=1.0, compile
     return state, args
 
 
+def own_loader(records, device, *, batch_size, workers, epochs, pixels=None):
+    """Return this project's training loader of so many epochs; pixels: of `ssd.decode_all`."""
+    dataset = ssd.VocDataset(records, ssd.build_transform(train=True), ssd.make_anchors(), pixels=pixels)
+    sampler = ssd.EpochBatchSampler(len(records), batch_size, epochs=range(epochs))
+    return ssd.make_loader(dataset, workers=workers, pin_memory=device.type == "cuda", batch_sampler=sampler)
+
+
 def peer_model(num_classes, device):
     """Return torchvision's SSD300 with random weights; its class count includes the background."""
     return torchvision.models.detection.ssd300_vgg16(
@@ -141,12 +150,14 @@ class PeerDataset(torch.utils.data.Dataset):
         return self.transform(image, {"boxes": boxes, "labels": torch.from_numpy(record.labels)})
 
 
-def peer_loader(dataset, device, *, batch_size, workers, train=True):
+def peer_loader(dataset, device, *, batch_size=1, workers, train=True, batch_sampler=None):
     """Return a DataLoader of lists of images and targets; train: shuffled, without a smaller last batch."""
+    batching = {"batch_size": min(batch_size, len(dataset)), "shuffle": train, "drop_last": train}
+    if batch_sampler is not None:
+        batching = {"batch_sampler": batch_sampler}
     return torch.utils.data.DataLoader(
-        dataset, batch_size=min(batch_size, len(dataset)), shuffle=train, drop_last=train,
-        num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0,
-        multiprocessing_context="fork" if workers else None,
+        dataset, **batching, num_workers=workers, pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0, multiprocessing_context="fork" if workers else None,
         collate_fn=lambda samples: tuple(zip(*samples, strict=True)))
 
 
@@ -182,15 +193,50 @@ def figures(detections, records, num_classes):
             "ap75": coco["ap75"], "ap_small": coco["ap_small"]}
 
 
-def measure(checkpoint, root, splits, *, device="auto", amp="auto", **settings):
-    """Return `figures` of a checkpoint on lists of a VOC folder together; settings: of `ssd.detect`."""
-    saved = ssd.load_checkpoint(checkpoint)
+def train(flags, output, **options):
+    """Run this project's training command in a process of its own; a run that was stopped goes on.
+
+    flags: the module's; output: its --output-dir, a Path. options: of `subprocess.Popen`. Returns run.json,
+    with the "checkpoint" to measure, and "seconds" and "images" of all epochs together. RuntimeError if it
+    fails.
+    """
+    checkpoints, given = output / "checkpoints", output / "flags.json"
+    is_same = given.is_file() and json.loads(given.read_text()) == flags
+    going_on = ["--resume"] if is_same and (checkpoints / "last.pth").is_file() else []
+    output.mkdir(parents=True, exist_ok=True)
+    ssd.write_json(given, flags)
+    command = [sys.executable, str(ROOT / "ssd_object_detection.py"), *flags, "--output-dir", str(output)]
+    with subprocess.Popen([*command, *going_on], **options) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # which the process got too: it saves what waits
+            process.wait()
+            raise
+    if code:
+        raise RuntimeError(f"training ended with exit code {code}, see {output}")
+    rows = [json.loads(line) for line in (checkpoints / "metrics.jsonl").read_text().splitlines()]
+    (final,) = checkpoints.glob("*_final.pth")
+    totals = {"seconds": sum(row["seconds"] for row in rows),
+              "images": round(sum(row["images_per_s"] * row["seconds"] for row in rows))}
+    return json.loads((checkpoints / "run.json").read_text()) | {"checkpoint": final, **totals}
+
+
+def measure(run, splits=()):
+    """Return `figures` of a run of `train` on lists of its data together; none: on its test list."""
+    if not run["test"]:
+        raise RuntimeError("the data has no test list: name one with --test-split")
+    used = run["flags"]
+    lists = [used[name] for name in ("train_split", "val_split", "test_split")]
+    root = ssd.find_data(used["data"], used["data_root"], *lists)[0][0]
+    saved = ssd.load_checkpoint(run["checkpoint"])
     classes = saved["classes"]
-    records = [r for split in splits for r in ssd.read_records(root, split, classes, only_listed=True)]
-    model = ssd.model_from_checkpoint(saved, checkpoint, ssd.pick_device(device))
+    records = [record for split in splits or [run["test"]["split"]]
+               for record in ssd.read_records(root, split, classes, only_listed=True)]
+    model = ssd.model_from_checkpoint(saved, run["checkpoint"], ssd.pick_device(used["device"]))
     dataset = ssd.VocDataset(records, ssd.build_transform(train=False), model.anchors.cpu())
-    dtype = ssd.pick_amp_dtype(model.anchors.device, amp)
-    result = ssd.evaluate(model, ssd.make_loader(dataset, batch_size=8), amp_dtype=dtype, **settings)
+    loader = ssd.make_loader(dataset, batch_size=8, workers=used["workers"])
+    dtype = ssd.pick_amp_dtype(model.anchors.device, used["amp"])
+    result = ssd.evaluate(model, loader, amp_dtype=dtype, **run["test"]["detection"])
     return figures(result["detections"], records, len(classes))
 
 
@@ -198,10 +244,10 @@ def time_in_turns(cases, rounds, device, *, least=0.05):
     """Return {name: [seconds a call]} of cases {name: function}: `rounds` rounds of every case in turn.
 
     A case is called until `least` seconds are over, and a round before is not counted: it pays for set-up,
-    allocation, compilation. Waits for the device after each call.
+    allocation, compilation. Waits for the device after each call. Every time is printed as it comes.
     """
     times = {name: [] for name in cases}
-    for _ in range(rounds + 1):
+    for number in range(rounds + 1):
         for name, function in cases.items():
             calls, seconds = 0, 0.0
             start = time.perf_counter()
@@ -212,6 +258,8 @@ def time_in_turns(cases, rounds, device, *, least=0.05):
                 calls += 1
                 seconds = time.perf_counter() - start
             times[name].append(seconds / calls)
+            line = f"round {number}/{rounds}  {name}: {1e3 * seconds / calls:.1f} ms"
+            print(line, file=sys.stderr, flush=True)
     return {name: values[1:] for name, values in times.items()}
 
 

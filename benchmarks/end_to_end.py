@@ -19,10 +19,8 @@ def own_epoch(args, records, num_classes, device, amp_dtype):
     options = {"batch_size": args.batch_size, "width": args.width, "compiled": args.compile}
     state, flags = common.make_state(num_classes, device, amp_dtype, **options)
     pixels = ssd.decode_all(records) if args.cache else None
-    dataset = ssd.VocDataset(records, ssd.build_transform(train=True), ssd.make_anchors(), pixels=pixels)
-    sampler = ssd.EpochBatchSampler(len(records), args.batch_size, epochs=range(args.rounds + 1))
-    pin_memory = device.type == "cuda"
-    loader = ssd.make_loader(dataset, workers=args.workers, pin_memory=pin_memory, batch_sampler=sampler)
+    sizes = {"batch_size": args.batch_size, "workers": args.workers, "epochs": args.rounds + 1}
+    loader = common.own_loader(records, device, **sizes, pixels=pixels)
     batches = iter(loader)
 
     def epoch():

@@ -14,31 +14,13 @@ import common
 from common import ssd
 
 
-def own_epoch(records, workers, batch_size, device, pixels, epochs):
-    """Return a function that runs one more epoch of this project's loader."""
-    dataset = ssd.VocDataset(records, ssd.build_transform(train=True), ssd.make_anchors(), pixels=pixels)
-    sampler = ssd.EpochBatchSampler(len(records), batch_size, epochs=range(epochs))
-    pin_memory = device.type == "cuda"
-    loader = ssd.make_loader(dataset, workers=workers, pin_memory=pin_memory, batch_sampler=sampler)
+def next_epoch(batches, steps, to_device, device):
+    """Return a function that takes so many more batches of an iterator to the device."""
+    def run():
+        for batch in itertools.islice(batches, steps):
+            to_device(batch, device)
 
-    batches = iter(loader)
-
-    def epoch():
-        for batch in itertools.islice(batches, sampler.steps_per_epoch):
-            ssd.to_device(batch, device)
-
-    return epoch
-
-
-def peer_epoch(records, workers, batch_size, device):
-    """Return a function that runs one more epoch of torchvision's."""
-    loader = common.peer_loader(common.PeerDataset(records), device, batch_size=batch_size, workers=workers)
-
-    def epoch():
-        for batch in loader:
-            common.peer_to_device(batch, device)
-
-    return epoch
+    return run
 
 
 def main(argv=None):
@@ -55,10 +37,13 @@ def main(argv=None):
     size = min(args.batch_size, len(records))
     cases = {}
     for workers in args.workers:
-        common_args = records, workers, size, device
-        cases[f"torchvision, {workers} workers"] = peer_epoch(*common_args)
-        cases[f"files, {workers} workers"] = own_epoch(*common_args, None, args.rounds + 1)
-        cases[f"cache, {workers} workers"] = own_epoch(*common_args, pixels, args.rounds + 1)
+        sizes = {"batch_size": size, "workers": workers}
+        peer = common.peer_loader(common.PeerDataset(records), device, **sizes)
+        endless, steps = itertools.chain.from_iterable(itertools.repeat(peer)), len(peer)
+        cases[f"torchvision, {workers} workers"] = next_epoch(endless, steps, common.peer_to_device, device)
+        for name, decoded in (("files", None), ("cache", pixels)):
+            own = common.own_loader(records, device, **sizes, epochs=args.rounds + 1, pixels=decoded)
+            cases[f"{name}, {workers} workers"] = next_epoch(iter(own), steps, ssd.to_device, device)
     times = common.time_in_turns(cases, args.rounds, device, least=0)
     peer_of = {name: f"torchvision,{name.split(',')[1]}" for name in cases}
     rows = common.rows_of(times, peer_of, images=len(records) // size * size)

@@ -1,32 +1,29 @@
-"""Measure named variants of the training command over several seeds: a JSON line a run, a table, a figure.
+"""Measure named variants of the training command over several seeds: a JSON line a run, a table.
 
     python benchmarks/recipes.py --data data/BCCD --set bccd --seeds 0 1 2
     python benchmarks/recipes.py --data data/VOCdevkit/VOC2007 --set voc --only base multibox --pool
-    python benchmarks/recipes.py --set bccd --draw               # table and figure again, from the JSON lines
+    python benchmarks/recipes.py --set bccd --table              # the table again, from the JSON lines
 
-A variant is a list of flags added to those of its set; "base" adds none; --trial is a flag of trials.py. A
-run whose line is already in the results file (same variant, flags and seed) is not repeated, so the command
-goes on where it was stopped. Each final checkpoint is measured on the test list, and on the lists of --pool
-together, which is less noisy.
+A variant is a list of flags added to those of its set; "base" adds none. A run whose line is already in the
+results file (same variant, flags and seed) is not repeated, and one that was stopped goes on after its last
+saved epoch. Each final checkpoint is measured on the test list, and on the lists of --pool together, which is
+less noisy. The table is written beside the results file as Markdown and as JSON.
 """
 
 import collections
-import functools
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common
 import numpy as np
 import torch
-from common import ROOT, ssd
-from matplotlib.figure import Figure
+from common import ssd
 
 # Flags of all runs of a set. `python tools/anchors.py --data PATH` makes plots/anchors.json.
 SETS = {
@@ -36,24 +33,20 @@ SETS = {
     "voc-small": "--recipe scratch --width .125 --epochs 12 --batch-size 8 "
                  "--train-split train --test-split val --val-fraction 0",
     "voc": "--train-split train --test-split val --val-fraction 0",
+    "voc2007": "",  # this and the next: see voc.sh
+    "voc0712": "",
 }
 VARIANTS = {
     "base": "",
     "multibox": "--loss multibox",
-    "focal": "--loss focal",
-    "alpha .25": "--focal-alpha .25",
-    "DIoU": "--trial diou",
     "suggested anchors": "--anchors plots/anchors.json",
     "suggested anchors, mining": "--anchors plots/anchors.json --loss multibox",
-    "ATSS": "--trial atss",
-    "ATSS for small objects": "--trial atss-small",
     "zoom-out .5": "--zoom-out .5",
-    "two blocks frozen": "--freeze-blocks 2",
-    "AdamW": "--optimizer adamw --lr 2e-4 --weight-decay .05",
     "weight decay .01": "--weight-decay .01",
-    "paper": "--recipe paper",  # for the set voc alone: it replaces the whole recipe
+    "paper": "--recipe paper",  # for the sets of VOC at full width: it replaces the whole recipe
 }
-FIGURES = ("map_area", "map11", "coco_ap", "ap75", "pooled_map_area", "to_base", "pooled_coco_ap", "seconds")
+FIGURES = ("map_area", "map11", "coco_ap", "ap75", "pooled_map_area", "to_base", "pooled_coco_ap", "images",
+           "minutes")
 
 
 def run_one(name, flags, seed, *, folder, parallel, pool):
@@ -61,35 +54,21 @@ def run_one(name, flags, seed, *, folder, parallel, pool):
 
     parallel: how many runs share the cores. pool: lists to measure together.
     """
-    output = folder / "runs" / f"{re.sub('[^a-zA-Z0-9.]+', '_', name)}-{seed}"
+    output = folder / f"{re.sub('[^a-zA-Z0-9.]+', '_', name)}-{seed}"
     output.mkdir(parents=True, exist_ok=True)
-    program = "benchmarks/trials.py" if "--trial" in flags else "ssd_object_detection.py"
-    command = [sys.executable, str(ROOT / program), *flags, "--seed", str(seed), "--output-dir", str(output)]
     threads = max(1, (os.cpu_count() or 1) // parallel)
+    command = [*flags, "--seed", str(seed)]
     if parallel > 1 and torch.cuda.is_available() and "--workers" not in flags:
         command += ["--workers", str(threads)]  # the default is for a run that has the machine to itself
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    start = time.time()
-    with open(output / "log.txt", "w") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
-    seconds = time.time() - start
-    if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}, see {output / 'log.txt'}")
-    record = json.loads((output / "checkpoints" / "run.json").read_text())
-    if not record["test"]:
-        raise RuntimeError("the data has no test list: name one with --test-split in --flags")
-    used = record["flags"]
-    lists = [used[name] for name in ("train_split", "val_split", "test_split")]
-    root = ssd.find_data(used["data"], used["data_root"], *lists)[0][0]
-    (checkpoint,) = (output / "checkpoints").glob("*_final.pth")
-    line = {"variant": name, "flags": flags, "seed": seed, "seconds": seconds, "threads": threads}
-    settings = {"device": used["device"], "amp": used["amp"], **record["test"]["detection"]}
-    measure = functools.partial(common.measure, checkpoint, root, **settings)
-    line |= measure([record["test"]["split"]])
+    with open(output / "log.txt", "a") as log:
+        run = common.train(command, output, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    line = {"variant": name, "flags": flags, "seed": seed, "seconds": run["seconds"], "threads": threads}
+    line |= common.measure(run)
     if pool:
-        line |= {f"pooled_{key}": value for key, value in measure(pool).items()}
+        line |= {f"pooled_{key}": value for key, value in common.measure(run, pool).items()}
     names = ("python", "torch", "albumentations", "device", "cpu_count")
-    return line | {"environment": {name: record["environment"][name] for name in names}}
+    return line | {"environment": {name: run["environment"][name] for name in names}}
 
 
 def read_lines(path):
@@ -112,46 +91,48 @@ def to_base(line, lines):
 
 
 def summarise(lines):
-    """Return [(variant, {figure: values of the seeds})], by falling mean mAP, pooled if measured."""
+    """Return a row for each variant, by falling mean mAP, pooled if measured.
+
+    It has "variant", "seeds" and of each figure the mean and, with two seeds or more, the standard deviation,
+    FIGURE_std. to_base is the difference to the base with the same seeds, in mAP.
+    """
     groups = collections.defaultdict(list)
     for line in lines:
-        groups[line["variant"], tuple(line["flags"])].append(line | {"to_base": to_base(line, lines)})
-    rows = [(name, {key: [line[key] for line in group if line.get(key) is not None] for key in FIGURES})
-            for (name, _), group in groups.items()]
-    return sorted(rows, key=lambda row: -np.mean(row[1]["pooled_map_area"] or row[1]["map_area"]))
+        more = {"to_base": to_base(line, lines), "minutes": line["seconds"] / 60}
+        groups[line["variant"], tuple(line["flags"])].append(line | more)
+    rows = []
+    for (name, _), group in groups.items():
+        row = {"variant": name, "seeds": len(group)}
+        for key in FIGURES:
+            values = [line[key] for line in group if line.get(key) is not None]
+            if values:
+                row[key] = float(np.mean(values))
+            if len(values) > 1:
+                row[f"{key}_std"] = float(np.std(values, ddof=1))
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row.get("pooled_map_area", row["map_area"]))
 
 
 def table(rows):
-    """Return the table of `summarise`: mean and, with two seeds or more, the standard deviation.
-
-    to_base is the difference to the base with the same seeds, in mAP.
-    """
-    lines = []
-    for name, figures in rows:
-        line = {"variant": name, "seeds": str(len(figures["map_area"]))}
-        for key, values in figures.items():
-            digits = 0 if key == "seconds" else 4
-            line[key] = f"{np.mean(values):.{digits}f}" if values else None
-            if len(values) > 1:
-                line[key] += f" ±{np.std(values, ddof=1):.{digits}f}"
-        lines.append(line)
-    return common.markdown(lines)
+    """Return the rows of `summarise` as Markdown."""
+    cells = []
+    for row in rows:
+        cells.append({"variant": row["variant"], "seeds": str(row["seeds"])})
+        for key in (key for key in FIGURES if any(key in other for other in rows)):
+            digits = {"images": 0, "minutes": 1}.get(key, 4)
+            texts = [f"{row[name]:.{digits}f}" for name in (key, f"{key}_std") if name in row]
+            cells[-1][key] = " ±".join(texts) or None
+    return common.markdown(cells)
 
 
-def draw(rows):
-    """Return the figure: every seed a dot, the mean a bar, the best variant on top, the base in orange."""
-    figure = Figure(figsize=(9, 1.5 + 0.32 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for place, (name, figures) in enumerate(rows):
-        values = figures["pooled_map_area"] or figures["map_area"]
-        color = "C1" if name == "base" else "C0"
-        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.5)
-        axes.plot(np.mean(values), place, "|", color=color, markersize=14, markeredgewidth=2.5)
-    names = [f"{name} ({len(figures['map_area'])})" for name, figures in rows]
-    axes.set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows) - 0.5, -0.5),
-             xlabel="mAP@.5 (area), pooled if measured; dots: seeds, bars: means, in brackets: seeds")
-    axes.grid(axis="x", alpha=0.3)
-    return figure
+def report(lines, path):
+    """Print the table of the lines of a results file, and write it beside that as Markdown and as JSON."""
+    rows = summarise(lines)
+    machines = sorted({line["environment"]["device"] for line in lines})
+    text = f"{table(rows)}\n\nMeans ± standard deviations of the seeds. Trained on: {', '.join(machines)}.\n"
+    ssd.write_atomically(path.with_suffix(".md"), lambda temporary: temporary.write_text(text))
+    ssd.write_json(path.with_suffix(".json"), {"trained_on": machines, "rows": rows})
+    print(text)
 
 
 def run_missing(args, results):
@@ -161,10 +142,12 @@ def run_missing(args, results):
     done = [(line["variant"], line["flags"], line["seed"]) for line in read_lines(results)]
     jobs = [job for job in wanted if job not in done]
 
+    folder = args.folder / "runs" / args.set
+
     def work(job):
         name, _, seed = job
         try:
-            line = run_one(*job, folder=args.folder, parallel=args.parallel, pool=args.pool)
+            line = run_one(*job, folder=folder, parallel=args.parallel, pool=args.pool)
         except (RuntimeError, ssd.InputError) as error:
             print(f"failed: {name}, seed {seed}: {error}", file=sys.stderr, flush=True)
             return 1
@@ -182,7 +165,7 @@ def run_missing(args, results):
 
 
 def main(argv=None):
-    """Run what is not there yet, then print the table and draw the figure; returns the exit code."""
+    """Run what is not there yet, then print and write the table; returns the exit code."""
     parser = common.make_parser(__doc__)
     add = parser.add_argument
     add("--data", default="data/BCCD", help="as the module's --data")
@@ -194,18 +177,16 @@ def main(argv=None):
     add("--parallel", type=ssd.positive_int, default=1,
         help="runs at a time, each with its share of the cores; a GPU must hold them together")
     add("--folder", type=Path, default=Path("benchmarks/results/recipes"), help="where results are")
-    add("--draw", action="store_true", help="run nothing: table and figure of what is there")
+    add("--table", action="store_true", help="run nothing: the table of what is there")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     results = args.folder / f"{args.set}.jsonl"
-    failures = 0 if args.draw else run_missing(args, results)
-    rows = summarise(read_lines(results))
-    if not rows:
+    failures = 0 if args.table else run_missing(args, results)
+    lines = read_lines(results)
+    if not lines:
         print(f"{results}: no run there yet", file=sys.stderr)
         return 2
-    print(table(rows))
-    ssd.save_figure(draw(rows), results.with_suffix(".png"))
-    print(results.with_suffix(".png"))
+    report(lines, results)
     return 1 if failures else 0
 
 

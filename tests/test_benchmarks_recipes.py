@@ -1,66 +1,94 @@
 """The programs that compare recipes, and recipes with torchvision, run on a tiny data set."""
 
+import itertools
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import against_torchvision
 import common
 import recipes
-import trials
 
 FLAGS = "--recipe small --width .0625 --epochs 1 --batch-size 4 --workers 0 --device cpu --amp off"
 
 
 def line(variant, seed, value, **more):
     return {"variant": variant, "flags": ["--x", variant], "seed": seed, "map_area": value, "map11": value,
-            "coco_ap": value / 2, "ap75": None, "seconds": 10.0 * seed + 60, **more}
+            "coco_ap": value / 2, "ap75": None, "seconds": 10.0 * seed + 60,
+            "environment": {"device": "abacus"}, **more}
 
 
 def test_recipes_run_what_is_missing_and_nothing_twice(tiny_voc, tmp_path, capsys):
     argv = ["--data", str(tiny_voc), "--set", "shapes", "--flags", f"{FLAGS} --val-split val", "--seeds", "3",
             "--folder", str(tmp_path), "--pool", "val", "test"]
     assert recipes.main([*argv, "--only", "base"]) == 0
-    assert recipes.main([*argv, "--only", "base", "ATSS"]) == 0
-    capsys.readouterr()
-    (tmp_path / "shapes.png").unlink()
-    assert recipes.main([*argv, "--only", "base", "ATSS"]) == 0  # nothing left to run: drawn again
-    lines = recipes.read_lines(tmp_path / "shapes.jsonl")
-    assert [(row["variant"], row["seed"]) for row in lines] == [("base", 3), ("ATSS", 3)]
-    assert lines[1]["flags"][-2:] == ["--trial", "atss"]
-    for row in lines:
-        checkpoints = tmp_path / "runs" / f"{row['variant']}-3" / "checkpoints"
-        test = json.loads((checkpoints / "run.json").read_text())["test"]
-        assert row["map_area"] == pytest.approx(test["map_area"], abs=1e-6)
-        pooled = common.measure(checkpoints / "ssd_tiny_set_final.pth", tiny_voc, ["val", "test"], amp="off")
-        assert row["pooled_map_area"] == pytest.approx(pooled["map_area"], abs=1e-6)
+    assert recipes.main([*argv, "--only", "base", "multibox"]) == 0
     printed = capsys.readouterr().out
-    assert len(re.findall(r"^\| (base|ATSS) +\| 1 ", printed, re.M)) == 2
-    assert (tmp_path / "shapes.png").stat().st_size > 10_000
+    lines = recipes.read_lines(tmp_path / "shapes.jsonl")
+    assert [(row["variant"], row["seed"]) for row in lines] == [("base", 3), ("multibox", 3)]
+    assert lines[1]["flags"][-2:] == ["--loss", "multibox"]
+    for row in lines:
+        checkpoints = tmp_path / "runs" / "shapes" / f"{row['variant']}-3" / "checkpoints"
+        run = json.loads((checkpoints / "run.json").read_text())
+        assert row["map_area"] == pytest.approx(run["test"]["map_area"], abs=1e-6)
+        run["checkpoint"] = checkpoints / "ssd_tiny_set_final.pth"
+        pooled = common.measure(run, ["val", "test"])
+        assert row["pooled_map_area"] == pytest.approx(pooled["map_area"], abs=1e-6)
+    table = (tmp_path / "shapes.md").read_text()
+    assert len(re.findall(r"^\| (base|multibox) +\| 1 ", table, re.M)) == 2
+    assert "Trained on: cpu." in table
+    assert printed.endswith(f"{table}\n")
+    assert recipes.main([*argv, "--only", "base", "multibox"]) == 0  # nothing left to run
+    assert capsys.readouterr().out == f"{table}\n"
+
+
+def test_a_run_that_was_stopped_goes_on_and_other_flags_begin_anew(tiny_voc, flags_of, tmp_path, monkeypatch):
+    flags = flags_of(tiny_voc, tmp_path)
+    del flags[2:4]  # --output-dir
+    whole = common.train([*flags, "--epochs", "2"], tmp_path)
+    assert [whole["seconds"] > 0, whole["images"]] == [True, pytest.approx(16, abs=4)]
+    last = tmp_path / "checkpoints" / "last.pth"
+    (tmp_path / "checkpoints" / "previous.pth").replace(last)  # as if it had ended after the first epoch
+    run = common.train([*flags, "--epochs", "2"], tmp_path, stdout=subprocess.DEVNULL)
+    assert run["flags"]["resume"]
+    assert run["test"]["map_area"] == whole["test"]["map_area"]
+    assert common.ssd.load_checkpoint(last)["metrics"]["epoch"] == 2
+    run = common.train([*flags, "--epochs", "1"], tmp_path, stdout=subprocess.DEVNULL)
+    assert not run["flags"]["resume"]
+    assert run["images"] == pytest.approx(8, abs=2)
+    with pytest.raises(RuntimeError, match="exit code 2"):
+        common.train([*flags, "--epochs", "none"], tmp_path, stderr=subprocess.DEVNULL)
 
 
 def test_a_failed_run_is_told_and_leaves_no_line(tmp_path, capsys):
     argv = ["--data", str(tmp_path / "nowhere"), "--set", "shapes", "--only", "base", "--seeds", "0"]
     assert recipes.main([*argv, "--folder", str(tmp_path)]) == 2
-    assert "base, seed 0: exit code 2, see " in capsys.readouterr().err
+    assert "base, seed 0: training ended with exit code 2, see " in capsys.readouterr().err
     assert not (tmp_path / "shapes.jsonl").exists()
 
 
-def test_table_has_mean_and_spread_best_first():
-    rows = recipes.summarise([line("low", 0, 0.25), line("high", 0, 0.5), line("high", 1, 0.7)])
-    assert [name for name, _ in rows] == ["high", "low"]
-    lines = recipes.table(rows).splitlines()
-    high, low = ([cell.strip() for cell in row.split("|")[1:-1]] for row in lines[2:])
-    assert high[:3] == ["high", "2", "0.6000 ±0.1414"]
-    assert low[:3] == ["low", "1", "0.2500"]
-    assert high[-1] == "65 ±7"
-    assert low[5] == "-"
-    (axes,) = recipes.draw(rows).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["high (2)", "low (1)"]
+def test_tables_have_mean_and_spread_best_first(tmp_path, capsys):
+    lines = [line("low", 0, 0.25), line("high", 0, 0.5), line("high", 1, 0.7)]
+    recipes.report(lines, tmp_path / "some.jsonl")
+    header, _, high, low, _, machine = (tmp_path / "some.md").read_text().splitlines()
+    names, high, low = ([cell.strip() for cell in row.split("|")[1:-1]] for row in (header, high, low))
+    assert names == ["variant", "seeds", "map_area", "map11", "coco_ap", "minutes"]  # ap75 was not measured
+    assert high == ["high", "2", "0.6000 ±0.1414", "0.6000 ±0.1414", "0.3000 ±0.0707", "1.1 ±0.1"]
+    assert low == ["low", "1", "0.2500", "0.2500", "0.1250", "1.0"]
+    assert machine.endswith("Trained on: abacus.")
+    content = json.loads((tmp_path / "some.json").read_text())
+    assert content["trained_on"] == ["abacus"]
+    assert [row["variant"] for row in content["rows"]] == ["high", "low"]
+    assert content["rows"][0]["map_area"] == pytest.approx(0.6)
+    assert content["rows"][0]["map_area_std"] == pytest.approx(0.1414, abs=1e-4)
+    assert "map_area_std" not in content["rows"][1]
 
 
 def test_a_variant_is_compared_with_the_base_of_its_own_seeds_and_flags():
@@ -69,15 +97,15 @@ def test_a_variant_is_compared_with_the_base_of_its_own_seeds_and_flags():
     lines += [line("base", 1, 0.1, flags=["--epochs", "4"])]
     lines += [line("one", seed, 0, flags=["--epochs", "3", "--x"], pooled_map_area=0.8) for seed in (1, 2, 5)]
     lines += [line("two", 1, 0.3, flags=["--epochs", "4", "--y"])]
-    found = {name: figures["to_base"] for name, figures in recipes.summarise(lines)}
-    assert found["one"] == pytest.approx([0.1, 0.0])  # seed 5 has no base
-    assert found["two"] == pytest.approx([0.2])
-    assert found["base"] == []
+    found = {row["variant"]: row for row in recipes.summarise(lines)}
+    assert found["one"]["to_base"] == pytest.approx((0.1 + 0.0) / 2)  # seed 5 has no base
+    assert found["one"]["seeds"] == 3
+    assert found["two"]["to_base"] == pytest.approx(0.2)
+    assert "to_base" not in found["base"]
 
 
 def test_every_variant_is_flags_that_the_command_knows():
     parser = common.ssd.build_parser()
-    parser.add_argument("--trial", choices=trials.TRIALS)
     parser.add_argument("--anchors-made", dest="anchors")
     for name, flags in {**recipes.VARIANTS, **recipes.SETS}.items():
         assert parser.parse_args(flags.replace("--anchors", "--anchors-made").split()), name
@@ -90,16 +118,101 @@ def test_the_lines_measured_so_far_can_be_tabled():
         assert len(recipes.table(rows).splitlines()) == len(rows) + 2 > 2
 
 
+def peer_flags(tiny_voc, tmp_path):
+    return ["--output-dir", str(tmp_path), "--data", str(tiny_voc), "--test-split", "test", *FLAGS.split()]
+
+
 def test_against_torchvision_compares_both_on_the_same_list(tiny_voc, tmp_path, capfd):
-    flags = FLAGS.replace("--device cpu ", "").replace("--workers 0 ", "")
-    argv = ["--data", str(tiny_voc), "--test-split", "test", "--batch-size", "2", "--device", "cpu",
-            "--flags", flags, "--json", str(tmp_path / "out.json")]
+    argv = [*peer_flags(tiny_voc, tmp_path), "--no-pretrained", "--batch-size", "2", "--seeds", "1"]
     assert against_torchvision.main(argv) == 0
-    ours, theirs = json.loads((tmp_path / "out.json").read_text())["rows"]
+    ours, theirs = recipes.read_lines(tmp_path / "results.jsonl")
+    assert (ours["seed"], theirs["seed"]) == (1, 1)
     assert ours["images"] == pytest.approx(8, abs=2)
     assert theirs["images"] >= 2
     assert theirs["seconds"] >= ours["seconds"] > 0
     out = capfd.readouterr().out
-    assert re.search(r"^\| this project +\| \d", out, re.M)
-    assert re.search(r"^\| torchvision +\| \d", out, re.M)
+    assert re.search(r"^\| this project +\| 1 +\| \d", out, re.M)
+    assert re.search(r"^\| torchvision +\| 1 +\| \d", out, re.M)
     assert "mAP ratio: " in out
+    assert against_torchvision.main(argv) == 0  # nothing left to do
+    assert len(recipes.read_lines(tmp_path / "results.jsonl")) == 2
+    assert "epoch" not in capfd.readouterr().out
+
+
+class Stopped(Exception):
+    pass
+
+
+def make_peer(tiny_voc, path, budget=1e9):
+    used = common.ssd.parse_args([*FLAGS.split(), "--data", str(tiny_voc), "--batch-size", "2"])
+    records = common.ssd.load_data(str(tiny_voc), val_fraction=0).train
+    return against_torchvision.Peer(used, 2, torch.device("cpu"), budget, path), records
+
+
+def test_torchvision_s_side_goes_on_where_it_was_saved(tiny_voc, tmp_path, monkeypatch):
+    """Saved after every step and killed after the third, it goes on with the fourth batch of the order."""
+    seen = []
+
+    def step(model, optimizer, images, targets, amp_dtype, stop_at=3):
+        if len(seen) == stop_at:
+            raise Stopped
+        seen.append(sorted(float(target["boxes"].sum()) for target in targets))
+        with torch.no_grad():
+            model.head.classification_head.module_list[0].bias.add_(1.0)
+        return torch.zeros(())
+
+    dataset = common.PeerDataset
+    monkeypatch.setattr(common, "PeerDataset", lambda records, **more: dataset(records, train=False, **more))
+    monkeypatch.setattr(common, "peer_step", step)
+    monkeypatch.setattr(against_torchvision, "SAVE_SECONDS", 0.0)
+    path = tmp_path / "peer.pth"
+    peer, records = make_peer(tiny_voc, path)
+    bias = peer.model.head.classification_head.module_list[0].bias.clone()
+    with pytest.raises(Stopped):
+        peer.train(records, None)
+    again, _ = make_peer(tiny_voc, path)
+    assert (again.step, again.seconds) == (3, peer.seconds)
+    torch.testing.assert_close(again.model.head.classification_head.module_list[0].bias, bias + 3)
+    monkeypatch.setattr(common, "peer_step", lambda *values: step(*values, stop_at=8))
+    with pytest.raises(Stopped):
+        again.train(records, None)
+    assert again.step == 8
+    epochs = [sorted(itertools.chain(*batches)) for batches in (seen[:4], seen[4:])]
+    assert epochs[0] == pytest.approx(epochs[1])  # each has every image once
+    assert seen[:4] != seen[4:]
+    other, _ = make_peer(tiny_voc, path, budget=1.0)
+    assert other.step == 0  # of another comparison
+
+
+def test_torchvision_s_rate_warms_up_and_drops_twice(tiny_voc, tmp_path, monkeypatch):
+    peer, records = make_peer(tiny_voc, tmp_path / "peer.pth", budget=12.0)
+    rates = []
+
+    def step(model, optimizer, *rest):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return torch.zeros(())
+
+    clock = itertools.count()  # half a second for each look, so a second for each step
+    monkeypatch.setattr(against_torchvision.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(common, "peer_step", step)
+    peer.train(records, None)
+    base = 0.002 * 2 / 32
+    expected = [base / 4, base / 2, base * 3 / 4, *[base] * 5, *[base / 10] * 3, base / 100]
+    assert rates == pytest.approx(expected)
+    assert peer.seconds == 12
+    assert (tmp_path / "peer.pth").is_file()
+
+
+def test_torchvision_s_backbone_gets_the_same_convolutions_in_their_order():
+    model = common.peer_model(2, torch.device("cpu"))
+    own = torchvision.models.vgg16(weights=None).features.state_dict()
+    state = {f"features.{name}": value.half() for name, value in own.items()}
+    against_torchvision.load_convolutions(model, state)
+    found = [*model.backbone.features.state_dict().values(), *model.backbone.extra[0].state_dict().values()]
+    assert len(own) == 26
+    for ours, value in zip(found, own.values(), strict=False):
+        torch.testing.assert_close(ours, value.half().float(), rtol=0, atol=0)
+    frozen = [name for name, p in model.backbone.named_parameters() if not p.requires_grad]
+    assert frozen == [f"features.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")]
+    with pytest.raises(common.ssd.InputError, match="Caffe"):
+        against_torchvision.load_convolutions(model, state | {"classifier.0.weight": torch.ones(1)})
