@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -87,7 +88,7 @@ DAMAGES = {  # kind, how: the file and its content, None without it
     "image and annotation differ in size": ("b.jpg", jpeg()),
     "annotation missing": ("b.xml", None),
     "annotation unreadable": ("b.xml", b"<annotation><size>"),
-    "annotation unreadable, no size": ("b.xml", annotation([CAT], (0, 30)).encode()),
+    "annotation unreadable, a polygon": ("b.xml", annotation([CAT]).replace("bndbox", "polygon").encode()),
     "annotation unreadable, half a box": ("b.xml", annotation([CAT]).replace("xmin", "x").encode()),
     "annotation unreadable, unknown encoding": ("b.xml", b'<?xml version="1.0" encoding="x-none"?><a/>'),
     "annotation unreadable, a file as entity": ("b.xml", READS.encode()),
@@ -132,23 +133,6 @@ def test_all_faults_are_named_together(findings, tmp_path, capsys):
     assert "c.jpg\n         ... and 1 more in audit.json\n" in out
 
 
-def test_each_fault_of_an_annotation_is_named_and_its_sound_objects_are_checked(findings, tmp_path):
-    root = write_voc(tmp_path, {"a": [CAT], "b": []}, train="a", test="b")
-    sound = annotation([("walrus", CAT[1]), CAT])[:-len("</annotation>")].replace("<width>40", "<width>none")
-    broken = "<object><name>dog</name></object><object><bndbox/></object></annotation>"
-    (root / "Annotations" / "b.xml").write_text(sound + broken)
-    code, found = findings(root)
-    assert code == 1
-    path = root / "Annotations" / "b.xml"
-    assert found["annotation unreadable"] == [
-        f"{path}: no usable <size> with <width> and <height>",
-        f"{path}: object 3 (dog) has no full <name> and <bndbox>",
-        f"{path}: object 4 (no name) has no full <name> and <bndbox>",
-    ]
-    assert found["unknown class"] == [f"{path} object 1 (walrus)"]
-    assert len(found) == 2
-
-
 @pytest.mark.parametrize(("content", "is_complete"), [
     (jpeg(), True), (jpeg()[:20_000], False), (jpeg()[:-40], False), (jpeg() + b"\0", True),
     (cv2.imencode(".png", np.zeros((300, 400), np.uint8))[1].tobytes(), True),
@@ -162,11 +146,71 @@ def test_an_image_that_is_cut_off_is_noted(content, is_complete, findings, tmp_p
     use_all(root)
 
 
-def test_an_image_annotated_on_its_side_is_told_so(findings, tmp_path):
+def save_turned(path, orientation, size):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", size, (9, 99, orientation)).save(path, exif=exif)
+
+
+@pytest.mark.parametrize(("orientation", "stored", "annotated", "reading"), [
+    (6, (30, 40), (40, 30), "annotated upright"), (8, (30, 40), (40, 30), "annotated upright"),
+    (5, (40, 30), (40, 30), "annotated as stored"),
+    (3, (40, 30), (40, 30), "both readings fit"), (2, (40, 30), (40, 30), "both readings fit"),
+    (6, (40, 40), (40, 40), "both readings fit"), (6, (30, 40), (0, 0), "both readings fit"),
+    (1, (40, 30), (40, 30), None), (0, (40, 30), (40, 30), None), (9, (40, 30), (40, 30), None),
+])
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_the_reading_of_a_turned_image_is_told(
+        orientation, stored, annotated, reading, ending, findings, tmp_path):
     root = write_voc(tmp_path, {"a": [CAT], "b": [CAT]})
-    (root / "Annotations" / "b.xml").write_text(annotation([CAT], SIZE[::-1]))
-    (place,) = findings(root)[1]["image and annotation differ in size"]
-    assert "40x30 pixels, not 30x40: annotated as its EXIF mark turns it?" in place
+    (root / "JPEGImages" / "b.jpg").unlink()
+    path = root / "JPEGImages" / f"b.{ending}"
+    save_turned(path, orientation, stored)
+    (root / "Annotations" / "b.xml").write_text(annotation([CAT], annotated))
+    code, found = findings(root)
+    found.pop("annotation without a size", None)
+    assert (code, found) == (0, {f"image turned by EXIF, {reading}": [str(path)]} if reading else {})
+    use_all(root)
+
+
+def test_a_turned_image_that_fits_its_size_in_neither_reading_differs_in_size(findings, tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT], "b": [CAT]})
+    save_turned(root / "JPEGImages" / "b.jpg", 6, (50, 60))
+    ((kind, (place,)),) = findings(root)[1].items()
+    assert kind == "image and annotation differ in size"
+    assert "60x50" in place
+    assert "40x30" in place
+
+
+@pytest.mark.parametrize("ending", ["gif", "tif", "webp", "mpo"])
+def test_an_image_of_several_frames_is_noted(ending, findings, tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT], "b": [CAT]})
+    frames = [Image.new("RGB", SIZE, color) for color in ("red", "blue")]
+    path = root / "JPEGImages" / ("b.jpg" if ending == "mpo" else f"b.{ending}")
+    (root / "JPEGImages" / "b.jpg").unlink()
+    frames[0].save(path, format={"mpo": "MPO"}.get(ending), save_all=True, append_images=frames[1:])
+    found = {} if ending == "mpo" else {"image of several frames": [str(path)]}  # an MPO is a photo
+    assert findings(root) == (0, found)
+    assert ssd.read_image(path)[0, 0, 0] > 240  # the red one
+
+
+def test_an_annotation_without_a_size_is_used_with_that_of_the_image(findings, tmp_path, capsys):
+    root = write_voc(tmp_path, {"a": [CAT], "b": [("cat", (1, 1, 99, 15))]})
+    path = root / "Annotations" / "b.xml"
+    path.write_text(path.read_text().replace("<width>40", "<width>0"))
+    code, found = findings(root)
+    assert code == 0
+    assert found == {"annotation without a size": [str(path)],
+                     "box beyond the image": [f"{path}: object 1 (cat) [1, 1, 99, 15]"]}
+    assert "train       2 images        2 objects" in capsys.readouterr().out
+
+
+def test_an_image_without_annotation_is_negative_if_asked(findings, tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT], "b": [CAT]})
+    (root / "Annotations" / "b.xml").unlink()
+    place = f"{root / 'Annotations' / 'b.xml'}: no such file (see --unlabelled)"
+    assert findings(root) == (1, {"annotation missing": [place]})
+    assert findings(root, "--unlabelled", "negative") == (0, {"image without annotation": [place]})
 
 
 # -- Objects
@@ -176,19 +220,23 @@ def test_what_a_training_mends_is_noted_with_file_and_object(findings, tmp_path,
     other = ("dog", *CAT[1:])
     boxes = [CAT, other, CAT, ("cat", (20, 1, 20, 9)), ("cat", (9, 20, 5, 25)), ("cat", (60, 1, 70, 9)),
              ("dog", (30, 20, 45, 30)), ("dog", (0, 0, 40, 30)), ("dog", (1, 4, 40, 7))]  # the last: IoU .46
+    boxes += [("cat", (1, 1, 20, 15 - n / 9)) for n in range(1, 41)]  # less than a tenth is left out
+    boxes.append(("cat", (5, 9, 9, 5)))
     root = write_voc(tmp_path, {"a": boxes})
     code, found = findings(root)
     assert code == 0
     path = root / "Annotations" / "a.xml"
     assert found == {
-        "same box and class twice": [f"{path} object 3 (cat)"],
-        "box reversed, without area or outside": [f"{path} object {n} (cat)" for n in (4, 5, 6)],
-        "box beyond the image": [f"{path} object 7 (dog)"],  # object 8 is of a 0-based annotation
-        "object that no anchor overlaps by half": [f"{path} object 9 (dog)"],
+        "same box and class twice": [f"{path}: object 3 (cat) [1, 1, 20, 15]"],
+        "box without area or outside": [f"{path}: object 4 (cat) [20, 1, 20, 9]",
+                                        f"{path}: object 6 (cat) [60, 1, 70, 9]"],
+        "box reversed": [f"{path}: object 5 (cat) [9, 20, 5, 25]", f"{path}: object 50 (cat) [5, 9, 9, 5]"],
+        "box beyond the image": [f"{path}: object 7 (dog) [30, 20, 45, 30]"],  # object 8 is 0-based
+        "object that no anchor overlaps by half": [f"{path}: object 9 (dog) [1, 4, 40, 7]"],
     }
     captured = capsys.readouterr()
-    assert re.search(r"^ +3 box reversed, .*: left out$", captured.out, re.M)
-    assert "train       1 images        5 objects  (list train)" in captured.out
+    assert re.search(r"^ +2 box reversed: left out; corners swapped, .*$", captured.out, re.M)
+    assert "train       1 images       45 objects  (list train)" in captured.out
     assert "2 classes: cat, dog\n" in captured.out
     assert captured.err == ""
 
@@ -201,21 +249,45 @@ coordinate = st.integers(-3, 46) | st.floats(-1, 45)
 def test_the_objects_that_are_kept_are_those_of_the_module(tmp_path_factory, objects):
     root = write_voc(tmp_path_factory.mktemp("voc"), {"a": objects + objects[:1]})
     path = root / "Annotations" / "a.xml"
-    record, dropped = ssd.read_record(root, "a", ("a", "b"))
+    annotation_of_a = (*SIZE, ssd.parse_annotation(path)[2])
+    record, dropped = ssd.read_record(root, "a", annotation_of_a, ("a", "b"))
     found = {kind: [] for kind in audit.KINDS}
-    kept = audit.check_objects(audit.inspect_files(root, "a"), str(path), ("a", "b"), False, found)
+    kept = audit.check_objects(audit.inspect_files(root, "a")["annotation"], str(path), "ab", False, found)
     assert [(" ab".index(name), *box) for _, name, box in kept] == [
         (label, *box) for label, box in zip(record.labels, record.boxes, strict=True)]
-    left_out = "box reversed, without area or outside", "same box and class twice"
-    assert sum(len(found[kind]) for kind in left_out) == dropped
+    assert sorted(found["box reversed"] + found["box without area or outside"]) == sorted(dropped)
+    assert len(kept) + len(dropped) + len(found["same box and class twice"]) == len(annotation_of_a[2])
 
 
-def test_fractions_for_coordinates_leave_nothing_to_train_on(findings, tmp_path):
-    root = write_voc(tmp_path, {"a": [("cat", (0.1, 0.2, 0.5, 0.9))], "b": [CAT]}, train="a", val="b")
-    code, found = findings(root, "--val-split", "val")
+@pytest.mark.parametrize(("objects", "kind", "cause"), [
+    ([("cat", (0.1, 0.2, 0.5, 0.9)), ("cat", (0, 0, 0.5, 1))], "box under a pixel", "fractions"),
+    ([("cat", (20, 15, 1, 1))] * 2, "box reversed", "swapped corners"),
+    ([("cat", (20, 15, 9, 9)), ("cat", (10, 9, 9, 8)), CAT], "box reversed", "widths and heights?"),
+])
+def test_a_list_of_boxes_written_otherwise_stops_with_the_cause(objects, kind, cause, findings, tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT, DOG], "b": objects}, train="a", val="b")
+    code, found = findings(root)
     assert code == 1
-    assert len(found["box under a pixel"]) == 1
-    assert found["no object to train on"] == ["the training list"]
+    assert len(found.pop(kind)) == 2
+    (place,) = found.pop("boxes of a list written otherwise")
+    assert "list val" in place
+    assert cause in place
+    found.pop("object that no anchor overlaps by half", None)  # of half a pixel
+    assert found == {}
+    with pytest.raises(ssd.InputError):
+        ssd.load_data(str(root))
+
+
+def test_class_names_that_differ_by_a_slip_are_noted_with_their_counts(findings, tmp_path, capsys):
+    root = write_voc(tmp_path, {"a": [CAT, DOG], "b": [("Cat", CAT[1]), CAT, ("bird", CAT[1])]})
+    code, found = findings(root)
+    assert code == 0
+    (place,) = found.pop("class names that differ by a slip")
+    assert not place.startswith("warning")
+    assert "Cat (1) and cat (2)" in place
+    assert "dog" not in place
+    assert found == {}
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("objects", [[], [("cat", (20, 1, 20, 9))]])
@@ -231,7 +303,7 @@ def test_classes_given_leave_others_out(findings, tmp_path):
     code, found = findings(root, "--classes", "cat")
     assert code == 0
     assert [place.split("Annotations")[1][1:] for place in found["class not named by --classes"]] == [
-        "a.xml object 2 (dog)", "b.xml object 1 (walrus)"]
+        "a.xml: object 2 (dog) [11, 6, 40, 30]", "b.xml: object 1 (walrus) [1, 1, 20, 15]"]
 
 
 def test_anchors_given_are_those_that_overlap(findings, tmp_path):
@@ -283,7 +355,7 @@ def test_voc_is_read_from_both_years_with_its_classes(tmp_path, capsys, monkeypa
     out = capsys.readouterr().out
     assert "train       2 images" in out
     assert "test        1 images" in out
-    assert f"{devkit / 'VOC2012' / 'Annotations' / 'a.xml'} object 1 (walrus)" in out
+    assert f"{devkit / 'VOC2012' / 'Annotations' / 'a.xml'}: object 1 (walrus)" in out
 
 
 # -- Files
@@ -302,9 +374,12 @@ def test_only_changed_files_are_read_again(findings, tmp_path, monkeypatch):
     assert list(findings(root)[1]) == ["same box and class twice"]
     assert sorted(read) == ["b", "c"]
     content = json.loads((root / "audit.json").read_text())
-    (root / "audit.json").write_text(json.dumps(content | {"version": 1}))  # of another version of the program
+    (root / "audit.json").write_text(json.dumps(content | {"version": 1}))  # of another program
     assert list(findings(root)[1]) == ["same box and class twice"]
     assert sorted(read[2:]) == ["a", "b", "c"]
+    moved = root.rename(tmp_path.with_name("moved"))  # whose files keep their time
+    places = findings(moved)[1]["same box and class twice"]
+    assert places == [f"{moved / 'Annotations' / 'b.xml'}: object 2 (cat) [1, 1, 20, 15]"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 0, "files": {"a": {}}}', '{"version": 2}'])
@@ -358,16 +433,29 @@ def test_the_plot_counts_the_objects_and_those_matched_by_an_anchor():
     squares = [[150 - s / 2, 150 - s / 2, 150 + s / 2, 150 + s / 2] for s in (30, 60, 2)]
     boxes = np.float32([*squares, [5, 100, 295, 108]]) / 300
     objects = [audit.Object("", name, box, ["train"]) for name, box in zip("aaa$", boxes, strict=True)]
-    figure = audit.plot_data(objects, audit.best_anchor_iou(boxes), ("a", "$", "c$"), 3)
+    figure = audit.plot_data(objects, audit.best_anchor_iou(boxes), ("a", "$", "c$", "\u732b \u00f6"), 3)
     counts, sizes, shares = figure.axes
-    assert [bar.get_width() for bar in counts.patches] == [3, 1, 0]
-    assert [bar.get_width() for bar in shares.patches] == pytest.approx([2 / 3, 0, 0])
+    assert [bar.get_width() for bar in counts.patches] == [3, 1, 0, 0]
+    assert [bar.get_width() for bar in shares.patches] == pytest.approx([2 / 3, 0, 0, 0])
     assert "0.500" in shares.get_title()
     assert "4 objects in 3" in counts.get_title()
     assert sizes.collections[0].get_offsets().tolist() == pytest.approx(
         np.array([[30, 30], [60, 60], [2, 2], [290, 8]]), abs=1e-3)
     figure.canvas.draw()  # of a formula between two $ it would raise
-    assert [label.get_text() for label in counts.get_yticklabels()] == ["a", r"\$", r"c\$"]
+    labels = [label.get_text() for label in counts.get_yticklabels()]
+    assert labels == ["a", r"\$", r"c\$", r"\u732b" " \u00f6"]  # the font has no Chinese letters
+
+
+def test_the_plot_of_many_classes_shows_the_rarest():
+    names = [f"class {n:03d}" for n in range(100)]
+    boxes = np.tile(np.float32([0, 0, 0.5, 0.5]), (1000, 1))
+    objects = [audit.Object("", names[max(n % 100, n // 20)], box, ["train"]) for n, box in enumerate(boxes)]
+    counts = Counter(one.name for one in objects)
+    figure = audit.plot_data(objects, np.ones(1000), names, 3)
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert len(shown) == 40
+    assert max(counts[name] for name in shown) <= min(counts[name] for name in set(names) - set(shown))
+    assert figure.get_figheight() < 12
 
 
 def test_the_program_writes_audit_json_and_data_png_alone(make_voc, tmp_path, monkeypatch, capsys):
@@ -399,3 +487,8 @@ def test_what_the_module_refuses_besides_is_told(tmp_path, capsys):
     assert audit.main(flags_of(root, "--val-fraction", ".1")) == 2
     assert "no object to train on" in capsys.readouterr().err
     assert audit.main(flags_of(root)) == 0
+
+
+def test_help_is_that_of_the_program(capsys):
+    assert audit.main(["--help"]) == 0
+    assert capsys.readouterr().out.strip() == audit.__doc__.strip()

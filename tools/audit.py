@@ -1,6 +1,6 @@
 """Check every image and annotation of a data set, before a long training.
 
-    python tools/audit.py --data PATH --val-split val --test-split test
+    python tools/audit.py --data PATH [flags of a training: --classes, --val-split, --unlabelled ...]
 
 It counts all faults, prints the first places of each kind and writes PATH/audit.json with all of them, and
 plots/data.png. The next audit reads only files whose time or size changed. Exit code 0: a training can start.
@@ -14,13 +14,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
-import xml.etree.ElementTree as ElementTree
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
@@ -28,20 +27,29 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import ssd_object_detection as ssd  # noqa: E402
-from tools.anchors import add_data_flags, best_anchor_iou  # noqa: E402
+from tools.anchors import best_anchor_iou  # noqa: E402
 
-VERSION = 2  # of audit.json
+VERSION = 3  # of audit.json
 STOPS = (
     "image missing", "image unreadable", "annotation missing", "annotation unreadable",
-    "image and annotation differ in size", "unknown class", "image in two lists", "no object to train on",
+    "image and annotation differ in size", "unknown class", "boxes of a list written otherwise",
+    "image in two lists", "no object to train on",
 )
 LEAK = "same pixels in two lists"
 KINDS = dict.fromkeys(STOPS, "stops a training") | {  # what is found: what comes of it
     LEAK: "what is trained on is measured on",
     "image incomplete": "used as far as it can be decoded",
+    "image of several frames": "the first one is used",
+    "image turned by EXIF, annotated upright": "used upright",
+    "image turned by EXIF, annotated as stored": "used as stored",
+    "image turned by EXIF, both readings fit": "used upright; are its boxes upright too?",
+    "image without annotation": "used as one without objects",
+    "annotation without a size": "the image's own is used",
+    "class names that differ by a slip": "kept apart",
     "class not named by --classes": "left out",
-    "box reversed, without area or outside": "left out",
-    "same box and class twice": "left out",
+    "box reversed": "left out; corners swapped, or a width and height?",
+    "box without area or outside": "left out",
+    "same box and class twice": "one is left out",
     "box beyond the image": "clipped",
     "box under a pixel": "kept; are the coordinates fractions?",
     "object that no anchor overlaps by half": "kept; see tools/anchors.py",
@@ -58,74 +66,73 @@ class Object(NamedTuple):
     lists: list[str]  # which of train, val, test name its image
 
 
-def inspect_image(path: str) -> tuple[list | None, bool]:
-    """Return [width, height, digest of the pixels] of an image, or None, and whether its file is complete."""
-    try:
-        pixels = ssd.read_image(path)  # OpenCV makes up what is missing at the end, Pillow refuses
-    except (ssd.InputError, cv2.error):  # the latter: more pixels than OpenCV accepts
-        return None, False
-    is_complete = Path(path).read_bytes().endswith(b"\xff\xd9")  # JPEG's end mark, which spares Pillow's time
-    if not is_complete:
-        with contextlib.suppress(Exception), Image.open(path) as image:  # whatever a decoder meets
-            image.load()
-            is_complete = True
-    height, width, _ = pixels.shape
-    return [width, height, hashlib.sha1(pixels, usedforsecurity=False).hexdigest()], is_complete
+def inspect_image(path: str, size: list | None) -> tuple[list | None, list]:
+    """Return [width, height, digest of the pixels] of an image and its faults [kind, message].
 
-
-def read_annotation(path: str) -> tuple[list | None, list, list[str]]:
-    """Return ([width, height] or None, objects [number, name, box], faults) of a VOC XML file.
-
-    `parse_annotation` stops at the first fault: it gets the size and each object in documents of their own.
+    The former is None for an unreadable one. size: [width, height] by the annotation, None without.
     """
+    pixels, faults = None, []
     try:
-        root = ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:
-        return None, [], [f"{path}: not readable as XML ({error})"]
-    size, objects, faults = None, [], []
-    any_size = ElementTree.fromstring("<size><width>1</width><height>1</height></size>")
-    parts = [root.findall("size"), *([any_size, node] for node in root.iter("object"))]
-    for number, nodes in enumerate(parts):  # 0 is the size
-        document = ElementTree.Element("annotation")
-        document.extend(nodes)
-        try:
-            width, height, found = ssd.parse_annotation(io.BytesIO(ElementTree.tostring(document)))
-        except ssd.InputError as error:
-            message = str(error).split(": ", 1)[1].replace("object 1", f"object {number}", 1)
-            faults.append(f"{path}: {message}")
-            continue
-        size = size if number else [width, height]
-        objects += [[number, name, box] for name, box, _ in found[:1]]
-    return size, objects, faults
+        pixels = ssd.read_image(path)
+        upright = list(pixels.shape[1::-1])
+        if size not in (None, upright):
+            pixels = ssd.read_image(path, tuple(size))
+    except ssd.InputError as error:
+        if pixels is None:
+            return None, [["image unreadable", str(error)]]
+        faults.append(["image and annotation differ in size", str(error)])
+    orientation, frames = 1, 1
+    is_complete = Path(path).read_bytes().endswith(b"\xff\xd9")  # JPEG's end mark spares Pillow's time
+    with contextlib.suppress(Exception), Image.open(path) as image:  # whatever a decoder meets
+        orientation = image.getexif().get(0x0112, 1)
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo with a preview
+        if not is_complete:
+            image.load()  # OpenCV makes up what is missing at the end, Pillow refuses
+            is_complete = True
+    if orientation in range(2, 9) and not faults:
+        reading = "annotated upright" if size == upright else "annotated as stored"
+        if size is None or orientation < 5 or upright[0] == upright[1]:  # half a turn, mirrored, a square
+            reading = "both readings fit"
+        faults.append([f"image turned by EXIF, {reading}", path])
+    if frames > 1:
+        faults.append(["image of several frames", path])
+    if not is_complete:
+        faults.append(["image incomplete", path])
+    height, width, _ = pixels.shape
+    return [width, height, hashlib.sha1(pixels, usedforsecurity=False).hexdigest()], faults
 
 
 def stamp_files(root: Path, image_id: str) -> tuple[list[str], list]:
     """Return the paths of an image and its annotation, and [time, size] of each, None for a missing one."""
-    paths = [ssd.find_image(root, image_id), os.path.join(root, "Annotations", f"{image_id}.xml")]
-    stats = [os.stat(path) if os.path.isfile(path) else None for path in paths]
-    return paths, [stat and [stat.st_mtime_ns, stat.st_size] for stat in stats]
+    paths, stamps = [], []
+    for kind, ending in (("JPEGImages", ".jpg"), ("Annotations", ".xml")):
+        path = ssd.find_file(root, kind, image_id)
+        stat = path and os.stat(path)
+        paths.append(path or os.path.join(root, kind, image_id + ending))
+        stamps.append(stat and [stat.st_mtime_ns, stat.st_size])
+    return paths, stamps
 
 
 def inspect_files(root: Path, image_id: str) -> dict:
     """Return what the audit must know of an image and its annotation.
 
-    image: of `inspect_image`; size, objects: of `read_annotation`; faults: [kind, message] of the files.
+    paths, stamps: of `stamp_files`; image: of `inspect_image`; annotation: [width, height, objects] as of
+    `ssd.read_annotations`; faults: [kind, message] of the files.
     """
-    (image_path, annotation_path), stamps = stamp_files(root, image_id)
-    image, is_complete = inspect_image(image_path) if stamps[0] else (None, False)
-    size, objects, messages = read_annotation(annotation_path) if stamps[1] else (None, [], [])
-    faults = [["annotation unreadable", message] for message in messages]
-    if not image:
-        faults.append(["image unreadable" if stamps[0] else "image missing", image_path])
-    elif not is_complete:
-        faults.append(["image incomplete", image_path])
-    if not stamps[1]:
-        faults.append(["annotation missing", f"{annotation_path} (needed without objects too)"])
-    if image and size and image[:2] != size:
-        hint = ": annotated as its EXIF mark turns it?" if image[1::-1] == size else ""
-        what = f"{image_path} is {image[0]}x{image[1]} pixels, not {size[0]}x{size[1]}{hint}"
-        faults.append(["image and annotation differ in size", what])
-    return {"stamps": stamps, "image": image, "size": size, "objects": objects, "faults": faults}
+    paths, stamps = stamp_files(root, image_id)
+    size, objects, faults = None, [], []
+    if stamps[1]:
+        try:
+            *size, objects = ssd.parse_annotation(paths[1])
+            if min(size) < 1:
+                size = None
+                faults.append(["annotation without a size", paths[1]])
+        except ssd.InputError as error:
+            faults.append(["annotation unreadable", str(error)])
+    image, more = inspect_image(paths[0], size) if stamps[0] else (None, [["image missing", paths[0]]])
+    size = size or (image or [0, 0])[:2]
+    return {"paths": paths, "stamps": stamps, "image": image, "faults": faults + more,
+            "annotation": [*size, objects if size[0] else []]}
 
 
 def inspect_all(root: Path, image_ids: list[str]) -> dict[str, dict]:
@@ -133,7 +140,8 @@ def inspect_all(root: Path, image_ids: list[str]) -> dict[str, dict]:
     facts = {}
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         saved = json.loads((root / "audit.json").read_text(encoding="utf-8"))
-        facts = dict(saved["files"]) if saved["version"] == VERSION else {}
+        if (saved["version"], saved["root"]) == (VERSION, str(root)):  # the paths begin with it
+            facts = dict(saved["files"])
     ids = [i for i in image_ids if facts.get(i, {}).get("stamps") != stamp_files(root, i)[1]]
     with concurrent.futures.ThreadPoolExecutor(ssd.usable_cores()) as pool:  # decoding frees Python's lock
         found = pool.map(lambda image_id: inspect_files(root, image_id), ids)
@@ -141,23 +149,23 @@ def inspect_all(root: Path, image_ids: list[str]) -> dict[str, dict]:
         return facts | dict(zip(ids, found, strict=True))
 
 
-def check_objects(facts: dict, path: str, classes, only_listed: bool, findings: dict) -> list[tuple]:
+def check_objects(annotation: tuple, path: str, classes, only_listed: bool, findings: dict) -> list[tuple]:
     """Return (place, class, normalised box) of the objects that `ssd.read_record` keeps, find the others.
 
-    facts: of `inspect_files`; path: of the annotation; only_listed: objects of other classes are no fault.
+    annotation: (width, height, objects); path: its file; only_listed: objects of other classes are no fault.
     """
-    if not (facts["size"] or facts["image"]):
-        return []
-    width, height = facts["size"] or facts["image"][:2]
+    width, height, objects = annotation
     kept = {}
-    for number, name, (xmin, ymin, xmax, ymax) in facts["objects"]:
-        place = f"{path} object {number} ({name})"
+    for number, (name, (xmin, ymin, xmax, ymax), _) in enumerate(objects, start=1):
+        place = f"{path}: object {number} ({name}) [{xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}]"
         raw = (xmin - 1, ymin - 1, xmax, ymax)  # 1-based and inclusive -> 0-based edges
         box = (max(raw[0], 0), max(raw[1], 0), min(xmax, width), min(ymax, height))
         if name not in classes:
             findings["class not named by --classes" if only_listed else "unknown class"].append(place)
-        elif xmax <= xmin or ymax <= ymin or box[2] <= box[0] or box[3] <= box[1]:
-            findings["box reversed, without area or outside"].append(place)
+        elif xmax < xmin or ymax < ymin:
+            findings["box reversed"].append(place)
+        elif min(xmax - xmin, ymax - ymin, box[2] - box[0], box[3] - box[1]) <= 0:
+            findings["box without area or outside"].append(place)
         elif (name, box) in kept:
             findings["same box and class twice"].append(place)
         else:
@@ -169,15 +177,15 @@ def check_objects(facts: dict, path: str, classes, only_listed: bool, findings: 
     return list(kept.values())
 
 
-def check_lists(images: dict, facts: dict, findings: dict) -> None:
+def check_images(images: dict, facts: dict, findings: dict) -> None:
     """Find images in two lists, and images of the same pixels. images: {(root, image id): lists}."""
     groups = defaultdict(list)  # digest: images
     for (root, image_id), lists in images.items():
-        path, one = ssd.find_image(root, image_id), facts[root][image_id]
+        one = facts[root][image_id]
         if len(lists) > 1:
-            findings["image in two lists"].append(f"{path} ({', '.join(lists)})")
+            findings["image in two lists"].append(f"{one['paths'][0]} ({', '.join(lists)})")
         if one["image"]:
-            groups[one["image"][2]].append((path, lists, len(one["objects"])))
+            groups[one["image"][2]].append((one["paths"][0], lists, len(one["annotation"][2])))
     for (first, first_lists, first_objects), *others in groups.values():
         for path, lists, num_objects in others:
             is_leak = len({*first_lists, *lists}) > 1 and first_objects + num_objects > 0
@@ -185,24 +193,40 @@ def check_lists(images: dict, facts: dict, findings: dict) -> None:
             findings[LEAK if is_leak else "same pixels twice"].append(place)
 
 
-def check_all(images: dict, facts: dict, classes, only_listed: bool, anchor_sizes) -> tuple:
-    """Return ({kind: places}, the Objects that are kept, `best_anchor_iou` of each)."""
-    findings = {kind: [] for kind in KINDS}
+def check_all(images: dict, facts: dict, classes, args: argparse.Namespace, findings: dict) -> tuple:
+    """Return the Objects that are kept and `best_anchor_iou` of each; fill findings, {kind: places}."""
     objects = []
     for (root, image_id), lists in images.items():
-        for kind, message in facts[root][image_id]["faults"]:
+        one = facts[root][image_id]
+        path = one["paths"][1]
+        for kind, message in one["faults"]:
             findings[kind].append(message)
-        path = os.path.join(root, "Annotations", f"{image_id}.xml")
-        rows = check_objects(facts[root][image_id], path, classes, only_listed, findings)
+        if one["stamps"][1] is None:
+            kind = {"negative": "image without annotation", "error": "annotation missing"}[args.unlabelled]
+            findings[kind].append(f"{path}: no such file (see --unlabelled)")
+        rows = check_objects(one["annotation"], path, classes, bool(args.classes), findings)
         objects += [Object(*row, lists) for row in rows]
-    check_lists(images, facts, findings)
-    best = best_anchor_iou(np.array([o.box for o in objects]).reshape(-1, 4), anchor_sizes)
-    unmatched = np.flatnonzero(best < 0.5)
-    findings["object that no anchor overlaps by half"] = [objects[i].place for i in unmatched]
-    slivers = set(findings["box under a pixel"])
-    if not any("train" in o.lists and o.place not in slivers for o in objects):
+    check_images(images, facts, findings)
+    best = best_anchor_iou(np.reshape([o.box for o in objects], (-1, 4)), args.anchors or ssd.ANCHOR_SIZES)
+    findings["object that no anchor overlaps by half"] += [
+        one.place for one, iou in zip(objects, best, strict=True) if iou < 0.5]
+    if not any("train" in o.lists for o in objects):
         findings["no object to train on"].append("the training list")
-    return {kind: places for kind, places in findings.items() if places}, objects, best
+    return objects, best
+
+
+def check_lists(listed: dict, lists: dict, classes, findings: dict) -> tuple:
+    """Return a training's classes; find what the module says of whole lists, {(root, role): annotations}."""
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        found = ssd.annotated_classes(next(iter(listed.values()), {}))
+        findings["class names that differ by a slip"] += told.getvalue().replace("warning: ", "").splitlines()
+        classes = classes or found
+        for (root, role), annotations in listed.items():
+            try:
+                ssd.read_records(root, lists[role], classes, annotations=annotations, only_listed=True)
+            except ssd.InputError as error:
+                findings["boxes of a list written otherwise"].append(str(error))
+    return classes
 
 
 def plot_data(objects: list[Object], best: np.ndarray, classes, num_images: int) -> Figure:
@@ -212,29 +236,23 @@ def plot_data(objects: list[Object], best: np.ndarray, classes, num_images: int)
     """
     names = np.array([o.name for o in objects])
     size = 300 * np.array([o.box[2:] - o.box[:2] for o in objects])  # pixels of the network's input
+    classes = classes if len(classes) <= 40 else sorted(classes, key=names.tolist().count)[:40]
     counts = [np.count_nonzero(names == name) for name in classes]
     shares = [np.mean(best[names == name] >= 0.5) if name in names else 0 for name in classes]
-    labels = [name.replace("$", r"\$") for name in classes]  # matplotlib reads a formula between two of them
-    figure = Figure(figsize=(14, min(4.6 + 0.13 * len(classes), 100)), layout="constrained")
+    labels = [re.sub(r"[^\0-\u2e7f]", lambda letter: ascii(letter[0])[1:-1], name) for name in classes]
+    labels = [name.replace("$", r"\$") for name in labels]  # matplotlib reads a formula between two of them
+    figure = Figure(figsize=(14, 4.6 + 0.13 * len(classes)), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     left.bar_label(left.barh(labels, counts, color="C0"), padding=3)
-    left.set(title=f"{len(names)} objects in {num_images} training images", xlabel="objects", xmargin=0.15)
+    left.set(title=f"{len(names)} objects in {num_images} training images", xmargin=0.15)
     middle.scatter(*size.T, s=5, alpha=0.25, c=np.where(best >= 0.5, "C0", "C3"), linewidths=0)
     middle.set(title="Box sizes at 300x300 (red: no anchor at IoU .5)", xlim=(0, 300), ylim=(0, 300))
     middle.set(xlabel="width, pixels", ylabel="height, pixels", aspect="equal")
     right.bar_label(right.barh(labels, shares, color="C2"), fmt="%.2f", padding=3)
     right.set(title=f"Matched by an anchor at IoU .5: {np.mean(best >= 0.5):.3f}", xlim=(0, 1.15))
-    right.set_xlabel("share of objects")
-    for axes in (left, right):
-        axes.set_ylim(len(classes) - 0.4, -0.6)  # the first class on top
+    for axes, label in ((left, "objects (of more than 40 classes the rarest)"), (right, "share of objects")):
+        axes.set(xlabel=label, ylim=(len(classes) - 0.4, -0.6))  # the first class on top
     return figure
-
-
-def print_findings(findings: dict) -> None:
-    """Print of each kind how many there are, what comes of them, and the first places."""
-    for kind, places in findings.items():
-        more = [f"... and {len(places) - 3} more in audit.json"] if len(places) > 3 else []
-        print(f"{len(places):6d} {kind}: {KINDS[kind]}", *places[:3], *more, sep="\n         ")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -247,49 +265,52 @@ def run(args: argparse.Namespace) -> int:
             for image_id in ssd.read_split(root, split) if split else ():
                 images[root, image_id].append(role)
     facts = {root: inspect_all(root, [i for r, i in images if r == root]) for root in roots}
-    train = [facts[root][image_id] for (root, image_id), roles in images.items() if "train" in roles]
-    classes = args.classes or sorted({name for one in train for _, name, _ in one["objects"]})
-    if args.data in ("voc2007", "voc0712"):
-        classes = args.classes or ssd.VOC_CLASSES
-    findings, objects, best = check_all(images, facts, classes, bool(args.classes), args.anchors)
+    num_images = Counter(role for roles in images.values() for role in roles)
+    findings = {kind: [] for kind in KINDS}
+    listed = defaultdict(dict)  # (root, role): annotations
+    for (root, image_id), roles in images.items():
+        for role in roles:
+            listed[root, role][image_id] = facts[root][image_id]["annotation"]
+    given = args.classes or (ssd.VOC_CLASSES if args.data in ("voc2007", "voc0712") else None)
+    classes = check_lists(listed, lists, given, findings)
+    objects, best = check_all(images, facts, classes, args, findings)
+    findings = {kind: places for kind, places in findings.items() if places}
     counts = {kind: len(places) for kind, places in findings.items()}
     for root in roots:
-        content = {"version": VERSION, "counts": counts, "findings": findings, "files": facts[root]}
+        content = {"version": VERSION, "root": str(root), "counts": counts, "findings": findings}
         try:
-            ssd.write_json(root / "audit.json", content)
+            ssd.write_json(root / "audit.json", content | {"files": facts[root]})
         except OSError as error:
             print(f"warning: {root / 'audit.json'} was not written: {error}", file=sys.stderr)
     trained = np.flatnonzero(["train" in o.lists for o in objects])
     if len(trained):
-        figure = plot_data([objects[i] for i in trained], best[trained], classes, len(train))
+        figure = plot_data([objects[i] for i in trained], best[trained], classes, num_images["train"])
         ssd.save_figure(figure, Path(args.output_dir) / "plots" / "data.png")
     for role in filter(lists.get, lists):
-        num_images = sum(role in roles for roles in images.values())
         num_objects = sum(role in o.lists for o in objects)
-        print(f"{role:<5} {num_images:7d} images {num_objects:8d} objects  (list {lists[role]})")
+        print(f"{role:<5} {num_images[role]:7d} images {num_objects:8d} objects  (list {lists[role]})")
     print(f"{len(classes)} classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}")
-    print_findings(findings)
+    for kind, places in findings.items():
+        more = [f"... and {len(places) - 3} more in audit.json"] if len(places) > 3 else []
+        print(f"{len(places):6d} {kind}: {KINDS[kind]}", *places[:3], *more, sep="\n         ")
     if faults := [kind for kind in (*STOPS, LEAK) if kind in findings]:
         print(f"mend before a training: {', '.join(faults)}")
         return 1
-    with contextlib.redirect_stderr(io.StringIO()):  # its warning is about what has just been listed
-        ssd.load_data(args.data, classes=args.classes, val_fraction=args.val_fraction, **splits)
+    with contextlib.redirect_stderr(io.StringIO()):  # its warnings are about what has just been listed
+        ssd.load_data(args.data, classes=args.classes, val_fraction=args.val_fraction,
+                      unlabelled=args.unlabelled, **splits)
     print("a training can start")
     return 0
 
 
 def main(argv=None) -> int:
     """Run the program; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Check every image and annotation of a data set.")
-    add_data_flags(parser)
-    add = parser.add_argument
-    add("--val-split", metavar="LIST", help="list that chooses the best checkpoint")
-    add("--val-fraction", type=ssd.below_one, default=0.1, help="share held out without --val-split")
-    add("--test-split", metavar="LIST", help="list to measure on (default: test, if there is one); '': none")
-    add("--anchors", metavar="FILE", type=ssd.anchor_file, default=ssd.ANCHOR_SIZES,
-        help="anchor sizes by tools/anchors.py")
+    Image.MAX_IMAGE_PIXELS = None  # what OpenCV reads is no attack
+    if {"-h", "--help"}.intersection(sys.argv[1:] if argv is None else argv):
+        print(__doc__)
+        return 0
     try:
-        return run(parser.parse_args(argv))
+        return run(ssd.parse_args(argv))
     except (ssd.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
