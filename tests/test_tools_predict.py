@@ -1,5 +1,8 @@
-"""tools/predict.py: files, folders and videos; drawn copies, crops, annotations, averaged flips."""
+"""tools/predict.py: files, videos, cameras, streams; drawn copies, crops, annotations, averaged flips."""
 
+import functools
+import http.server
+import io
 import itertools
 import json
 import shutil
@@ -165,7 +168,8 @@ def test_files_of_the_same_name_keep_images_of_their_own(pointer, tmp_path, caps
     found = predictions_in(out)
     assert list(found) == [str(path) for path in paths]
     assert len({path.read_bytes() for path in out.glob("*.png")}) == 3
-    printed = capsys.readouterr().out.splitlines()
+    *printed, last = capsys.readouterr().out.splitlines()
+    assert last == str(out / "predictions.json")
     for path, box, line in zip(paths, boxes, printed, strict=True):
         np.testing.assert_allclose(found[str(path)]["boxes_px"][0], box, atol=2)
         assert line.startswith(f"{path}: red ")
@@ -174,11 +178,38 @@ def test_files_of_the_same_name_keep_images_of_their_own(pointer, tmp_path, caps
             assert image.convert("RGB").getpixel((x, y)) == ImageColor.getrgb(ssd.color_of(2))
 
 
-def test_a_file_without_a_detection_is_reported_as_such(pointer, tmp_path, capsys):
-    Image.new("RGB", (30, 30)).save(tmp_path / "dark.png")
-    predict.predict_files(pointer, [tmp_path / "dark.png"], tmp_path / "out")
-    assert "nothing found" in capsys.readouterr().out
-    assert predictions_in(tmp_path / "out")[str(tmp_path / "dark.png")]["labels"] == []
+def test_a_file_without_a_detection_is_reported_with_the_best_score_of_the_classes_asked_for(
+        tiny_run, tmp_path, capsys):
+    image = tiny_run.data / "JPEGImages" / "test_0.jpg"
+    scores = {"angular": 0.0, "round": 0.0}
+    detector = ssd.load_detector(tiny_run.final, "cpu", "off")
+    found = detector.predict(image, score_thresh=0, max_detections=9999)
+    for name, score in zip(found.names, found.scores, strict=True):
+        scores[name] = max(scores[name], score)
+    worse, better = sorted(scores, key=scores.get)
+    for flags, name in (((), better), (("--classes", worse), worse)):
+        flags = (*flags, "--score-thresh", 0.999)
+        assert predict.main(command(image, "--weights", tiny_run.final, *flags, out=tmp_path)) == 0
+        line = capsys.readouterr().out.splitlines()[0]
+        assert f": nothing found (best below the threshold: {name} {scores[name]:.2f}) -> " in line
+        assert predictions_in(tmp_path / "plots" / "predictions")[str(image)]["labels"] == []
+
+
+def test_many_objects_are_printed_as_counts(pointer, tmp_path, capsys):
+    pointer.detect_in = lambda pictures, **_: [
+        ssd.Detections(np.zeros((8, 4), np.float32), [1] + [2] * 7, ["blue"] + ["red"] * 7, [0.9] * 8)]
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    predict.predict_files(pointer, [tmp_path / "a.png"], tmp_path / "out")
+    assert f"{tmp_path / 'a.png'}: red 7, blue 1 -> " in capsys.readouterr().out
+
+
+def test_predictions_are_a_line_an_image_or_a_frame(tmp_path):
+    one = {"labels": [1], "names": ["red"]}
+    report = {"a.png": one, 'odd "name".png': one, "b.mp4": {"fps": 29.97, "frames": [one, one, one]}}
+    for content, lines in ((report, 2 + 2 + 5), ({}, 3)):
+        predict.write_predictions(tmp_path / "predictions.json", content)
+        assert predictions_in(tmp_path) == content
+        assert len((tmp_path / "predictions.json").read_text().splitlines()) == lines
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -206,7 +237,7 @@ def test_annotations_of_a_prediction_are_read_by_the_data_section(pointer, tmp_p
     assert data.classes == ("red",)
     assert len(data.train) == 2
     for record in data.train:
-        assert ssd.load_image(record).shape == (100, 200, 3)  # of the size that the annotation states
+        assert record.read().shape == (100, 200, 3)  # of the size that the annotation states
         np.testing.assert_allclose(record.boxes_px, [boxes[record.image_id]], atol=2)
 
 
@@ -313,6 +344,233 @@ def test_an_interrupted_prediction_keeps_what_was_found(pointer, tmp_path, monke
     assert list(predictions_in(tmp_path / "out")) == [str(tmp_path / "a.png")]
 
 
+# ---- cameras and streams ----
+
+
+class Camera:
+    """A cv2.VideoCapture of red boxes, the number of the frame, modulo 256, in the green of pixel (0, 0).
+
+    script: for each opening the number of frames until it breaks off, None: it cannot be opened.
+    """
+
+    script, opened = (), 0
+
+    def __init__(self, *source):
+        self.left = type(self).script[min(self.opened, len(self.script) - 1)]
+        type(self).opened += 1
+        self.number = 0
+
+    def isOpened(self):
+        return self.left is not None
+
+    def get(self, which):
+        return {cv2.CAP_PROP_FPS: 30.0}.get(which, -1.0)
+
+    def read(self):
+        if self.number >= self.left:
+            return False, None
+        self.number += 1
+        pixels = np.array(red_box((160, 120), (20, 20, 80, 80)))
+        pixels[0, 0, 1] = self.number % 256
+        return True, pixels[..., ::-1]
+
+    def release(self):
+        pass
+
+
+@pytest.fixture
+def camera(monkeypatch):
+    """Return a function that puts a Camera of a script in cv2's place."""
+    def put(*script):
+        kind = type("FakeCamera", (Camera,), {"script": script})
+        monkeypatch.setattr(cv2, "VideoCapture", kind)
+        monkeypatch.setattr(predict, "RETRY_PAUSE", 0.0)
+        return kind
+
+    return put
+
+
+def interrupt_after(pointer, count, before=None):
+    """Let the detector call before(picture), and press Ctrl-C once it has seen `count` pictures."""
+    detect_in, seen = pointer.detect_in, []
+
+    def interrupted(pictures, **settings):
+        if len(seen) == count:
+            raise KeyboardInterrupt
+        seen.append(np.asarray(pictures[0])[0, 0, 1])
+        if before:
+            before(len(seen))
+        return detect_in(pictures, **settings)
+
+    pointer.detect_in = interrupted
+    return seen
+
+
+def test_a_camera_is_written_until_ctrl_c_with_its_rate_in_the_picture(pointer, tmp_path, camera, capsys):
+    camera(10**9)
+    interrupt_after(pointer, 5)
+    assert predict.predict_files(pointer, ["0"], tmp_path) == []
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"camera_0.mp4", "camera_0.jsonl", "predictions.json"}
+    assert predictions_in(tmp_path) == {}
+    rows = [json.loads(line) for line in (tmp_path / "camera_0.jsonl").read_text().splitlines()]
+    assert [row["names"] for row in rows] == [["red"]] * 5
+    np.testing.assert_allclose(rows[0]["boxes_px"][0], (20, 20, 80, 80), atol=2)
+    assert sorted(row["time"] for row in rows) == [row["time"] for row in rows]
+    frames = list(predict.read_frames(predict_capture(tmp_path / "camera_0.mp4")))
+    assert len(frames) >= 5
+    corner = frames[0][100:, :100].astype(int)
+    assert (corner.min(axis=2) > 150).sum() > 20  # white letters on black
+    out = capsys.readouterr().out
+    assert out.startswith("0: 5 of ")
+    assert "red 5 -> " in out
+    assert str(tmp_path / "camera_0.mp4") in out
+
+
+def predict_capture(path, original=cv2.VideoCapture):
+    """Return the real cv2.VideoCapture of a file."""
+    return original(str(path))
+
+
+def test_a_live_source_drops_frames_and_goes_on_with_the_newest(pointer, tmp_path, camera):
+    kind = camera(10**9)
+    read, busy, delivered, asked = kind.read, threading.Event(), threading.Event(), threading.Event()
+
+    def paced(self):
+        if self.number == 1:
+            busy.wait(30)
+        if self.number == 50:
+            delivered.set()
+            asked.wait(30)
+        return read(self)
+
+    def before(number):
+        if number == 1:
+            busy.set()
+            assert delivered.wait(30)  # 49 more frames arrive while the network works on the first
+        if number == 2:
+            asked.set()
+
+    kind.read = paced
+    seen = interrupt_after(pointer, 3, before)
+    predict.predict_files(pointer, ["0"], tmp_path)
+    assert seen[:2] == [1, 50]
+    assert len((tmp_path / "camera_0.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_stream_that_breaks_off_is_opened_again_and_that_is_said(pointer, tmp_path, camera, capsys):
+    kind = camera(1, None, None, 10**9)
+    seen = interrupt_after(pointer, 3)
+    assert predict.predict_files(pointer, ["rtsp://me:secret@robot:554/eye?x=1"], tmp_path) == []
+    assert kind.opened == 4
+    assert len(seen) == 3
+    out, err = capsys.readouterr()
+    assert err == "rtsp://robot:554/eye?x=1: broke off, trying again\n"
+    assert out.startswith("rtsp://robot:554/eye?x=1: 3 of ")
+    assert (tmp_path / "eye.mp4").exists()
+    assert "secret" not in out + err
+
+
+def test_a_stream_that_stays_away_is_a_problem(pointer, tmp_path, camera):
+    kind = camera(2, None)
+    (problem,) = predict.predict_files(pointer, ["http://robot/eye"], tmp_path)
+    assert problem == f"http://robot/eye: broke off and did not come back in {predict.RETRIES} tries"
+    assert kind.opened == 1 + predict.RETRIES
+
+
+def test_q_ends_a_window_and_nothing_is_written_into_a_video(pointer, tmp_path, camera, monkeypatch):
+    camera(10**9)
+    shown, keys = [], iter([-1, ord("x"), ord("q")])
+    monkeypatch.setattr(cv2, "namedWindow", lambda *args: None)
+    monkeypatch.setattr(cv2, "destroyAllWindows", lambda: None)
+    monkeypatch.setattr(cv2, "imshow", lambda title, frame: shown.append(frame))
+    monkeypatch.setattr(cv2, "waitKey", lambda delay: next(keys))
+    monkeypatch.setattr(cv2, "getWindowProperty", lambda *args: 1.0)
+    assert predict.predict_files(pointer, ["0"], tmp_path, show=True) == []
+    assert [frame.shape for frame in shown] == [(120, 160, 3)] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["camera_0.jsonl", "predictions.json"]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A server on loopback in a thread; a context manager whose value is its address."""
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def __exit__(self, *error):
+        self.shutdown()
+        self.server_close()
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_a_video_file_on_a_server_is_read_to_its_end(pointer, tmp_path):
+    (tmp_path / "served").mkdir()
+    boxes = [(5 + 2 * i, 20, 55 + 2 * i, 80) for i in range(40)]
+    write_video(tmp_path / "served" / "moving.avi", boxes)
+    with Server(("127.0.0.1", 0), functools.partial(Files, directory=tmp_path / "served")) as address:
+        assert predict.predict_files(pointer, [f"{address}/moving.avi"], tmp_path / "out") == []
+    (found,) = predictions_in(tmp_path / "out").values()
+    assert len(found["frames"]) == 40  # no frame of a file is dropped
+    for frame, box in zip(found["frames"], boxes, strict=True):
+        np.testing.assert_allclose(frame["boxes_px"][0], box, atol=3)
+    assert (tmp_path / "out" / "moving.mp4").exists()
+
+
+class MotionJpeg(http.server.BaseHTTPRequestHandler):
+    """A network camera that ends each connection after 20 frames."""
+
+    connections = 0
+
+    def do_GET(self):
+        type(self).connections += 1
+        self.send_response(200)
+        self.send_header("Content-Type", "multipart/x-mixed-replace;boundary=frame")
+        self.end_headers()
+        content = io.BytesIO()
+        red_box((160, 120), (20, 20, 80, 80)).save(content, "jpeg")
+        for _ in range(20):
+            head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(content.getvalue())}\r\n\r\n"
+            self.wfile.write(head.encode() + content.getvalue() + b"\r\n")
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_network_camera_is_live_and_opened_again(pointer, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(predict, "RETRY_PAUSE", 0.0)
+    detect_in = pointer.detect_in
+
+    def until_the_third_connection(pictures, **settings):
+        if MotionJpeg.connections > 2:
+            raise KeyboardInterrupt
+        return detect_in(pictures, **settings)
+
+    pointer.detect_in = until_the_third_connection
+    with Server(("127.0.0.1", 0), MotionJpeg) as address:
+        assert predict.predict_files(pointer, [f"{address}/eye.mjpg"], tmp_path) == []
+    assert {"eye.mp4", "eye.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+    rows = [json.loads(line) for line in (tmp_path / "eye.jsonl").read_text().splitlines()]
+    assert rows
+    assert all(row["names"] == ["red"] for row in rows)
+    assert set(capfd.readouterr().err.splitlines()) == {f"{address}/eye.mjpg: broke off, trying again"}
+
+
+def test_sources_are_told_from_files_and_have_files_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1").touch()
+    sources = ["0", "1", "rtsp://a:b@robot/live", "http://robot/live.mjpg?w=2", "http://robot:80"]
+    paths = predict.find_inputs(sources)
+    assert paths == ["0", Path("1"), *sources[2:]]
+    targets = predict.name_targets(paths, Path("out"))
+    assert [path.name for path in targets.values()] == [
+        "camera_0.mp4", "1.png", "live.mp4", "live_1.mp4", "stream.mp4"]
+
+
 # ---- the command ----
 
 
@@ -329,7 +587,9 @@ def test_the_command_finds_what_the_module_finds(tiny_run, tmp_path, capsys):
     assert {path.name for path in folder.iterdir()} == {"test_0.jpg", "test_1.jpg", "predictions.json"}
     found = predictions_in(folder)
     detector = ssd.load_detector(tiny_run.final, "cpu", "off")
-    for path, line in zip(images, capsys.readouterr().out.splitlines(), strict=True):
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last == str(folder / "predictions.json")
+    for path, line in zip(images, lines, strict=True):
         with Image.open(path) as image, Image.open(folder / path.name) as drawn:
             assert (drawn.format, drawn.size) == ("JPEG", image.size)
         expected = detector.predict(images, score_thresh=0.0, max_detections=5)[images.index(path)]
@@ -373,7 +633,9 @@ def test_the_command_goes_on_behind_what_cannot_be_read_and_says_so(tiny_run, tm
     out, err = capfd.readouterr()
     folder = tmp_path / "out" / "plots" / "predictions"
     found = predictions_in(folder)
-    assert len(out.splitlines()) == len(found) == 16
+    assert len(found) == 16
+    written = ("predictions.json", "crops", "Annotations")
+    assert out.splitlines()[16:] == [str(folder / name) for name in written]
     assert {name for one in found.values() for name in one["names"]} == {"round"}
     assert [line.split(":")[0] for line in err.splitlines()] == ["error"] * 2
     assert all(f"broken.{ending}" in err for ending in ("png", "mp4"))
@@ -397,6 +659,20 @@ def test_classes_that_are_not_asked_for_do_not_use_up_the_detections(tiny_run, t
     assert found["scores"] == scores[:10]
     assert found["names"] == ["round"] * len(found["scores"])
     assert len(found["scores"]) > 1
+
+
+def test_a_source_that_is_not_there_is_one_line(tiny_run, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    for argv, code, message in (
+        (("97",), 1, "97: no such camera"),
+        (("http://127.0.0.1:1/eye.mjpg",), 1, "http://127.0.0.1:1/eye.mjpg: not reachable, or no video"),
+        (("rtsp://me:secret@127.0.0.1:1/eye",), 1, "rtsp://127.0.0.1:1/eye: not reachable, or no video"),
+        (("0", "--show"), 2, "--show: there is no display; without it the video is written"),
+    ):
+        assert predict.main(command(*argv, "--weights", tiny_run.final, out=tmp_path)) == code
+        assert capfd.readouterr().err == f"error: {message}\n"
 
 
 def test_mistakes_are_one_line(tiny_run, tmp_path, capsys):

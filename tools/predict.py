@@ -1,27 +1,37 @@
-"""Detect in images, folders and videos; write drawn copies, predictions.json, crops and annotations.
+"""Detect in images, videos, cameras and streams; write drawn copies, predictions, crops, annotations.
 
     python tools/predict.py photos/ holiday.mp4 --weights checkpoints/ssd_shapes_final.pth
     python tools/predict.py 'photos/**/*.jpg' --weights OWNER/NAME --classes cat,dog --save-crops --save-xml
+    python tools/predict.py 0 --weights FILE --show                # a camera, in a window, until q
+    python tools/predict.py rtsp://camera/stream --weights FILE    # written as MP4, until Ctrl-C
 
-The results are in plots/predictions: photos stay JPEG, other images become PNG, videos MP4 without sound.
-Files that cannot be read are listed at the end; the exit code is then 1.
+The results are in plots/predictions: photos stay JPEG, other images become PNG, videos MP4 without sound. A
+live source leaves a line a frame in NAME.jsonl; frames that come while the network works are dropped. What
+cannot be read is listed at the end; the exit code is then 1.
 """
 
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import glob
 import itertools
+import json
 import os
+import queue
 import re
+import signal
 import sys
+import threading
+import time
+import urllib.parse
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,6 +45,9 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"} |
 TARGET_SUFFIXES = dict.fromkeys(VIDEO_SUFFIXES, ".mp4") | {".jpg": ".jpg", ".jpeg": ".jpg"}  # others: .png
 FLIPS = {"off": (), "horizontal": ((3,),), "both": ((3,), (2,), (2, 3))}  # dimensions of (B, 3, H, W)
 BATCH_SIZE = 8
+RETRIES, RETRY_PAUSE = 30, 1.0  # of a stream that broke off; seconds
+TIMEOUT_MS = 10_000  # for a stream to open, or to deliver a frame
+MOST_LISTED = 6  # objects of an image that are printed one by one
 
 
 def unflip(values, dims, anchors_per_cell):
@@ -99,12 +112,23 @@ def detect_all(detector, sources, **settings):
             yield item if isinstance(item, ssd.InputError) else (item, next(found))
 
 
+def is_stream(argument):
+    """Whether an argument is a camera's number or an address, rather than files."""
+    return bool(re.match(r"\w+://", argument)) or (argument.isdigit() and not Path(argument).exists())
+
+
 def find_inputs(arguments):
-    """Return the paths that files, folders and globs name, each once; InputError for one that names none."""
+    """Return what arguments name, each once: Paths of files, folders and globs, a str for a stream.
+
+    InputError for one that names nothing.
+    """
     paths = []
-    for argument in arguments:
+    for argument in map(str, arguments):
+        if is_stream(argument):
+            paths.append(argument)
+            continue
         named = Path(argument)
-        there = named.iterdir() if named.is_dir() else map(Path, glob.glob(str(argument), recursive=True))
+        there = named.iterdir() if named.is_dir() else map(Path, glob.glob(argument, recursive=True))
         found = sorted(path for path in there if path.suffix.lower() in SUFFIXES and path.is_file())
         if named.is_file():
             found = [named]
@@ -115,14 +139,24 @@ def find_inputs(arguments):
     return list(dict.fromkeys(paths))
 
 
+def public_name(source):
+    """Return a source as text without the user and password that an address may hold."""
+    return re.sub(r"//[^/@]*@", "//", str(source))
+
+
 def name_targets(paths, folder):
-    """Return {path: path of its drawn copy in a folder}, all with different stems."""
+    """Return {path or stream: path of its drawn copy in a folder}, all with different stems."""
     targets, taken = {}, set()
     for path in paths:
-        numbered = (f"{path.stem}_{number}" for number in itertools.count(1))
-        stem = next(stem for stem in itertools.chain([path.stem], numbered) if stem not in taken)
+        if isinstance(path, Path):
+            base, suffix = path.stem, TARGET_SUFFIXES.get(path.suffix.lower(), ".png")
+        else:
+            named = Path(urllib.parse.urlsplit(path).path).stem
+            base, suffix = f"camera_{path}" if path.isdigit() else named or "stream", ".mp4"
+        numbered = (f"{base}_{number}" for number in itertools.count(1))
+        stem = next(stem for stem in itertools.chain([base], numbered) if stem not in taken)
         taken.add(stem)
-        targets[path] = folder / (stem + TARGET_SUFFIXES.get(path.suffix.lower(), ".png"))
+        targets[path] = folder / (stem + suffix)
     return targets
 
 
@@ -155,22 +189,78 @@ def write_xml(path, picture, found, target):
     write_annotation(folder / f"{target.stem}.xml", path.name, shape, objects)
 
 
+# ---- videos, cameras and streams ----
+
+
+def open_video(source):
+    """Return a cv2.VideoCapture of a file, address or camera's number; InputError if it cannot be opened."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # no chatter about broken videos
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # nor about missing cameras
+    if isinstance(source, Path):
+        video, problem = cv2.VideoCapture(str(source)), "not readable as a video"
+    elif source.isdigit():
+        video, problem = cv2.VideoCapture(int(source)), "no such camera"
+    else:
+        limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
+        video, problem = cv2.VideoCapture(source, cv2.CAP_FFMPEG, limits), "not reachable, or no video"
+    if not video.isOpened():
+        raise ssd.InputError(f"{public_name(source)}: {problem}")
+    return video
+
+
+def num_frames(video):
+    """Return the number of frames that a cv2.VideoCapture announces; 0 for a live source."""
+    return max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
+
+
 def read_frames(video):
     """Yield the frames of a cv2.VideoCapture as RGB arrays."""
     while (read := video.read())[0]:
         yield cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
 
 
-def predict_video(detector, path, target, **settings):
-    """Detect in a video and write its frames, drawn on, as MP4; returns {"fps", "frames": a dict each}.
+@contextlib.contextmanager
+def video_output(path, fps, title):
+    """Yield put(picture, times), which writes a PIL image `times` times into an MP4, or shows it: path None.
 
-    Raises InputError where a tenth or more of the frames that it announces cannot be read.
+    It returns whether to go on: False after q or a closed window. InputError if OpenCV has no windows.
     """
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # no chatter about broken videos
-    video, output = cv2.VideoCapture(str(path)), cv2.VideoWriter()
-    total = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
+    writer, codec = cv2.VideoWriter(), cv2.VideoWriter.fourcc(*"mp4v")
+
+    def write(picture, times=1):
+        if not writer.isOpened() and not writer.open(str(path), codec, fps, picture.size):
+            raise OSError(f"{path}: not writable as a video")
+        for _ in range(times):
+            writer.write(cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
+        return True
+
+    def show(picture, times=1):
+        cv2.imshow(title, cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
+        is_quit = cv2.waitKey(1) & 0xFF == ord("q")
+        return not is_quit and cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) > 0
+
+    if path is not None:
+        try:
+            yield write
+        finally:
+            writer.release()
+        return
+    try:
+        cv2.namedWindow(title, cv2.WINDOW_NORMAL)
+    except cv2.error:
+        raise ssd.InputError("--show: this OpenCV has no windows: pip install opencv-python") from None
+    yield show
+    cv2.destroyAllWindows()
+
+
+def predict_video(detector, video, name, target, **settings):
+    """Detect in all frames of a cv2.VideoCapture; returns {"fps", "frames": a dict each}.
+
+    The drawn frames go where `video_output` puts them. Raises InputError where a tenth or more of the frames
+    that the video announces cannot be read.
+    """
+    total = num_frames(video)
     fps = video.get(cv2.CAP_PROP_FPS) or 25.0
-    codec = cv2.VideoWriter.fourcc(*"mp4v")
 
     def draw(pair):
         picture, found = pair
@@ -178,65 +268,232 @@ def predict_video(detector, path, target, **settings):
 
     frames = []
     drawn = prefetch(draw, detect_all(detector, read_frames(video), **settings))
-    try:
-        for picture, found in tqdm(drawn, path.name, total or None, disable=not sys.stderr.isatty()):
-            if not output.isOpened() and not output.open(str(target), codec, fps, picture.size):
-                raise OSError(f"{target}: not writable as a video")
-            output.write(cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
+    with video_output(target, fps, name) as put:
+        for picture, found in tqdm(drawn, name, total or None, disable=not sys.stderr.isatty()):
             frames.append(found)
-    finally:
-        output.release()
+            if not put(picture):
+                return {"fps": fps, "frames": frames}
     if len(frames) <= 0.9 * total:
-        target.unlink(missing_ok=True)
-        raise ssd.InputError(f"{path}: not readable as a video ({len(frames)} of {total} frames)")
+        if target is not None:
+            target.unlink(missing_ok=True)
+        raise ssd.InputError(f"{name}: not readable as a video ({len(frames)} of {total} frames)")
     return {"fps": fps, "frames": frames}
 
 
-def predict_files(detector, paths, folder, *, save_crops=False, save_xml=False, **settings):
-    """Detect in image and video files; writes a drawn copy of each and predictions.json into a folder.
+class NewestFrame:
+    """Iterate over (time.monotonic() at arrival, RGB frame) of a live source: always the newest frame.
 
-    settings: of `ssd.Detector.predict`. Returns a line for each file that could not be read; raises
-    InputError for a file that lies in the folder.
+    A thread reads on while a frame is worked on, and drops what nobody took. A source that breaks off is
+    opened again, in up to RETRIES tries, and that is printed; then the iteration ends with InputError.
     """
-    for path in paths:
-        if path.resolve().parent == folder.resolve():
-            raise ssd.InputError(f"{path} lies where the results go, to be overwritten: set --output-dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    targets = name_targets(paths, folder)
-    videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
-    images = [path for path in paths if path not in videos]
 
+    def __init__(self, source, video):
+        self.source, self.video = source, video
+        self.num_read = 0
+        self.waiting = queue.Queue(1)
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _put(self, item):
+        with contextlib.suppress(queue.Empty):
+            self.waiting.get_nowait()
+        self.waiting.put(item)  # there is room: no other thread puts
+
+    def _read(self):
+        try:
+            is_open = True
+            while is_open and not self.stopping.is_set():
+                is_read, frame = self.video.read()
+                if is_read:
+                    self.num_read += 1
+                    self._put((time.monotonic(), frame))
+                else:
+                    is_open = self._reopen()
+        finally:
+            self._put(None)  # nobody waits for a thread that ended
+
+    def _reopen(self):
+        print(f"{public_name(self.source)}: broke off, trying again", file=sys.stderr)
+        self.video.release()
+        for _ in range(RETRIES):
+            if self.stopping.wait(RETRY_PAUSE):
+                return False
+            with contextlib.suppress(ssd.InputError):
+                self.video = open_video(self.source)
+                return True
+        return False
+
+    def __iter__(self):
+        while item := self.waiting.get():
+            yield item[0], cv2.cvtColor(item[1], cv2.COLOR_BGR2RGB)
+        name = public_name(self.source)
+        raise ssd.InputError(f"{name}: broke off and did not come back in {RETRIES} tries")
+
+    def stop(self):
+        """End the thread and release the source."""
+        self.stopping.set()
+        self.thread.join(TIMEOUT_MS / 1000)
+        self.video.release()
+
+
+def write_status(picture, text):
+    """Write a line of text into the lower left corner of a PIL image."""
+    font = ImageFont.load_default(max(12, round(max(picture.size) / 40)))
+    place = (4, picture.height - 4)
+    ImageDraw.Draw(picture).text(place, text, "white", font, anchor="lb", stroke_width=2, stroke_fill="black")
+
+
+def predict_live(detector, frames, name, fps, target, *, show=False, **settings):
+    """Detect in a NewestFrame until q or Ctrl-C; returns what was done, in words.
+
+    Each frame is drawn with the rate and its latency, from arrival on, and shown, or written to `target` as
+    often as keeps the time. target.jsonl gets a line a frame: time (seconds since 1970) and what was found.
+    """
+    log_path = target.with_suffix(".jsonl")
+    ends, latencies = collections.deque(maxlen=30), collections.deque(maxlen=10_000)  # seconds
+    counts, number, num_written, start = collections.Counter(), 0, 0, time.monotonic()
+    with (
+        contextlib.suppress(KeyboardInterrupt), open(log_path, "w", encoding="utf-8") as log,
+        video_output(None if show else target, fps, name) as put,
+    ):
+        for arrived, frame in frames:
+            arrived_at = time.time() - (time.monotonic() - arrived)
+            picture = Image.fromarray(frame)
+            (found,) = detector.detect_in([picture], **settings)
+            drawn = found.draw(picture)
+            ends.append(time.monotonic())
+            latencies.append(ends[-1] - arrived)
+            number += 1
+            counts.update(found.names)
+            rate = (len(ends) - 1) / (ends[-1] - ends[0]) if len(ends) > 1 else 0.0
+            write_status(drawn, f"{rate:.1f} frames/s, {1000 * latencies[-1]:.0f} ms")
+            print(json.dumps({"time": round(arrived_at, 3), **found.to_dict()}), file=log, flush=True)
+            times = max(1, round((ends[-1] - start) * fps) - num_written)
+            num_written += times
+            if not put(drawn, times):
+                break
+    if not number:
+        return f"no frame of {name}"
+    middle, slow = np.percentile(1000 * np.array(latencies), (50, 95))
+    return (f"{number} of {frames.num_read} frames, {number / (ends[-1] - start):.1f} a second, latency "
+            f"{middle:.0f} ms (95 %: {slow:.0f}); {count_text(counts)} -> {'window' if show else target}, "
+            f"{log_path}")
+
+
+# ---- the files of a prediction ----
+
+
+def count_text(names):
+    """Return how often each of some names occurs, the most frequent first, as text."""
+    counts = collections.Counter(names).most_common()
+    return ", ".join(f"{name} {count}" for name, count in counts) or "nothing found"
+
+
+def describe(detector, picture, found, **settings):
+    """Return in words what was found in an image: many as counts a class; of nothing the best score."""
+    if len(found) > MOST_LISTED:
+        return count_text(found.names)
+    if len(found):
+        return ", ".join(map("{} {:.2f}".format, found.names, found.scores))
+    asked = [0.0 if detector.score_thresh[name] <= 1 else 2.0 for name in detector.classes]
+    asked = torch.tensor(asked, device=detector.model.anchors.device)
+    (best,) = detector.detect_in([picture], **{**settings, "score_thresh": asked, "max_detections": 1})
+    scores = map(" (best below the threshold: {} {:.2f})".format, best.names, best.scores)
+    return "nothing found" + "".join(scores)
+
+
+def write_predictions(path, report):
+    """Write predictions.json: {path: what was found}, an image or a frame of a video a line."""
+    def text(found):
+        if "frames" not in found:
+            return json.dumps(found)
+        frames = ",\n".join(map(json.dumps, found["frames"]))
+        return f'{{"fps": {found["fps"]}, "frames": [\n{frames}\n]}}'
+
+    rows = ",\n".join(f"{json.dumps(name)}: {text(found)}" for name, found in report.items())
+    content = f"{{\n{rows}\n}}\n"
+    ssd.write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+
+
+def predict_images(detector, paths, targets, *, save_crops=False, save_xml=False, **settings):
+    """Detect in image files, write a drawn copy of each; yields (path, what was found or InputError)."""
     def write(pair):
         path, result = pair
         if isinstance(result, ssd.InputError):
-            return path, result
+            return path, result, ""
         picture, found = result
         found.draw(picture).save(targets[path], quality=92, compress_level=2)
         if save_crops:
             write_crops(picture, found, targets[path])
         if save_xml:
             write_xml(path, picture, found, targets[path])
-        return path, found
+        return path, found.to_dict(), describe(detector, picture, found, **settings)
 
-    report, problems = {}, []
-    results = zip(images, detect_all(detector, images, **settings), strict=True)
+    results = zip(paths, detect_all(detector, paths, **settings), strict=True)
+    for path, found, text in prefetch(write, results):
+        if text:
+            print(f"{path}: {text} -> {targets[path]}")
+        yield path, found
+
+
+def predict_moving(detector, source, target, *, show=False, **settings):
+    """Detect in a video, camera or stream; returns what was found, {} if it is live, or the InputError."""
+    name = public_name(source)
+    frames = None
     try:
-        for path, found in prefetch(write, results):
-            if isinstance(found, ssd.InputError):
-                problems.append(str(found))
-                continue
-            report[path] = found.to_dict()
-            listed = ", ".join(map("{} {:.2f}".format, found.names, found.scores))
-            print(f"{path}: {listed or 'nothing found'} -> {targets[path]}")
-        for path in videos:
-            try:
-                report[path] = predict_video(detector, path, targets[path], **settings)
-                print(f"{path}: {len(report[path]['frames'])} frames -> {targets[path]}")
-            except ssd.InputError as error:
-                problems.append(str(error))
+        video = open_video(source)
+        fps = video.get(cv2.CAP_PROP_FPS) or 25.0
+        if isinstance(source, str) and not num_frames(video):
+            frames = NewestFrame(source, video)
+            text = predict_live(detector, frames, name, min(fps, 60.0), target, show=show, **settings)
+            print(f"{name}: {text}")
+            return {}
+        found = predict_video(detector, video, name, None if show else target, **settings)
+    except ssd.InputError as error:
+        return error
+    finally:
+        if frames:
+            frames.stop()
+    names = [name for frame in found["frames"] for name in frame["names"]]
+    where = "window" if show else target
+    print(f"{name}: {len(found['frames'])} frames, {count_text(names)} -> {where}")
+    return found
+
+
+def predict_files(detector, paths, folder, *, show=False, save_crops=False, save_xml=False, **settings):
+    """Detect in files and streams; writes a drawn copy of each and predictions.json into a folder.
+
+    settings: of `ssd.Detector.predict`; show: videos and streams in a window. Returns a line for each input
+    that could not be read; raises InputError for a file that lies in the folder.
+    """
+    for path in paths:
+        if isinstance(path, Path) and path.resolve().parent == folder.resolve():
+            raise ssd.InputError(f"{path} lies where the results go, to be overwritten: set --output-dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = name_targets(paths, folder)
+    is_image = {p: isinstance(p, Path) and p.suffix.lower() not in VIDEO_SUFFIXES for p in paths}
+    images = [path for path in paths if is_image[path]]
+    report, problems = {}, []
+
+    def keep(source, found):
+        if isinstance(found, ssd.InputError):
+            problems.append(str(found))
+        elif found:
+            report[public_name(source)] = found
+
+    try:
+        saving = {"save_crops": save_crops, "save_xml": save_xml}
+        for path, found in predict_images(detector, images, targets, **saving, **settings):
+            keep(path, found)
+        for source in (path for path in paths if not is_image[path]):
+            keep(source, predict_moving(detector, source, targets[source], show=show, **settings))
     finally:  # an interruption keeps what was found
-        done = {str(path): report[path] for path in paths if path in report}
-        ssd.write_json(folder / "predictions.json", done)
+        names = [public_name(path) for path in paths]
+        done = {name: report[name] for name in names if name in report}
+        write_predictions(folder / "predictions.json", done)
+    written = [name for name in ("crops", "Annotations") if (folder / name).is_dir()]
+    print("\n".join(str(folder / name) for name in ("predictions.json", *written)))
     return problems
 
 
@@ -244,10 +501,12 @@ def parse_args(argv=None):
     """Return the namespace of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="PATH", help="images, videos, folders of them, or globs in quotes")
+    add("inputs", nargs="+", metavar="SOURCE",
+        help="images, videos, folders of them, globs in quotes, a camera's number, or a stream's address")
     add("--weights", required=True, metavar="FILE", help="checkpoint, exported folder or Hugging Face id")
     add("--output-dir", default=".", metavar="DIR", help="results go to DIR/plots/predictions")
     add("--classes", type=ssd.class_list, metavar="A,B", help="report these classes only")
+    add("--show", action="store_true", help="videos and streams in a window, until q, not in a file")
     add("--save-crops", action="store_true", help="write each object to crops/CLASS, at full resolution")
     add("--save-xml", action="store_true", help="write VOC annotations of images, to correct and train on")
     add("--flip-average", choices=FLIPS, default="off", help="average over flips: 2 or 4 times the work")
@@ -280,12 +539,18 @@ def make_detector(args):
 def main(argv=None):
     """Run the command line; returns the exit code: 0 done, 1 files unreadable, 2 a mistake, 130 stopped."""
     args = parse_args(argv)
+    with contextlib.suppress(ValueError):  # only the main thread may have handlers
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a video is closed, not cut
     try:
         paths = find_inputs(args.inputs)
+        displays = {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+        if args.show and sys.platform not in ("darwin", "win32") and not displays:
+            raise ssd.InputError("--show: there is no display; without it the video is written")
         detector, nms_iou = make_detector(args)
         problems = predict_files(
-            detector, paths, Path(args.output_dir) / "plots" / "predictions", save_crops=args.save_crops,
-            save_xml=args.save_xml, nms_iou_thresh=nms_iou, max_detections=args.max_detections)
+            detector, paths, Path(args.output_dir) / "plots" / "predictions", show=args.show,
+            save_crops=args.save_crops, save_xml=args.save_xml, nms_iou_thresh=nms_iou,
+            max_detections=args.max_detections)
     except (ssd.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
