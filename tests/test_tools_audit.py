@@ -298,6 +298,18 @@ def test_a_training_list_without_an_object_is_told(objects, findings, tmp_path):
     assert found["no object to train on"] == ["the training list"]
 
 
+def test_a_rare_name_that_is_like_a_frequent_one_is_a_slip(findings, tmp_path):
+    names = ("bowk", "bicyle", "car", "goat", "line 2")
+    frequent = ("bowl", "bicycle", "cat", "boat", "line 1")
+    boxes = [(1, 1, 20, 15 + n) for n in range(10)]
+    objects = {name: [(name, box) for box in boxes] for name in frequent}
+    rare = [(name, boxes[0]) for name in names] + [("goat", boxes[1])]
+    code, found = findings(write_voc(tmp_path, objects | {"rare": rare}))
+    assert code == 0
+    assert found["class names that differ by a slip"] == [
+        "bicyle (1) and bicycle (10), ten times as often", "bowk (1) and bowl (10), ten times as frequent"]
+
+
 def test_classes_given_leave_others_out(findings, tmp_path):
     root = write_voc(tmp_path, {"a": [CAT, DOG], "b": [("walrus", CAT[1])]}, train="a", test="b")
     code, found = findings(root, "--classes", "cat")

@@ -10,15 +10,15 @@ plots/data.png. The next audit reads only files whose time or size changed. Exit
 import argparse
 import concurrent.futures
 import contextlib
+import difflib
 import hashlib
 import io
 import json
 import os
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -55,15 +55,8 @@ KINDS = dict.fromkeys(STOPS, "stops a training") | {  # what is found: what come
     "object that no anchor overlaps by half": "kept; see tools/anchors.py",
     "same pixels twice": "kept, in one list or without an object; part of a list may be held out",
 }
-
-
-class Object(NamedTuple):
-    """An object that a training keeps."""
-
-    place: str  # file and number
-    name: str
-    box: np.ndarray  # normalised xyxy
-    lists: list[str]  # which of train, val, test name its image
+# An object that a training keeps: file and number, class, normalised xyxy, which of train, val, test have it.
+Object = namedtuple("Object", "place name box lists")
 
 
 def inspect_image(path: str, size: list | None) -> tuple[list | None, list]:
@@ -81,14 +74,13 @@ def inspect_image(path: str, size: list | None) -> tuple[list | None, list]:
         if pixels is None:
             return None, [["image unreadable", str(error)]]
         faults.append(["image and annotation differ in size", str(error)])
-    orientation, frames = 1, 1
-    is_complete = Path(path).read_bytes().endswith(b"\xff\xd9")  # JPEG's end mark spares Pillow's time
+    orientation, frames, is_complete = 1, 1, False
     with contextlib.suppress(Exception), Image.open(path) as image:  # whatever a decoder meets
+        if not Path(path).read_bytes().endswith(b"\xff\xd9"):  # JPEG's end mark spares Pillow's time
+            image.load()  # OpenCV makes up what is missing at the end, Pillow refuses
+        is_complete = True
         orientation = image.getexif().get(0x0112, 1)
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo with a preview
-        if not is_complete:
-            image.load()  # OpenCV makes up what is missing at the end, Pillow refuses
-            is_complete = True
     if orientation in range(2, 9) and not faults:
         reading = "annotated upright" if size == upright else "annotated as stored"
         if size is None or orientation < 5 or upright[0] == upright[1]:  # half a turn, mirrored, a square
@@ -217,23 +209,27 @@ def check_all(images: dict, facts: dict, classes, args: argparse.Namespace, find
 
 def check_lists(listed: dict, lists: dict, classes, findings: dict) -> tuple:
     """Return a training's classes; find what the module says of whole lists, {(root, role): annotations}."""
+    train = next(iter(listed.values()), {})
+    slips = findings["class names that differ by a slip"]
     with contextlib.redirect_stderr(io.StringIO()) as told:
-        found = ssd.annotated_classes(next(iter(listed.values()), {}))
-        findings["class names that differ by a slip"] += told.getvalue().replace("warning: ", "").splitlines()
+        found = ssd.annotated_classes(train)
+        slips += told.getvalue().replace("warning: ", "").splitlines()
         classes = classes or found
         for (root, role), annotations in listed.items():
             try:
                 ssd.read_records(root, lists[role], classes, annotations=annotations, only_listed=True)
             except ssd.InputError as error:
                 findings["boxes of a list written otherwise"].append(str(error))
+    counts = Counter(name for _, _, objects in train.values() for name, _, _ in objects)
+    for rare in found:
+        others = [name for name in found if counts[name] >= 10 * counts[rare] and not re.search(r"\d", name)]
+        for name in difflib.get_close_matches(rare, others, cutoff=0.75):  # a letter of four
+            slips.append(f"{rare} ({counts[rare]}) and {name} ({counts[name]}), ten times as frequent")
     return classes
 
 
 def plot_data(objects: list[Object], best: np.ndarray, classes, num_images: int) -> Figure:
-    """Return data.png: objects per class, box sizes, and the share of objects matched by an anchor at IoU .5.
-
-    objects: of the training list, at least one; best (N,): `best_anchor_iou` of each.
-    """
+    """Return data.png of training objects, `best` being their anchor IoUs: numbers, sizes, shares above .5."""
     names = np.array([o.name for o in objects])
     size = 300 * np.array([o.box[2:] - o.box[:2] for o in objects])  # pixels of the network's input
     classes = classes if len(classes) <= 40 else sorted(classes, key=names.tolist().count)[:40]
@@ -246,7 +242,7 @@ def plot_data(objects: list[Object], best: np.ndarray, classes, num_images: int)
     left.bar_label(left.barh(labels, counts, color="C0"), padding=3)
     left.set(title=f"{len(names)} objects in {num_images} training images", xmargin=0.15)
     middle.scatter(*size.T, s=5, alpha=0.25, c=np.where(best >= 0.5, "C0", "C3"), linewidths=0)
-    middle.set(title="Box sizes at 300x300 (red: no anchor at IoU .5)", xlim=(0, 300), ylim=(0, 300))
+    middle.set(title="Sizes at 300x300 (red: no anchor at IoU .5)", xlim=(0, 300), ylim=(0, 300))
     middle.set(xlabel="width, pixels", ylabel="height, pixels", aspect="equal")
     right.bar_label(right.barh(labels, shares, color="C2"), fmt="%.2f", padding=3)
     right.set(title=f"Matched by an anchor at IoU .5: {np.mean(best >= 0.5):.3f}", xlim=(0, 1.15))
