@@ -307,7 +307,7 @@ def test_a_rare_name_that_is_like_a_frequent_one_is_a_slip(findings, tmp_path):
     code, found = findings(write_voc(tmp_path, objects | {"rare": rare}))
     assert code == 0
     assert found["class names that differ by a slip"] == [
-        "bicyle (1) and bicycle (10), ten times as often", "bowk (1) and bowl (10), ten times as frequent"]
+        "bicyle (1) and bicycle (10), ten times as frequent", "bowk (1) and bowl (10), ten times as frequent"]
 
 
 def test_classes_given_leave_others_out(findings, tmp_path):

@@ -229,7 +229,7 @@ def check_lists(listed: dict, lists: dict, classes, findings: dict) -> tuple:
 
 
 def plot_data(objects: list[Object], best: np.ndarray, classes, num_images: int) -> Figure:
-    """Return data.png of training objects, `best` being their anchor IoUs: numbers, sizes, shares above .5."""
+    """Return data.png of training objects, of which `best` are the anchor IoUs: counts, sizes, shares."""
     names = np.array([o.name for o in objects])
     size = 300 * np.array([o.box[2:] - o.box[:2] for o in objects])  # pixels of the network's input
     classes = classes if len(classes) <= 40 else sorted(classes, key=names.tolist().count)[:40]
