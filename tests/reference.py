@@ -134,4 +134,4 @@ def batch(boxes, labels):
 
 def targets(boxes, labels):
     """labels (B, A) and box_targets (B, A, 4) of images, see `batch`."""
-    return ssd.targets_of(batch(boxes, labels), ANCHORS)
+    return ssd.build_targets(batch(boxes, labels), ANCHORS)

@@ -754,9 +754,7 @@ def test_resuming_with_another_optimizer_is_one_line(tiny_run, tmp_path, no_pict
     assert "not of SGD" in fails(["--resume", "--output-dir", tmp_path, *flags])
 
 
-def test_a_run_resumed_without_its_best_checkpoint_says_so_and_measures_the_best_to_come(
-    tiny_run, tmp_path, capfd, no_pictures
-):
+def test_a_run_resumed_without_its_best_checkpoint_measures_the_best_to_come(tiny_run, tmp_path, no_pictures):
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir(parents=True)
     for name, epochs in (("previous.pth", 1), ("last.pth", 2)):  # one epoch is left; none is
@@ -764,10 +762,7 @@ def test_a_run_resumed_without_its_best_checkpoint_says_so_and_measures_the_best
         saved["train_state"] |= {"best_map": 0.99, "best_epoch": epochs}  # which no epoch to come will reach
         ssd.save_checkpoint(checkpoints / "last.pth", saved)
         (checkpoints / "best.pth").unlink(missing_ok=True)
-        capfd.readouterr()
         assert resume(tmp_path) == 0
-        said = capfd.readouterr().err
-        assert f"no {checkpoints / 'best.pth'}" in said
         assert (checkpoints / "best.pth").is_file() == (epochs == 1)
         assert epoch_of(checkpoints / "ssd_tiny_set_final.pth") == 2
 

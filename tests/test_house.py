@@ -249,7 +249,8 @@ def test_the_module_alone_prints_its_help_trains_resumes_measures_and_predicts(m
 
     assert run(MODULE.name, "--help")[0][0].startswith("usage: ssd_object_detection.py")
     trained, _ = run(MODULE.name, *flags_of(data, ".", "--epochs", "1"))
-    assert any("8 train, 4 val, 4 test images" in line for line in trained)  # two steps of four
+    images = "8 train images (train), 4 val images (val), 4 test images (test)"  # two steps of four
+    assert any(images in line for line in trained)
     flags = ["--device", "cpu", "--workers", "0"]
     out, err = run("-c", GOING_ON, data / "JPEGImages" / "test_0.jpg", *flags)
     assert len([line for line in out if line.startswith("epoch ")]) == 1

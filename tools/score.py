@@ -106,7 +106,7 @@ def score_files(folder, args):
     if not split:
         raise ssd.InputError(f"{args.data} has no test list: name one with --test-split")
     is_voc = args.data in ("voc2007", "voc0712")
-    classes = args.classes or (ssd.VOC_CLASSES if is_voc else ssd.annotated_classes(root, split))
+    classes = args.classes or (ssd.VOC_CLASSES if is_voc else ssd.annotated_classes(ssd.read_annotations(root, split)))
     records = ssd.read_records(root, split, classes, only_listed=True)
     detections = read_devkit_files(folder, split, records, classes)
     print(f"{folder} on {args.data}, list {split}: {len(records)} images")
