@@ -181,6 +181,9 @@ def main(argv=None):
     except (RuntimeError, ssd.InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     lines = [line for line in recipes.read_lines(args.output_dir / "results.jsonl") if line["flags"] == flags]
     print(recipes.table(recipes.summarise(lines)))
     maps = {(line["variant"], line["seed"]): line["map_area"] or float("nan") for line in lines}

@@ -181,7 +181,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     results = args.folder / f"{args.set}.jsonl"
-    failures = 0 if args.table else run_missing(args, results)
+    try:
+        failures = 0 if args.table else run_missing(args, results)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     lines = read_lines(results)
     if not lines:
         print(f"{results}: no run there yet", file=sys.stderr)

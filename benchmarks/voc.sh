@@ -9,6 +9,6 @@ out=${1:-voc-results}
 flags="${*:2}"
 for data in voc2007 voc0712; do
     "${PYTHON:-python3}" benchmarks/recipes.py --data "$data" --set "$data" --only base paper --seeds 0 1 2 --pool \
-        --flags "$flags" --folder "$out"
+        "--flags=$flags" --folder "$out"
 done
 cat "$out"/voc2007.md "$out"/voc0712.md

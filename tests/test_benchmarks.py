@@ -64,12 +64,14 @@ def test_ratio_is_of_the_medians():
     assert own["spread"] == pytest.approx(1.5)
 
 
-def test_cases_are_timed_in_turn_after_a_round_that_does_not_count():
+def test_cases_are_timed_in_turn_and_told_after_a_round_that_does_not_count(capsys):
     calls = []
     cases = {name: lambda name=name: calls.append(name) for name in "ab"}
     times = common.time_in_turns(cases, 3, torch.device("cpu"), least=0)
     assert calls == ["a", "b"] * 4
     assert [len(values) for values in times.values()] == [3, 3]
+    told = re.findall(r"^round (\d)/3  (\w): [\d.]+ ms$", capsys.readouterr().err, re.M)
+    assert told == [(str(number), name) for number in range(4) for name in "ab"]
 
 
 def test_a_short_case_is_called_until_its_time_is_over(monkeypatch):

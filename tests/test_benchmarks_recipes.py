@@ -67,6 +67,18 @@ def test_a_run_that_was_stopped_goes_on_and_other_flags_begin_anew(tiny_voc, fla
         common.train([*flags, "--epochs", "none"], tmp_path, stderr=subprocess.DEVNULL)
 
 
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
+    def stop(*values, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "train", stop)
+    commands = [(recipes.main, ["--set", "shapes", "--folder", str(tmp_path)]),
+                (against_torchvision.main, ["--output-dir", str(tmp_path)])]
+    for main, argv in commands:
+        assert main(argv) == 130
+        assert capsys.readouterr().err == "stopped; the same command goes on\n"
+
+
 def test_a_failed_run_is_told_and_leaves_no_line(tmp_path, capsys):
     argv = ["--data", str(tmp_path / "nowhere"), "--set", "shapes", "--only", "base", "--seeds", "0"]
     assert recipes.main([*argv, "--folder", str(tmp_path)]) == 2
