@@ -1,6 +1,7 @@
 """The error analysis: every kind by hand, TIDE's sums as properties, the command on a tiny trained model."""
 
 import contextlib
+import csv
 import io
 import json
 import math
@@ -10,8 +11,7 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image
+from PIL import Image, ImageColor
 
 import ssd_object_detection as ssd
 from tools import analyze
@@ -250,41 +250,44 @@ def test_sums_of_the_analysis(detections, truth):
 # -- Confusion
 
 
+def confusion_of(detections, truth, num_classes=2):
+    errors = analyze.find_errors(*arrays(detections, truth), num_classes)
+    return analyze.confusion_matrix(*errors, num_classes)
+
+
 def test_confusion_of_a_hand_case():
     truth = [(0, 1, A, False), (0, 2, B, False), (0, 2, C, True), (1, 1, A, False)]
     found = [
         (0, 1, 0.9, A),  # right
-        (0, 2, 0.8, A),  # a second one on it: false
+        (0, 1, 0.85, A),  # a second one on it: another error
+        (0, 2, 0.8, A),  # wrong class, on an object that has its hit
         (0, 1, 0.7, B),  # wrong class
-        (0, 1, 0.6, C),  # on a difficult object: nowhere
-        (0, 2, 0.5, FAR),  # false
+        (0, 2, 0.6, C),  # on a difficult object of its class: nowhere
+        (0, 2, 0.5, FAR),  # nothing there
+        (0, 2, 0.45, B_LOOSE),  # loose
         (1, 1, 0.39, A),  # below the threshold: missed
     ]
-    matrix = analyze.confusion_matrix(*arrays(found, truth), 2)
-    assert matrix.tolist() == [[0, 0, 2], [1, 1, 0], [0, 1, 0]]
-
-
-def test_confusion_prefers_the_right_class_to_the_larger_overlap():
-    truth = [(0, 1, [1, 1, 10, 10], False), (0, 2, [1, 2, 10, 11], False)]
-    found = [(0, 2, 0.9, [1, 1, 10, 10]), (0, 1, 0.8, [1, 2, 10, 11])]
-    assert analyze.confusion_matrix(*arrays(found, truth), 2).tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert confusion_of(found, truth).tolist() == [[0, 1, 2], [1, 1, 1], [1, 1, 0]]
 
 
 def test_confusion_of_nothing_is_zero():
-    assert analyze.confusion_matrix(*arrays([], []), 2).tolist() == [[0] * 3] * 3
+    assert confusion_of([], []).tolist() == [[0] * 3] * 3
+    assert confusion_of([(0, 1, 0.9, A)], []).tolist() == [[0, 1, 0], [0] * 3, [0] * 3]
 
 
 @settings(max_examples=100, deadline=None)
 @given(many, few)
-def test_confusion_counts_every_object_once_and_every_sure_detection_at_most_once(detections, truth):
-    det, gt = arrays(detections, truth)
-    matrix = analyze.confusion_matrix(det, gt, 2)
-    counted = gt["labels"][~gt["difficult"]]
-    assert matrix[1:].sum(axis=1).tolist() == np.bincount(counted, minlength=3)[1:].tolist()
-    sure = np.bincount(det["labels"][det["scores"] >= 0.4], minlength=3)
-    assert (matrix.sum(axis=0)[1:] <= sure[1:]).all()
-    if not gt["difficult"].any():
-        assert (matrix.sum(axis=0)[1:] == sure[1:]).all()
+def test_confusion_agrees_with_the_kinds_of_error(detections, truth):
+    found, objects = analyze.find_errors(*arrays(detections, truth), 2)
+    matrix = analyze.confusion_matrix(found, objects, 2)
+    real = objects["labels"][~objects["difficult"]]
+    hits_and_missed = (matrix.diagonal() + matrix[:, 0])[1:]
+    assert hits_and_missed.tolist() == np.bincount(real, minlength=3)[1:].tolist()
+    counted = (found["scores"] >= 0.4) & ~found["is_ignored"]
+    said = np.bincount(found["labels"][counted], minlength=3)
+    assert matrix[:, 1:].sum(axis=0).tolist() == said[1:].tolist()
+    confused = matrix[1:, 1:].sum() - matrix.diagonal().sum()
+    assert confused == analyze.analyze_errors(found, objects, ["1", "2"])["confident"]["classification"]
 
 
 def test_confusion_plot_writes_every_count_in_its_cell_and_names_both_axes():
@@ -292,9 +295,10 @@ def test_confusion_plot_writes_every_count_in_its_cell_and_names_both_axes():
     axes = analyze.plot_confusion(matrix, ["cat", "dog"]).axes[0]
     cells = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in axes.texts}
     assert cells == {(0, 1): "7", (1, 0): "2", (1, 1): "30", (1, 2): "1"}
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["none: false", "cat", "dog"]
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["none: missed", "cat", "dog"]
-    assert axes.images[0].get_array()[1].tolist() == pytest.approx([2 / 33, 30 / 33, 1 / 33])
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["other errors", "cat", "dog"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["missed", "cat", "dog"]
+    assert axes.images[0].get_array()[1].tolist() == pytest.approx([2 / 32, 30 / 32, 1 / 32])
+    assert "IoU .5 or more" in axes.get_title()
     assert "most errors" not in axes.get_title()
 
 
@@ -313,7 +317,7 @@ def test_confusion_plot_of_many_classes_shows_the_worst_ones():
     assert "the 40 classes with the most errors of 100" in axes.get_title()
     assert max(figure.get_size_inches()) < 26
     row, column = shown.index("class 2") + 1, shown.index("class 3") + 1
-    assert axes.images[0].get_array()[row, column] == pytest.approx(3 / 12)
+    assert axes.images[0].get_array()[row, column] == pytest.approx(3 / 9)
 
 
 # -- Sizes, thresholds, calibration
@@ -400,7 +404,9 @@ def test_precision_recall_has_a_curve_for_each_class_with_objects_best_first():
     lines = figure.axes[0].lines
     assert [line.get_label() for line in lines] == ["c 1.000", "a 0.500", "d 0.000"]
     assert [list(values) for values in lines[0].get_data()] == [[0.5, 1.0], [1.0, 1.0]]
-    assert "0.5000" in figure.axes[0].get_title()
+    assert "0.500" in figure.axes[0].get_title()
+    assert [line.get_color() for line in lines] == [ssd.color_of(k) for k in (3, 1, 4)]
+    assert figure.axes[0].get_ylim()[1] > 1.03  # a curve at 1 is seen
     assert len(figure.legends[0].get_texts()) == 3
 
 
@@ -409,7 +415,7 @@ def test_f1_has_a_curve_and_a_mark_for_each_class_that_has_one():
     names = ["a", "b", "c"]
     best = {name: analyze.best_f1(result["classes"][k]) for k, name in enumerate(names, start=1)}
     lines = analyze.plot_f1(result, best, names).axes[0].lines
-    assert [line.get_label() for line in lines[:2]] == ["c 1.000 at 0.10", "a 0.667 at 0.90"]
+    assert [line.get_label() for line in lines[:2]] == ["c 1.000 at 0.100", "a 0.667 at 0.900"]
     marks = [(line.get_xdata()[0], line.get_ydata()[0]) for line in lines[2:4]]
     np.testing.assert_allclose(marks, [(0.1, 1.0), (0.9, 2 / 3)])
 
@@ -418,7 +424,11 @@ def test_curves_of_no_class_and_of_many_classes_are_drawn():
     names = [f"class {k}" for k in range(80)]
     for curves, count in (([([], [], math.nan, 0)], 0), ([([0.5], [1.0], 0.5, 2)] * 80, 80)):
         figure = analyze.plot_precision_recall(evaluation(curves), names[: len(curves)])
-        assert len(figure.axes[0].lines) == count
+        lines = figure.axes[0].lines
+        assert len(lines) == count
+        looks = {(line.get_color(), line.get_linestyle()) for line in lines[:40]}
+        assert len(looks) == min(count, 40)  # neither colour nor style is the only difference of neighbours
+        assert len({line.get_linestyle() for line in lines[:4]}) == min(count, 4)
         figure.draw_without_rendering()
 
 
@@ -434,52 +444,67 @@ def picture(tmp_path):
     return record("p", 200, 100, str(tmp_path / "p.png"))
 
 
-@pytest.mark.parametrize(
-    ("box", "expected"),
-    [([51, 31, 70, 50], (36, 16, 84, 64)), ([1, 1, 40, 40], (-10, -10, 50, 50)),
-     ([1, 1, 200, 100], (-4, -54, 204, 154))],
-)
-def test_box_is_drawn_with_what_is_around_it(picture, box, expected):
-    figure = analyze.Figure()
-    axes = figure.subplots()
-    analyze.draw_part(axes, picture, [(np.array(box), "red", "-")])
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    assert (left, top, right, bottom) == pytest.approx(expected)
-    (rectangle,) = axes.patches
-    assert rectangle.get_bbox().extents.tolist() == [box[0] - 1, box[1] - 1, box[2], box[3]]
-    assert axes.images[0].get_extent() == [0, 200, 100, 0]  # in the picture's pixels
+def drawn(record, *, detection=None, label=1, truth=None):
+    """The picture of an error on a record, as an int array."""
+    found = {"boxes_px": np.array([detection], float), "labels": np.array([label])}
+    error = {"row": None if detection is None else 0, "target": None if truth is None else 0}
+    image = analyze.draw_error(record, error, found, {"boxes_px": np.array([truth], float)})
+    return np.asarray(image).astype(int)
+
+
+def extent(mask):
+    """The edges x1, y1, x2, y2 of the true part of a picture, as shares of its side."""
+    ys, xs = np.nonzero(mask)
+    return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) / len(mask)
 
 
 def test_object_is_drawn_where_it_is(picture):
-    figure = analyze.Figure(figsize=(4, 4))
-    axes = figure.add_axes((0, 0, 1, 1))
-    analyze.draw_part(axes, picture, [(np.array([51, 31, 70, 50]), "red", "-")])
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
-    # The white square is 20 of the 48 pixels shown, inside its red outline.
-    ys, xs = np.nonzero(pixels.min(axis=2) > 200)
-    extent = np.array([xs.min(), ys.min(), xs.max(), ys.max()]) / len(pixels)
-    np.testing.assert_allclose(extent, np.array([14, 14, 34, 34]) / 48, atol=0.02)
-    reds = np.argwhere((pixels[..., 0] > 200) & (pixels[..., 1:].max(axis=2) < 60)) / len(pixels)
-    corners = [reds.min(axis=0), reds.max(axis=0)]
-    np.testing.assert_allclose(corners, [[14 / 48] * 2, [34 / 48] * 2], atol=0.02)
+    pixels = drawn(picture, detection=[51, 31, 70, 50])
+    assert pixels.shape == (300, 300, 3)
+    # 24 pixels to each side of its centre are shown: a white square in its outline.
+    box = np.array([14, 14, 34, 34]) / 48
+    is_outline = (np.abs(pixels - ImageColor.getrgb(ssd.color_of(1))) < 30).all(axis=2)
+    np.testing.assert_allclose(extent(is_outline), box, atol=0.02)
+    np.testing.assert_allclose(extent(pixels.min(axis=2) > 200), box, atol=0.02)
 
 
-def test_mistakes_are_the_surest_false_ones_and_at_most_two_of_an_image():
-    truth = [(0, 1, A, False), (1, 1, A, False)]
-    found = [(0, 1, 0.99, A), (0, 1, 0.9, FAR), (0, 1, 0.8, B), (0, 1, 0.7, C), (1, 1, 0.6, FAR),
-             (1, 1, 0.5, B)]
-    errors, _ = analyze.find_errors(*arrays(found, truth), 1)
-    assert analyze.pick_mistakes(errors, 3) == [1, 2, 4]
-    assert analyze.pick_mistakes(errors, 9) == [1, 2, 4, 5]
+@pytest.mark.parametrize(("box", "expected"), [([1, 1, 40, 40], (1 / 6, 1 / 6, 1, 1)),
+                                               ([1, 1, 200, 100], (4 / 208, 54 / 208, 204 / 208, 154 / 208))])
+def test_what_is_outside_the_image_is_gray(picture, box, expected):
+    pixels = drawn(picture, truth=box)
+    np.testing.assert_allclose(extent(np.abs(pixels - 128).max(axis=2) > 20), expected, atol=0.02)
 
 
-def near_of(found, truth, row):
-    """What stands beside a missed object, and the row of that detection in score order."""
-    errors = analyze.find_errors(*arrays(found, truth), 1)
-    text, near = analyze.describe_miss(*errors, row, ["cat"])
-    return text.splitlines()[1], near
+def test_truth_is_seen_on_pale_pictures(tmp_path):
+    Image.new("RGB", (100, 100), "white").save(tmp_path / "pale.png")
+    pixels = drawn(record("pale", 100, 100, str(tmp_path / "pale.png")), truth=[31, 31, 70, 70])
+    assert (pixels.max(axis=2) < 50).sum() > 4 * 150  # a black edge around the white line
+
+
+def test_errors_are_the_surest_first_then_missed_objects_the_largest_first():
+    records = [record("a", 100, 100), record("b", 1000, 1000)]
+    truth = [(0, 1, A, False), (1, 2, A, False), (1, 1, [101, 101, 160, 160], False), (0, 2, C, False)]
+    found = [(0, 1, 0.99, A), (0, 1, 0.9, FAR), (1, 1, 0.8, A), (0, 2, 0.39, FAR)]
+    errors = analyze.list_errors(*analyze.find_errors(*arrays(found, truth), 2), records, ("cat", "dog"))
+    rows = [tuple(error[name] for name in analyze.MISTAKE_COLUMNS) for error in errors]
+    assert rows == [
+        ("a", "background", "cat", "", 0.9, 0.0, *FAR),
+        ("b", "classification", "cat", "dog", 0.8, 1.0, *A),
+        ("a", "missed", "", "dog", "", "", *C),
+        ("b", "missed", "", "cat", "", "", 101, 101, 160, 160),
+        ("b", "missed", "cat", "dog", 0.8, 1.0, *A),
+    ]
+
+
+def test_sheet_has_one_error_an_image():
+    def error(kind, index, score):
+        return {"kind": kind, "index": index, "score": score}
+
+    errors = [error("background", 0, 0.5), error("background", 1, 0.6), error("missed", 1, ""),
+              error("missed", 2, 0.3), error("localisation", 1, 0.9), error("localisation", 3, 0.7)]
+    picked = analyze.pick_errors(errors, 2)
+    assert picked == [errors[4], errors[5], errors[3]]
+    assert analyze.pick_errors(errors, 9) == [errors[4], errors[5], errors[0], errors[3]]
 
 
 def test_misses_are_the_largest_objects_that_are_not_drawn():
@@ -487,42 +512,53 @@ def test_misses_are_the_largest_objects_that_are_not_drawn():
     truth = [(0, 1, [1, 1, 20, 20], False), (1, 1, [1, 1, 90, 90], False), (0, 1, [41, 41, 99, 99], True),
              (0, 1, [50, 1, 59, 10], False), (0, 1, [1, 50, 40, 90], False)]
     found = [(0, 1, 0.9, [1, 50, 40, 90]), (0, 1, 0.3, [1, 1, 20, 20])]
-    errors = analyze.find_errors(*arrays(found, truth), 1)
+    errors = analyze.list_errors(*analyze.find_errors(*arrays(found, truth), 1), records, ["cat"])
     # 400 of 10,000 pixels; 100 of 10,000; 8,100 of 1,000,000. One is difficult, one is found.
-    assert analyze.pick_misses(*errors, records, 9) == [0, 3, 1]
-    assert analyze.pick_misses(*errors, records, 2) == [0, 3]
-    assert near_of(found, truth, 0) == ("near it cat 0.30, IoU 1.00", 1)
-    assert near_of(found, truth, 1) == ("nothing near it", None)
+    assert [error["target"] for error in errors] == [0, 3, 1]
+    assert [error["text"] for error in errors] == [
+        "missed cat\nnear it cat 0.30, IoU 1.00", *["missed cat\nnothing near it"] * 2]
 
 
 def test_hit_of_another_object_stands_beside_a_miss_only_if_it_covers_it():
     truth = [(0, 1, A, False), (0, 1, A, False), (0, 1, [1, 6, 10, 15], False)]  # A is annotated twice
     found = [(0, 1, 0.9, A), (0, 1, 0.1, [1, 9, 10, 18])]
-    assert near_of(found, truth, 1) == ("near it cat 0.90, IoU 1.00, a hit of another", 0)
-    assert near_of(found, truth, 2) == ("near it cat 0.10, IoU 0.54", 1)
+    sides = analyze.find_errors(*arrays(found, truth), 1)
+    errors = analyze.list_errors(*sides, [record("0", 50, 50)], ["cat"])
+    assert {error["target"]: error["text"].splitlines()[1] for error in errors} == {
+        1: "near it cat 0.90, IoU 1.00, a hit of another", 2: "near it cat 0.10, IoU 0.54"}
 
 
-def test_sheet_says_what_each_mistake_is(picture):
+def test_pictures_say_what_each_mistake_is(picture, tmp_path):
     square, records = [51, 31, 70, 50], [picture] * 4
     truth = [(0, 1, square, False), (1, 2, square, True), (2, 1, square, False), (3, 1, square, False)]
     loose = [51, 41, 70, 60]  # 200 of 600 pixels
     found = [(0, 1, 0.95, square), (0, 1, 0.9, square), (1, 1, 0.8, square), (2, 1, 0.7, loose),
              (1, 1, 0.6, loose), (2, 2, 0.5, [151, 61, 190, 99])]
-    errors = analyze.find_errors(*arrays(found, truth), 2)
-    figure = analyze.plot_mistakes(*errors, records, ("cat", "dog"))
-    shown = [axes for axes in figure.axes if axes.get_title()]
-    assert [axes.get_title() for axes in shown] == [
-        "said cat 0.90\nfound already, IoU 1.00\np",
-        "said cat 0.80\nwrong class: dog, IoU 1.00 (difficult)\np",
-        "said cat 0.70\nloose, IoU 0.33\np",
-        "said cat 0.60\nwrong class and loose: dog, IoU 0.33 (difficult)\np",
-        "said dog 0.50\nnothing there\np",
-        "missed cat\nnear it cat 0.70, IoU 0.33\np",
-        "missed cat\nnothing near it\np",
+    sides = analyze.find_errors(*arrays(found, truth), 2)
+    errors = analyze.list_errors(*sides, records, ("cat", "dog"))
+    texts = [
+        "said cat 0.90: found already\nobject: cat, IoU 1.00",
+        "said cat 0.80: wrong class\nobject: dog, IoU 1.00, difficult",
+        "said cat 0.70: loose\nobject: cat, IoU 0.33",
+        "said cat 0.60: wrong class and loose\nobject: dog, IoU 0.33, difficult",
+        "said dog 0.50: nothing there",
+        "missed cat\nnear it cat 0.70, IoU 0.33",
+        "missed cat\nnothing near it",
     ]
-    assert figure.get_suptitle().startswith("5 false detections of the highest scores, then 2 largest")
-    styles = [[patch.get_linestyle() for patch in axes.patches] for axes in shown]
-    assert styles == [["-", "--"]] * 4 + [["-"]] + [["-", "--"]] + [["--"]]
+    assert [error["text"] for error in errors] == texts
+    figure = analyze.plot_mistakes(errors, records, *sides)
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == [f"{texts[place]}\np" for place in (0, 1, 2, 6)]  # one of each image
+    assert figure.get_suptitle().startswith("3 false detections of the highest scores, then 1 largest")
+    page = analyze.mistakes_page(errors, records, *sides, "Mistakes <1>")
+    assert page.count("<img") == 7
+    assert "7 of 7 errors" in page
+    assert "Mistakes &lt;1&gt;" in page
+    assert "3. said cat 0.70: loose<br>object: cat, IoU 0.33<br>p" in page
+    analyze.save_photographs(figure, tmp_path / "sheet.png")
+    colors = {color for _, color in Image.open(tmp_path / "sheet.png").convert("RGB").getcolors()}
+    assert ImageColor.getrgb(ssd.color_of(1)) in colors
+    assert len(colors) <= 256
 
 
 def test_nothing_to_find_and_nothing_found_is_drawn(picture):
@@ -534,7 +570,8 @@ def test_nothing_to_find_and_nothing_found_is_drawn(picture):
     assert math.isnan(analysis["tide"]["gain"]["mean"]["missed"])
     rows = [line.split() for line in analyze.tables(numbers).splitlines() if line.startswith("cat")]
     assert rows == [["cat", *"-" * 9], ["cat", *"-" * 12], ["cat", *"-" * 4]]
-    figure = analyze.plot_mistakes(*errors, [picture], ("cat",))
+    assert analyze.list_errors(*errors, [picture], ("cat",)) == []
+    figure = analyze.plot_mistakes([], [picture], *errors)
     assert figure.get_suptitle().startswith("0 false detections")
     for drawn in (
         figure, analyze.plot_errors(analysis["tide"]), analyze.plot_f1(result, analysis["best_f1"], ("cat",)),
@@ -586,8 +623,26 @@ def test_command_draws_its_pictures_and_prints_its_tables(analyzed):
         with Image.open(path) as image:
             assert min(image.size) > 300
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
-    for text in ("AP@.5 (area) gained", "COCO's AP and AR", "best F1", "Expected calibration error"):
+    for text in ("AP@.5 (area) gained", "COCO's AP and AR", "best F1", "Expected calibration error",
+                 "mistakes.csv", "mistakes.html", str(plots)):
         assert text in printed
+    assert (plots / "mistakes.png").stat().st_size < 1.5e6
+    with open(plots / "mistakes.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    evaluation = json.loads((plots / "evaluation" / "evaluation.json").read_text())
+    counts = evaluation["analysis"]["tide"]["confident"]
+    assert {kind: sum(row["kind"] == kind for row in rows) for kind in analyze.KINDS} == counts
+    assert rows
+
+
+def test_training_images_have_their_loose_boxes_last(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(ssd, "DRAW_SCORE_THRESH", 0.05)
+    argv = [tiny_run.final, "--test-split", "train", "--output-dir", tmp_path, "--score-thresh", ".001"]
+    assert analyze.main([*map(str, argv), "--device", "cpu", "--amp", "off", "--workers", "0"]) == 0
+    with open(tmp_path / "plots" / "mistakes.csv", encoding="utf-8", newline="") as file:
+        is_loose = [row["kind"] in analyze.LOOSE_KINDS for row in csv.DictReader(file)]
+    assert {False, True} == set(is_loose)
+    assert is_loose == sorted(is_loose)
 
 
 def test_command_s_errors_are_one_line(tiny_run, make_voc, tmp_path, capsys):

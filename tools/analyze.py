@@ -5,25 +5,29 @@
 
 Takes the flags of `ssd_object_detection.py --evaluate` after the checkpoint, with the same defaults, and does
 what that does. Besides, it prints a few tables, draws precision_recall.png, confusion.png, errors.png,
-sizes.png, f1.png and calibration.png into OUTPUT_DIR/plots/evaluation and OUTPUT_DIR/plots/mistakes.png, and
-adds its numbers to evaluation.json: "coco" (see tools/coco.py), "confusion" and "analysis".
+sizes.png, f1.png and calibration.png into OUTPUT_DIR/plots/evaluation, and adds its numbers to
+evaluation.json: "coco" (see tools/coco.py), "confusion" and "analysis". In OUTPUT_DIR/plots it writes every
+error above the threshold to mistakes.csv, draws the first hundred in mistakes.html and a few in mistakes.png.
+Of training images (`--test-split train`) loose boxes come last: the first are likely errors of annotation.
 
 The kinds of error are those of TIDE (Bolya et al. 2020, arXiv:2008.08115).
 """
 
-import collections
+import csv
+import html
 import itertools
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from PIL import Image, ImageColor, ImageOps
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import ssd_object_detection as ssd  # noqa: E402
-from tools import coco  # noqa: E402
+from tools import coco, report  # noqa: E402
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1  # t_f and t_b of TIDE section 2.2
 HEADINGS = {  # of a table's columns: the six kinds of error, then the two sums of TIDE section 2.3
@@ -39,6 +43,11 @@ DESCRIPTIONS = {
 RELATIVE_EDGES = (0.0, *ssd.ANCHOR_SCALES[:5], math.inf)  # of the box's side over the image's
 NUM_BINS = 10  # of the reliability curve
 MAX_CONFUSION_CLASSES = 40  # a plot of more cannot be read
+LINE_STYLES = ("-", "--", "-.", ":")  # with the ten colours 40 lines that differ, also to the colour-blind
+MISTAKE_COLUMNS = ("image", "kind", "said", "true", "score", "iou", "x1", "y1", "x2", "y2")  # of mistakes.csv
+LOOSE_KINDS = ("localisation", "both")  # of training images seldom an error of the annotation
+SHEET_LENGTH = 100  # errors in mistakes.html
+CELL_SIDE = 300  # pixels of the picture of one error
 
 
 def mean(values):
@@ -182,28 +191,20 @@ def analyze_errors(found, objects, class_names):
 # ---- Confusion, sizes, thresholds, calibration ----
 
 
-def confusion_matrix(detections, truth, num_classes):
+def confusion_matrix(found, objects, num_classes):
     """Return int64 (K + 1, K + 1): rows are true classes, columns detected ones, 0 is background.
 
-    The arguments are those of `ssd.evaluate_voc`; detections below DRAW_SCORE_THRESH are left out. Of the
-    pairs at IoU >= .5, those of equal class go first, then the largest overlap; each box is used once. Row 0
-    holds false detections, column 0 missed objects. Difficult objects and what is on them count nowhere.
+    found, objects: of `find_errors`; detections below DRAW_SCORE_THRESH are left out. A hit and an error of
+    kind classification count in the row of their object's class, whether or not the object has a hit of its
+    own. Row 0 holds the other false detections: loose, second ones, on nothing. Column 0 holds the objects
+    without a hit of that score. Ignored detections and missed difficult objects count nowhere.
     """
-    is_sure = detections["scores"] >= ssd.DRAW_SCORE_THRESH
-    det = {name: column[is_sure] for name, column in detections.items()}
-    rows, targets, iou = overlaps(det, truth)
-    is_wrong = det["labels"][rows] != truth["labels"][targets]
-    is_used = np.zeros(len(det["labels"]), dtype=bool)
-    detected = np.zeros(len(truth["labels"]), dtype=np.int64)
-    for pair in np.lexsort((-iou, is_wrong)):
-        row, target = rows[pair], targets[pair]
-        if iou[pair] >= FOREGROUND_IOU and not is_used[row] and detected[target] == 0:
-            is_used[row] = True
-            detected[target] = det["labels"][row]
+    is_on_object = found["is_hit"] | (found["kind"] == "classification")
+    true = np.append(objects["labels"], 0)[np.where(is_on_object, found["target"], -1)]
+    counted = (found["scores"] >= ssd.DRAW_SCORE_THRESH) & ~found["is_ignored"]
     matrix = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
-    counts = ~truth["difficult"]
-    np.add.at(matrix, (truth["labels"][counts], detected[counts]), 1)
-    np.add.at(matrix[0], det["labels"][~is_used], 1)
+    np.add.at(matrix, (true[counted], found["labels"][counted]), 1)
+    np.add.at(matrix[:, 0], objects["labels"][unseen_objects(found, objects)], 1)
     return matrix
 
 
@@ -286,7 +287,7 @@ def analyze(result, records, class_names):
         "coco": coco.by_name(coco.coco_figures(detections, truth, num_classes), class_names),
         "confusion": {"score_thresh": ssd.DRAW_SCORE_THRESH, "iou_thresh": FOREGROUND_IOU,
                       "classes": ["background", *class_names],
-                      "matrix": confusion_matrix(detections, truth, num_classes).tolist()},
+                      "matrix": confusion_matrix(found, objects, num_classes).tolist()},
         "analysis": {
             "tide": analyze_errors(found, objects, class_names),
             "sizes": analyze_sizes(found, truth, records, num_classes),
@@ -337,51 +338,57 @@ def tables(numbers):
 
 
 def plot_curves(curves, legend_title, **settings):
-    """Return a Figure of curves (label, x, y) in the unit square, best first; settings: of the axes."""
+    """Return a Figure of curves (class label, text, x, y) in the unit square; settings: of the axes."""
     columns = max(1, math.ceil(len(curves) / 25))
     figure = Figure(figsize=(8 + 2 * columns, 6), layout="constrained")
     axes = figure.subplots()
-    for place, (label, x, y) in enumerate(curves):
-        style = ("-", "--", ":")[place // len(ssd.PALETTE) % 3]
-        axes.plot(x, y, style, color=ssd.color_of(place + 1), label=label)
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), **settings)
+    for label, text, x, y in curves:
+        style = LINE_STYLES[(label - 1 + (label - 1) // len(ssd.PALETTE)) % len(LINE_STYLES)]
+        axes.plot(x, y, style, color=ssd.color_of(label), label=text)
+    axes.set(xlim=(0, 1.01), ylim=(0, 1.05), **settings)
     axes.grid(alpha=0.3)
     if curves:
         handles = axes.get_legend_handles_labels()
-        figure.legend(*handles, loc="outside right upper", title=legend_title, ncols=columns)
+        figure.legend(*handles, loc="outside right upper", title=legend_title, ncols=columns, handlelength=3)
     return figure
 
 
 def plot_precision_recall(result, class_names):
     """Return precision_recall.png: a curve a class with its area AP in the legend, best first."""
-    rows = [(result["classes"][k], name) for k, name in enumerate(class_names, start=1)]
-    rows = sorted((row for row in rows if row[0]["num_gt"]), key=lambda row: -row[0]["ap_area"])
-    curves = [(f"{name} {row['ap_area']:.3f}", row["recall"], row["precision"]) for row, name in rows]
-    title = f"Precision and recall at IoU .5, mAP {result['map_area']:.4f} (area)"
+    rows = [(k, row) for k, row in result["classes"].items() if row["num_gt"]]
+    curves = [(k, f"{class_names[k - 1]} {row['ap_area']:.3f}", row["recall"], row["precision"])
+              for k, row in sorted(rows, key=lambda pair: -pair[1]["ap_area"])]
+    title = f"Precision and recall at IoU .5, mAP {text_of(result['map_area'])} (area)"
     return plot_curves(curves, "AP (area)", xlabel="recall", ylabel="precision", title=title)
 
 
 def plot_f1(result, best, class_names):
     """Return f1.png: F1 over the score threshold of each class, the highest first, its best marked."""
-    rows = [(best[name], result["classes"][k], name) for k, name in enumerate(class_names, start=1)]
-    rows = sorted((row for row in rows if not math.isnan(row[0]["f1"])), key=lambda row: -row[0]["f1"])
-    labels = [f"{name} {top['f1']:.3f} at {top['score_thresh']:.2f}" for top, _, name in rows]
-    curves = [(label, *ssd.f1_curve(row)) for label, (_, row, _) in zip(labels, rows, strict=True)]
+    labels = [k for k, name in enumerate(class_names, start=1) if not math.isnan(best[name]["f1"])]
+    curves, marks = [], []
+    for label in sorted(labels, key=lambda label: -best[class_names[label - 1]]["f1"]):
+        name = class_names[label - 1]
+        top = best[name]
+        text = f"{name} {top['f1']:.3f} at {top['score_thresh']:.3f}"
+        curves.append((label, text, *ssd.f1_curve(result["classes"][label])))
+        marks.append((top["score_thresh"], top["f1"], ssd.color_of(label)))
     figure = plot_curves(curves, "best F1", ylabel="F1", title="F1 at IoU .5 over the score threshold",
-                         xlabel=f"score threshold (dashed: {ssd.DRAW_SCORE_THRESH}, the default)")
+                         xlabel=f"score threshold (line: {ssd.DRAW_SCORE_THRESH}, the default)")
     axes = figure.axes[0]
-    for place, (top, _, _) in enumerate(rows, start=1):
-        axes.plot(top["score_thresh"], top["f1"], "o", color=ssd.color_of(place))
-    axes.axvline(ssd.DRAW_SCORE_THRESH, color="black", linewidth=0.8, linestyle="--")
+    for x, y, color in marks:
+        axes.plot(x, y, "o", color=color)
+    axes.axvline(ssd.DRAW_SCORE_THRESH, color="black", linewidth=0.8)
     return figure
 
 
 def plot_confusion(matrix, class_names):
-    """Return confusion.png of a `confusion_matrix`: counts, coloured by their share of the true class's row.
+    """Return confusion.png of a `confusion_matrix`: counts, coloured by their share of the class's objects.
 
     Of more than 40 classes it shows those with the most errors: missed, false, or taken for another.
     """
-    share = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
+    num_objects = matrix.diagonal() + matrix[:, 0]
+    num_objects[0] = matrix[0].sum()
+    share = matrix / num_objects.clip(min=1)[:, None]
     wrong = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * matrix.diagonal()
     worst = np.argsort(-wrong[1:], kind="stable")[:MAX_CONFUSION_CLASSES] + 1
     shown = np.concatenate(([0], np.sort(worst)))
@@ -390,14 +397,17 @@ def plot_confusion(matrix, class_names):
     size = 3.5 + 0.5 * len(shown)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
-    figure.colorbar(axes.imshow(share, cmap="Blues", vmin=0, vmax=1), label="share of the row", shrink=0.8)
+    figure.colorbar(axes.imshow(share, cmap="Blues", vmin=0, vmax=1), shrink=0.8,
+                    label="share of the class's objects (first row: of its sum)")
     for row, column in zip(*np.nonzero(matrix), strict=True):
         color = "white" if share[row, column] > 0.5 else "black"
         axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=color, fontsize=8)
     slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(range(len(shown)), ["none: missed", *names], **slanted)
-    axes.set_yticks(range(len(shown)), ["none: false", *names])
-    title = f"Confusion at score {ssd.DRAW_SCORE_THRESH} or more, IoU .5"
+    axes.set_xticks(range(len(shown)), ["missed", *names], **slanted)
+    axes.set_yticks(range(len(shown)), ["other errors", *names])
+    title = (f"Detections of {ssd.DRAW_SCORE_THRESH} or more by the object they cover (IoU .5 or more)\n"
+             "An object may be hit and also be taken for another class. Other errors: loose boxes,\n"
+             "second boxes on one object, nothing there. Missed: objects without a hit")
     if len(worst) < len(class_names):
         title += f"\nthe {len(worst)} classes with the most errors of {len(class_names)}"
     axes.set(xlabel="detected", ylabel="true", title=title)
@@ -430,14 +440,14 @@ def plot_errors(tide):
     left.margins(x=0.15)
     title = f"If one kind were repaired: mAP@.5 {text_of(tide['ap']['mean'])} would gain"
     left.set(xlabel="mAP gained", title=title)
-    draw_heatmap(right, [list(tide["gain"][name].values()) for name in names],
-                 [f"{name} (AP {text_of(tide['ap'][name])})" for name in names], kinds, "AP gained, by class")
+    draw_heatmap(right, [[tide["gain"][name][kind] for kind in KINDS] for name in names],
+                 [f"{name} (AP {text_of(tide['ap'][name])})" for name in names], KINDS, "AP gained, by class")
     return figure
 
 
 def plot_sizes(per_class, ranges):
     """Return sizes.png: COCO's AP and AR by size and class; AP and recall at IoU .5 by relative size."""
-    figure = Figure(figsize=(14, 4 + 0.3 * len(per_class)), layout="constrained")
+    figure = Figure(figsize=(15, 4 + 0.3 * len(per_class)), layout="constrained")
     left, right = figure.subplots(1, 2)
     figures = [f"{what}_{size}" for what in ("ap", "ar") for size in coco.SIZES]
     headings = [f"{name[:2].upper()} {name[3:]}" for name in figures]
@@ -447,7 +457,7 @@ def plot_sizes(per_class, ranges):
     place = np.arange(len(ranges))
     for shift, key, label in ((-0.2, "ap", "AP (area)"), (0.2, "recall", "recall")):
         bars = right.bar(place + shift, np.nan_to_num([row[key] for row in ranges]), 0.4, label=label)
-        right.bar_label(bars, [text_of(row[key], 2) for row in ranges], fontsize=8, padding=2)
+        right.bar_label(bars, [text_of(row[key]) for row in ranges], fontsize=8, padding=2)
     labels = [f"{row['low']:.2f} to {row['high']:.2f}\n{row['objects']} objects" for row in ranges]
     right.set_xticks(place, labels)
     right.set(ylim=(0, 1.15), xlabel="box side over image side", title="At IoU .5, by relative size")
@@ -464,7 +474,7 @@ def plot_calibration(calibration):
     top.plot([row["score"] for row in bins], [row["precision"] for row in bins], "o-", label="this model")
     ece, ece_confident = text_of(calibration["ece"]), text_of(calibration["ece_confident"])
     title = f"expected calibration error {ece}, at {ssd.DRAW_SCORE_THRESH} or more {ece_confident}"
-    top.set(ylim=(0, 1.02), ylabel="share of hits", title=f"Reliability of the scores at IoU .5\n{title}")
+    top.set(ylim=(0, 1.05), ylabel="share of hits", title=f"Reliability of the scores at IoU .5\n{title}")
     top.legend(loc="upper left")
     top.grid(alpha=0.3)
     counts = [row["count"] for row in bins]
@@ -478,102 +488,156 @@ def plot_calibration(calibration):
 # ---- Mistakes ----
 
 
-def pick_mistakes(found, count):
-    """Return rows of the false detections with the highest scores, at most two of an image."""
-    rows, taken = [], collections.Counter()
-    for row in np.flatnonzero(found["kind"] != ""):
-        if len(rows) == count:
-            break
-        image = found["image_ids"][row]
-        if taken[image] < 2:
-            rows.append(int(row))
-            taken[image] += 1
-    return rows
+def surest_near(found, objects, row):
+    """Return (row of found, IoU, is a hit of another object) of the surest detection on a missed object.
 
-
-def pick_misses(found, objects, records, count):
-    """Return rows of the largest objects, by share of the image, without a hit that would be drawn."""
-    boxes = objects["boxes_px"]
-    area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(axis=1)
-    share = area / np.array([record.width * record.height for record in records])[objects["image_ids"]]
-    unseen = np.flatnonzero(unseen_objects(found, objects))
-    return unseen[np.argsort(-share[unseen], kind="stable")][:count].tolist()
-
-
-def describe_mistake(found, objects, row, class_names):
-    """Return what a false detection said and what it really is."""
-    kind, target = found["kind"][row], found["target"][row]
-    said = f"said {class_names[found['labels'][row] - 1]} {found['scores'][row]:.2f}\n{DESCRIPTIONS[kind]}"
-    if kind in ("classification", "both"):
-        said += f": {class_names[objects['labels'][target] - 1]}"
-    if target >= 0:
-        said += f", IoU {found['iou'][row]:.2f}" + (" (difficult)" if objects["difficult"][target] else "")
-    return said
-
-
-def describe_miss(found, objects, row, class_names):
-    """Return (what was missed and what is near it, row of the surest detection on it or None).
-
-    That overlaps it by IoU .1 or more, or by .5 where it is a hit of another object.
+    That overlaps it by IoU .1 or more, or by .5 where it is a hit of another object. (None, 0.0, False) if
+    there is none.
     """
     there = np.flatnonzero(found["image_ids"] == objects["image_ids"][row])  # best first
     iou = ssd.box_iou(found["boxes_px"][there], objects["boxes_px"][row], extra=1.0)
     is_of_another = found["is_hit"][there] & (found["target"][there] != row)
     near = np.flatnonzero(iou >= np.where(is_of_another, FOREGROUND_IOU, BACKGROUND_IOU))
-    said = f"missed {class_names[objects['labels'][row] - 1]}\n"
     if len(near) == 0:
-        return f"{said}nothing near it", None
-    first = there[near[0]]
-    name, score = class_names[found["labels"][first] - 1], found["scores"][first]
-    said += f"near it {name} {score:.2f}, IoU {iou[near[0]]:.2f}"
-    return said + (", a hit of another" if is_of_another[near[0]] else ""), int(first)
+        return None, 0.0, False
+    return int(there[near[0]]), float(iou[near[0]]), bool(is_of_another[near[0]])
 
 
-def draw_part(axes, record, boxes):
-    """Draw boxes, a list of (VOC pixels (4,), colour, line style), and the image around them."""
-    edges = np.array([box for box, _, _ in boxes]) - np.array([1, 1, 0, 0])
-    low, high = edges[:, :2].min(axis=0), edges[:, 2:].max(axis=0)
-    x, y = (low + high) / 2
-    reach = min(max(0.75 * (high - low).max(), 24.0), 0.52 * max(record.width, record.height))
-    axes.imshow(ssd.read_image(record.image_path), extent=(0, record.width, record.height, 0))
-    axes.set(xlim=(x - reach, x + reach), ylim=(y + reach, y - reach), xticks=[], yticks=[], facecolor="gray")
-    for (x1, y1, x2, y2), (_, color, style) in zip(edges.tolist(), boxes, strict=True):
-        outline = {"fill": False, "color": color, "linestyle": style, "linewidth": 2}
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **outline))
+def list_errors(found, objects, records, class_names):
+    """Return a dict for each false detection of DRAW_SCORE_THRESH or more, each object without such a hit.
 
-
-def plot_mistakes(found, objects, records, class_names, count=12, columns=4):
-    """Return mistakes.png: the surest false detections, then the largest objects without a hit to be drawn.
-
-    Solid: the detection, in its class's colour. Dashed white: the object that it is about.
+    False detections first, the surest first; then objects, the largest first. Keys: MISTAKE_COLUMNS, where
+    said, score and iou of an object are those of `surest_near`, empty if there is none, and the box is the
+    object's, otherwise the detection's, in the pixels of annotation files; text; index (of the record); row
+    and target (of found and objects, None: none).
     """
-    cells = []  # (text, row of found or None, row of objects or None)
-    for row in pick_mistakes(found, count):
-        target = None if found["kind"][row] == "background" else found["target"][row]
-        cells.append((describe_mistake(found, objects, row, class_names), row, target))
-    num_false = len(cells)
-    for target in pick_misses(found, objects, records, count):
-        cells.append((*describe_miss(found, objects, target, class_names), target))
-    height = max(1, math.ceil(len(cells) / columns))
-    figure = Figure(figsize=(3.5 * columns, 4.2 * height + 0.8), layout="constrained")
-    first = f"{num_false} false detections of the highest scores"
-    second = f"{len(cells) - num_false} largest objects"
-    figure.suptitle(f"{first}, then {second} without a hit of {ssd.DRAW_SCORE_THRESH} or more\n"
-                    "solid: detection; dashed: the object")
-    grid = figure.subplots(height, columns, squeeze=False).flatten()
-    for axes in grid[len(cells) :]:
-        axes.axis("off")
-    for axes, (text, row, target) in zip(grid, cells, strict=False):
-        boxes = []
-        if row is not None:
-            image = found["image_ids"][row]
-            boxes.append((found["boxes_px"][row], ssd.color_of(int(found["labels"][row])), "-"))
+    errors = []
+
+    def add(kind, row, target, iou, text):
+        source, place = (objects, target) if kind == "missed" else (found, row)
+        index = int(source["image_ids"][place])
+        said = true = score = ""
+        if row is None:
+            iou = ""
+        else:
+            said, score = class_names[found["labels"][row] - 1], float(found["scores"][row])
+            score, iou = round(score, 4), round(float(iou), 4)
         if target is not None:
-            image = objects["image_ids"][target]
-            boxes.append((objects["boxes_px"][target], "white", "--"))
-        draw_part(axes, records[image], boxes)
-        axes.set_title(f"{text}\n{records[image].image_id}", fontsize=9)
+            true = class_names[objects["labels"][target] - 1]
+        box = source["boxes_px"][place].round(1).tolist()
+        values = (records[index].image_id, kind, said, true, score, iou, *box)
+        text = text.format(said, true, score, iou)
+        errors.append({"index": index, "row": row, "target": target, "text": text,
+                       **dict(zip(MISTAKE_COLUMNS, values, strict=True))})
+
+    is_sure = found["scores"] >= ssd.DRAW_SCORE_THRESH
+    for row in np.flatnonzero((found["kind"] != "") & is_sure).tolist():
+        kind = str(found["kind"][row])
+        target = None if kind == "background" else int(found["target"][row])
+        text = f"said {{0}} {{2:.2f}}: {DESCRIPTIONS[kind]}"
+        if target is not None:
+            text += "\nobject: {1}, IoU {3:.2f}" + (", difficult" if objects["difficult"][target] else "")
+        add(kind, row, target, found["iou"][row], text)
+    boxes = objects["boxes_px"]
+    area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(axis=1)
+    share = area / np.array([record.width * record.height for record in records])[objects["image_ids"]]
+    unseen = np.flatnonzero(unseen_objects(found, objects))
+    for target in unseen[np.argsort(-share[unseen], kind="stable")].tolist():
+        row, iou, is_of_another = surest_near(found, objects, target)
+        text = "missed {1}\n"
+        text += "nothing near it" if row is None else "near it {0} {2:.2f}, IoU {3:.2f}"
+        add("missed", row, target, iou, text + (", a hit of another" if is_of_another else ""))
+    return errors
+
+
+def write_mistakes(path, errors):
+    """Write mistakes.csv: see `list_errors` and MISTAKE_COLUMNS."""
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, MISTAKE_COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(errors)
+
+    ssd.write_atomically(path, write)
+
+
+def draw_error(record, error, found, objects):
+    """Return a PIL image of an error and what is around it: its object in white, its detection coloured."""
+    boxes, colors = [], []
+    if error["target"] is not None:
+        boxes.append(objects["boxes_px"][error["target"]])
+        colors.append("white")
+    if error["row"] is not None:
+        boxes.append(found["boxes_px"][error["row"]])
+        colors.append(ssd.color_of(int(found["labels"][error["row"]])))
+    edges = np.array(boxes) - np.array([1, 1, 0, 0])
+    low, high = edges[:, :2].min(axis=0), edges[:, 2:].max(axis=0)
+    reach = min(max(0.75 * (high - low).max(), 24.0), 0.52 * max(record.width, record.height))
+    corner = (low + high) / 2 - reach
+    border = math.ceil(reach)
+    picture = ImageOps.expand(Image.fromarray(record.read()), border, "gray")
+    part = np.concatenate((corner, corner + 2 * reach)) + border
+    picture = picture.resize((CELL_SIDE, CELL_SIDE), Image.Resampling.BICUBIC, part.tolist())
+    edges = (edges - np.tile(corner, 2)) * CELL_SIDE / (2 * reach)
+    return ssd.draw_boxes(picture, edges, [""] * len(colors), colors)
+
+
+def pick_errors(errors, count):
+    """Return the surest false detections, then the first missed objects, `count` of each, one an image."""
+    missed = [error for error in errors if error["kind"] == "missed"]
+    false = [error for error in errors if error["kind"] != "missed"]
+    picked, taken = [], set()
+    for group in (sorted(false, key=lambda error: -error["score"]), missed):
+        end = len(picked) + count
+        for error in group:
+            if len(picked) < end and error["index"] not in taken:
+                taken.add(error["index"])
+                picked.append(error)
+    return picked
+
+
+def plot_mistakes(errors, records, found, objects, count=12, columns=4):
+    """Return mistakes.png: `pick_errors` of `list_errors`, each with what it is."""
+    picked = pick_errors(errors, count)
+    num_missed = sum(error["kind"] == "missed" for error in picked)
+    height = max(1, math.ceil(len(picked) / columns))
+    figure = Figure(figsize=(3.2 * columns, 3.8 * height + 0.8), layout="constrained")
+    figure.suptitle(f"{len(picked) - num_missed} false detections of the highest scores, then {num_missed} "
+                    f"largest objects without a hit of {ssd.DRAW_SCORE_THRESH} or more\n"
+                    "coloured: detection; white: the object as annotated; one error an image")
+    grid = figure.subplots(height, columns, squeeze=False).flatten()
+    for axes in grid:
+        axes.axis("off")
+    for axes, error in zip(grid, picked, strict=False):
+        axes.imshow(draw_error(records[error["index"]], error, found, objects))
+        axes.set_title(f"{error['text']}\n{error['image']}", fontsize=9)
     return figure
+
+
+def save_photographs(figure, path):
+    """Write a figure of photographs as PNG of 256 colours, a third of the bytes of one of all colours."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    of_boxes = [part for color in (*ssd.PALETTE, "white", "black") for part in ImageColor.getrgb(color)]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(of_boxes + picture.quantize(256 - len(of_boxes) // 3).getpalette())
+    picture = picture.quantize(palette=palette, dither=Image.Dither.NONE)
+    ssd.write_atomically(path, lambda temporary: picture.save(temporary, "png", optimize=True))
+
+
+def mistakes_page(errors, records, found, objects, title):
+    """Return mistakes.html: the first hundred errors in the order of mistakes.csv, complete in itself."""
+    cells = ""
+    for number, error in enumerate(errors[:SHEET_LENGTH], start=1):
+        source = report.embed(draw_error(records[error["index"]], error, found, objects))
+        text = html.escape(f"{number}. {error['text']}\n{error['image']}").replace("\n", "<br>")
+        cells += f'<figure><img src="{source}" alt="" loading="lazy"><figcaption>{text}</figcaption></figure>'
+    about = (f"{min(SHEET_LENGTH, len(errors))} of {len(errors)} errors, in the order of mistakes.csv. "
+             "Coloured: the detection; white: the object as annotated.")
+    columns = "repeat(auto-fill, minmax(10rem, 1fr))"
+    style = f".sheet {{ display: grid; gap: 0 .8rem; grid-template-columns: {columns} }}"
+    return report.document(title, f'<p class="soft">{about}</p><div class="sheet">{cells}</div>', style)
 
 
 # ---- Command line ----
@@ -600,8 +664,16 @@ def run(args):
     }
     for name, figure in figures.items():
         ssd.save_figure(figure, folder / f"{name}.png")
-    ssd.save_figure(plot_mistakes(found, objects, records, classes), plots / "mistakes.png")
-    print(f"{folder}\n{plots / 'mistakes.png'}")
+    errors = list_errors(found, objects, records, classes)
+    if evaluation["split"] in ("train", "trainval", args.train_split):
+        errors.sort(key=lambda error: error["kind"] in LOOSE_KINDS)
+    write_mistakes(plots / "mistakes.csv", errors)
+    title = f"Mistakes of {Path(args.evaluate).name} on list {evaluation['split']}"
+    page = mistakes_page(errors, records, found, objects, title)
+    ssd.write_atomically(plots / "mistakes.html", lambda temporary: temporary.write_text(page, "utf-8"))
+    save_photographs(plot_mistakes(errors, records, found, objects), plots / "mistakes.png")
+    print(f"{folder}: evaluation.json, {', '.join(f'{name}.png' for name in figures)}")
+    print(f"{plots}: mistakes.csv ({len(errors)} errors), mistakes.html, mistakes.png, predictions.png")
 
 
 def main(argv=None):
