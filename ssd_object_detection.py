@@ -1616,7 +1616,7 @@ def pick_device(name: str = "auto") -> torch.device:
     """Return the torch.device of a name; "auto" is the first GPU, else the CPU. InputError if absent."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # runs a kernel: this torch may have none for a GPU
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device
