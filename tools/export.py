@@ -1,17 +1,21 @@
 """Turn a checkpoint into files that other programs read: an ONNX model, or a folder for Hugging Face.
 
     python tools/export.py onnx checkpoints/ssd_shapes_final.pth          # beside it, checked on real images
+    python tools/export.py onnx checkpoints/ssd_shapes_final.pth --int8   # smaller, refused if the mAP falls
     python tools/export.py hf checkpoints/ssd_shapes_final.pth exported/  # weights, config, model card, plots
     python tools/export.py hf checkpoints/ssd_shapes_final.pth exported/ --onnx --push OWNER/NAME
 
 The ONNX model takes images (B, 3, 300, 300), RGB, uint8 or float 0..255.
 It returns boxes (B, D, 4), normalised xyxy, scores (B, D) and labels (B, D), best first after non-maximum
-suppression; rows of label 0 are empty.
+suppression; rows of label 0 are empty. Batch norm is folded into the convolutions. Class names, the score
+threshold of each class and the image size are in its metadata: examples/detect_onnx.py needs nothing else.
 Needs the packages onnx, onnxscript and onnxruntime, or safetensors; --push needs huggingface_hub.
 """
 
 import argparse
 import contextlib
+import copy
+import functools
 import importlib
 import io
 import json
@@ -19,6 +23,8 @@ import logging
 import re
 import shutil
 import sys
+import tempfile
+import types
 import warnings
 from pathlib import Path
 
@@ -35,31 +41,9 @@ from ssd_object_detection import InputError
 
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3  # pixels of the image; how far ONNX and PyTorch may differ
 FAR = 5.0  # pixels from which two boxes are of different objects
+CALIBRATION_IMAGES = 32  # whose activations give the ranges of 8-bit integers
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "detect_onnx.py"
 HUB_FILES = ("config.json", "model.safetensors")  # what `load_published` reads
-
-EXAMPLE = '''\
-"""python detect_onnx.py model.onnx picture.jpg: needs numpy, pillow and onnxruntime, nothing else."""
-import json
-import sys
-
-import numpy as np
-import onnxruntime
-from PIL import Image, ImageDraw, ImageOps
-
-session = onnxruntime.InferenceSession(sys.argv[1])
-classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
-picture = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert("RGB")
-small = picture.resize((300, 300), Image.Resampling.BILINEAR)
-kind = np.uint8 if "uint8" in session.get_inputs()[0].type else np.float32
-images = np.asarray(small).transpose(2, 0, 1)[None].astype(kind)
-for box, score, label in zip(*(output[0] for output in session.run(None, {"images": images}))):
-    if score >= 0.4:
-        corners = (box * (picture.size * 2)).round().tolist()
-        print(classes[label - 1], round(float(score), 3), corners)
-        ImageDraw.Draw(picture).rectangle(corners, outline="red", width=3)
-picture.save("detected.png")
-'''
-
 
 def optional_import(name, purpose):
     """Return a module that only some uses need; InputError that names the pip command if it is missing."""
@@ -141,30 +125,64 @@ def postprocess_graph(num_classes, num_anchors, *, score_thresh=ssd.SCORE_THRESH
     return onnx.parser.parse_model(POSTPROCESS.format(**values))
 
 
-def to_onnx(model, classes, *, dtype="uint8", **settings):
-    """Return the ONNX model (a protocol buffer) of an SSD300, with detection in its graph.
+def to_half(model):
+    """Return a copy of an SSD300 that convolves in float16; L2 norm and detection stay in float32."""
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.BatchNorm2d)):
+            layer.half()
+            layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].half(),))
+    return model
 
-    dtype: "uint8" or "float32", that of its input; settings: of `ssd.detect`. The class names are in its
-    metadata.
+
+def to_int8(network, pictures):
+    """Return an ONNX network whose convolutions multiply 8-bit integers, in QDQ form.
+
+    Weights have a scale for each output channel; the ranges of activations are those met in the pictures,
+    arrays as the network takes them.
+    """
+    onnx = optional_import("onnx", "--int8")
+    quantization = optional_import("onnxruntime.quantization", "--int8")
+    inputs = ({"images": picture} for picture in pictures)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        logging.disable(logging.WARNING)  # it advises a preparation that the exporter has done
+        quantization.quantize_static(
+            network, path, types.SimpleNamespace(get_next=lambda: next(inputs, None)), per_channel=True,
+            op_types_to_quantize=["Conv", "Relu", "MaxPool"],  # L2 norm and detection stay in float
+            activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+        )
+        logging.disable(logging.NOTSET)
+        return onnx.load(path)
+
+
+def to_onnx(detector, *, dtype="uint8", half=False, calibration=None, **settings):
+    """Return the ONNX model (a protocol buffer) of a Detector, with detection in its graph.
+
+    dtype: "uint8" or "float32", that of its input; half: see `to_half`; calibration: pictures for `to_int8`;
+    settings: of `ssd.detect`. Class names and their thresholds are in its metadata.
     """
     onnx = optional_import("onnx", "exporting to ONNX")
     optional_import("onnxscript", "exporting to ONNX")
     images = torch.zeros(2, 3, ssd.IMAGE_SIZE, ssd.IMAGE_SIZE, dtype=getattr(torch, dtype))
     names = ["class_scores", "anchor_boxes"]
+    network = _Scores(to_half(detector.model) if half else detector.model).eval()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the exporter's own
         program = torch.onnx.export(
-            _Scores(model).eval(), (images,), dynamo=True, verbose=False, input_names=["images"],
-            output_names=names, dynamic_shapes=({0: torch.export.Dim("B")},),
+            network, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=names,
+            dynamic_shapes=({0: torch.export.Dim("B")},),
         )
-    network = program.model_proto
-    post = postprocess_graph(len(classes), len(model.anchors), ir=network.ir_version,
+    network = program.model_proto if calibration is None else to_int8(program.model_proto, calibration)
+    post = postprocess_graph(len(detector.classes), len(detector.model.anchors), ir=network.ir_version,
                              opset=network.opset_import[0].version, **settings)
     whole = onnx.compose.merge_models(network, post, io_map=[(name, name) for name in names], name="ssd300",
                                       doc_string="SSD300 object detector with non-maximum suppression")
-    metadata = {"classes": json.dumps(list(classes)), "image_size": str(ssd.IMAGE_SIZE)}
-    onnx.helper.set_model_props(whole, metadata)
+    metadata = {"classes": detector.classes, "score_thresh": detector.score_thresh,
+                "image_size": ssd.IMAGE_SIZE}
+    onnx.helper.set_model_props(whole, {name: json.dumps(value) for name, value in metadata.items()})
+    del whole.opset_import[1:]  # the same again, which onnxruntime's tools refuse
     onnx.checker.check_model(whole, full_check=True)
     return whole
 
@@ -186,30 +204,70 @@ def largest_differences(ours, theirs):
     return alone, distance[row, column].max(initial=0.0), score_differences.max(initial=0.0)
 
 
-def check_onnx(path, detector, images, *, dtype="uint8", **settings):
+def open_onnx(path):
+    """Return an onnxruntime session of an ONNX file on the CPU."""
+    runtime = optional_import("onnxruntime", "checking an ONNX file")
+    return runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def network_input(pixels, dtype):
+    """Return an image (H, W, 3) as the ONNX network takes it: (1, 3, 300, 300)."""
+    return ssd.resize_transform()(image=pixels)["image"].transpose(2, 0, 1)[None].astype(dtype)
+
+
+def find_objects(session, pixels):
+    """Return what an ONNX file finds in an image (H, W, 3): boxes_px (D, 4), labels (D,), scores (D,)."""
+    dtype = "uint8" if "uint8" in session.get_inputs()[0].type else "float32"
+    boxes, scores, labels = (out[0] for out in session.run(None, {"images": network_input(pixels, dtype)}))
+    is_real = labels > 0
+    height, width = pixels.shape[:2]
+    return boxes[is_real] * np.array([width, height] * 2), labels[is_real], scores[is_real]
+
+
+def check_onnx(path, detector, images, **settings):
     """Compare an ONNX file with a Detector on image files; returns what was compared as text.
 
     Raises InputError if a detection has no partner, or boxes or scores differ by more than the tolerances.
     """
-    runtime = optional_import("onnxruntime", "checking an ONNX file")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    resize = ssd.resize_transform()
+    session = open_onnx(path)
     worst, count = np.zeros(3), 0
     for image in images:
         picture = ssd.open_image(image)
         found = detector.detect_in([picture], **settings)[0]
-        small = resize(image=np.asarray(picture))["image"].transpose(2, 0, 1)
-        boxes, scores, labels = (out[0] for out in session.run(None, {"images": small[None].astype(dtype)}))
-        is_real = scores > 0
-        theirs = boxes[is_real] * np.array(picture.size * 2), labels[is_real], scores[is_real]
         ours = found.boxes_px, np.array(found.labels), np.array(found.scores)
-        worst = np.maximum(worst, largest_differences(ours, theirs))
+        worst = np.maximum(worst, largest_differences(ours, find_objects(session, np.asarray(picture))))
         count += len(found)
     alone = f"{int(worst[0])} without a partner in one image, " if worst[0] else ""
     summary = (f"{count} detections in {len(images)} images: {alone}boxes within {worst[1]:.4f} pixels, "
                f"scores within {worst[2]:.1e}")
     if worst[0] or worst[1] > BOX_TOLERANCE or worst[2] > SCORE_TOLERANCE:
         raise InputError(f"the ONNX file is refused, ONNX and PyTorch differ: {summary}")
+    return summary
+
+
+def onnx_map(path, records, num_classes):
+    """Return the mAP@.5 of an ONNX file on Records."""
+    session = open_onnx(path)
+    found = [find_objects(session, ssd.read_image(record.image_path)) for record in records]
+    boxes_px, labels, scores = (np.concatenate(column) for column in zip(*found, strict=True))
+    detections = {"image_ids": np.repeat(np.arange(len(records)), [len(one[1]) for one in found]),
+                  "labels": labels, "scores": scores, "boxes_px": ssd.to_voc_pixels(boxes_px)}
+    return ssd.score_detections(detections, records, num_classes)["map_area"]
+
+
+def check_map(path, detector, records, *, max_drop, **settings):
+    """Compare the mAP of an ONNX file with a Detector's on Records; returns what was measured as text.
+
+    Raises InputError if the file's is lower by more than max_drop.
+    """
+    model = detector.model
+    dataset = ssd.VocDataset(records, ssd.build_transform(train=False), model.anchors.cpu())
+    ours = ssd.evaluate(model, ssd.make_loader(dataset, batch_size=8), **settings)["map_area"]
+    theirs = onnx_map(path, records, model.num_classes)
+    summary = (f"mAP@.5 {theirs:.4f} in {len(records)} test images, {theirs - ours:+.4f} from PyTorch's "
+               f"{ours:.4f}")
+    if ours - theirs > max_drop:
+        raise InputError(f"the ONNX file is refused: {summary}, --max-map-drop allows {max_drop:g}")
     return summary
 
 
@@ -225,24 +283,46 @@ def example_images(data, count=16):
     return ssd.spread(paths, count)
 
 
-def export_onnx(checkpoint, model, path, images, *, dtype="uint8", score_thresh=ssd.SCORE_THRESH,
-                nms_iou_thresh=None, max_detections=ssd.MAX_DETECTIONS):
-    """Write an ONNX file, unless it finds other things in the images than PyTorch; returns what was compared.
+def run_lists(checkpoint, data=None, test_split=None, max_images=None):
+    """Return the Records to calibrate with and to measure on, by default of the run that made a checkpoint.
 
-    nms_iou_thresh: None for that of the checkpoint's run.
+    The former are of its validation list, without one of its training list. max_images: measure on so many,
+    evenly spread. InputError without a test list or an object in it.
     """
+    saved = checkpoint["args"]
+    lists = [saved.get("train_split"), saved.get("val_split"), test_split or saved.get("test_split")]
+    (root, *_), lists = ssd.find_data(data or saved["data"], "data", *lists)
+    if not lists["test"]:
+        raise InputError(f"{root} has no test list to measure the mAP on: name one with --test-split")
+    read = functools.partial(ssd.read_records, root, classes=checkpoint["classes"], only_listed=True)
+    test = read(lists["test"])
+    test = ssd.spread(test, max_images or len(test))
+    if not any(len(record.labels) for record in test):
+        raise InputError(f"{root}, list {lists['test']}: no object of the model's classes, so no mAP")
+    return ssd.spread(read(lists["val"] or lists["train"]), CALIBRATION_IMAGES), test
+
+
+def export_onnx(checkpoint, model, path, check, *, score_thresh=None, nms_iou_thresh=None,
+                max_detections=ssd.MAX_DETECTIONS, **options):
+    """Write an ONNX file, unless the check raises InputError; returns the check's text.
+
+    check(path, detector, **settings of `ssd.detect`): `check_onnx` or `check_map`; score_thresh: None for .01
+    or the least threshold of a class; nms_iou_thresh: None for that of the run; options: see `to_onnx`.
+    """
+    detector = ssd.Detector(model, checkpoint["classes"], score_thresh=checkpoint.get("score_thresh"))
+    if score_thresh is None:
+        score_thresh = min(ssd.SCORE_THRESH, *detector.score_thresh.values())
     if nms_iou_thresh is None:
         nms_iou_thresh = checkpoint["args"]["nms_iou"]
     settings = {"score_thresh": score_thresh, "nms_iou_thresh": nms_iou_thresh,
                 "max_detections": max_detections}
-    detector = ssd.Detector(model, checkpoint["classes"])
-    whole = to_onnx(model, checkpoint["classes"], dtype=dtype, **settings)
+    whole = to_onnx(detector, **options, **settings)
     summary = ""
 
     def write(temporary):
         nonlocal summary
         temporary.write_bytes(whole.SerializeToString())
-        summary = check_onnx(temporary, detector, images, dtype=dtype, **settings)
+        summary = check(temporary, detector, **settings)
 
     ssd.write_atomically(path, write)
     return summary
@@ -310,7 +390,7 @@ def write_card(folder, name, run, *, licence=None, data_licence=None, onnx_check
         "## Use", USE,
     ]
     if onnx_check:
-        parts += ["`model.onnx` needs numpy, pillow and onnxruntime only:", f"```python\n{EXAMPLE}```",
+        parts += [f"`python {EXAMPLE.name} model.onnx picture.jpg` needs numpy, pillow and onnxruntime only.",
                   f"Compared with PyTorch when it was written: {onnx_check}."]
     parts += [
         "## Measured", report.protocol(run), report.markdown(report.table_rows(run["test"])),
@@ -358,8 +438,12 @@ def export_folder(checkpoint, model, run, folder, *, name, onnx_images=None, **l
     for path, _ in run["plots"]:
         (folder / "plots").mkdir(exist_ok=True)
         shutil.copyfile(path, folder / "plots" / path.name)
-    check = export_onnx(checkpoint, model, folder / "model.onnx", onnx_images) if onnx_images else None
-    write_card(folder, name, run, onnx_check=check, **licences)
+    summary = None
+    if onnx_images:
+        check = functools.partial(check_onnx, images=onnx_images)
+        summary = export_onnx(checkpoint, model, folder / "model.onnx", check)
+        shutil.copyfile(EXAMPLE, folder / EXAMPLE.name)
+    write_card(folder, name, run, onnx_check=summary, **licences)
 
 
 def load_published(source):
@@ -420,17 +504,26 @@ def build_parser():
     """Return the parser of the two commands."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("onnx", help="write an ONNX model").add_argument
+    onnx = commands.add_parser("onnx", help="write an ONNX model")
+    add = onnx.add_argument
     add("checkpoint", metavar="CHECKPOINT")
-    add("--output", metavar="FILE", help="default: CHECKPOINT with the ending .onnx")
+    add("--output", metavar="FILE", help="default: CHECKPOINT ending in .onnx, _half.onnx or _int8.onnx")
     add("--input", choices=("uint8", "float32"), default="uint8",
         help="type of the input, 0 to 255 in both cases (default: uint8)")
-    add("--score-thresh", type=ssd.unit_interval, default=ssd.SCORE_THRESH,
-        help=f"least score (default: {ssd.SCORE_THRESH})")
+    add("--score-thresh", type=ssd.unit_interval, help="least score (default: .01, or a class's lower one)")
     add("--nms-iou", type=ssd.unit_interval, help="at which NMS drops the lower score (default: the run's)")
     add("--max-detections", type=ssd.positive_int, default=ssd.MAX_DETECTIONS,
         help=f"rows of the output (default: {ssd.MAX_DETECTIONS})")
     add("--images", nargs="+", metavar="FILE", help="images to check with (default: 16 of the run's data)")
+    smaller = onnx.add_mutually_exclusive_group()
+    smaller.add_argument("--half", action="store_true", help="convolve in float16")
+    smaller.add_argument("--int8", action="store_true", help="convolve in 8-bit integers")
+    add = onnx.add_argument_group("what --half and --int8 are measured on, in place of --images").add_argument
+    add("--data", metavar="PATH", help="a folder in VOC layout (default: the run's)")
+    add("--test-split", metavar="LIST", help="default: the run's, or test")
+    add("--max-images", type=ssd.positive_int, metavar="N", help="measure on N images of it, evenly spread")
+    add("--max-map-drop", type=ssd.unit_interval, default=0.01, metavar="X",
+        help="refuse the file if it loses more mAP@.5 (default: .01)")
     add = commands.add_parser("hf", help="write a folder for Hugging Face").add_argument
     add("checkpoint", metavar="CHECKPOINT")
     add("folder", metavar="DIR")
@@ -443,24 +536,37 @@ def build_parser():
     return parser
 
 
+def run_onnx(args, checkpoint, model, source):
+    """Write the ONNX file that the command line asks for."""
+    settings = {"nms_iou_thresh": args.nms_iou, "score_thresh": args.score_thresh,
+                "max_detections": args.max_detections, "dtype": args.input, "half": args.half}
+    if args.half or args.int8:
+        calibration, test = run_lists(checkpoint, args.data, args.test_split, args.max_images)
+        check = functools.partial(check_map, records=test, max_drop=args.max_map_drop)
+    else:
+        images = args.images or example_images(checkpoint["args"]["data"])
+        check = functools.partial(check_onnx, images=images)
+    if args.int8:
+        pictures = (ssd.read_image(record.image_path) for record in calibration)
+        settings["calibration"] = (network_input(picture, args.input) for picture in pictures)
+    ending = "_half" * args.half + "_int8" * args.int8 + ".onnx"
+    path = Path(args.output or source.with_name(source.stem + ending))
+    print(export_onnx(checkpoint, model, path, check, **settings))
+    print(path)
+
+
 def run_export(args):
     """Do what the command line asks for."""
     source = Path(args.checkpoint)
     checkpoint = ssd.load_checkpoint(source)
     model = ssd.model_from_checkpoint(checkpoint, source)
-    images = args.images
-    if not images and (args.command == "onnx" or args.onnx):
-        images = example_images(checkpoint["args"]["data"])
     if args.command == "onnx":
-        path = Path(args.output) if args.output else source.with_suffix(".onnx")
-        print(export_onnx(checkpoint, model, path, images, dtype=args.input, score_thresh=args.score_thresh,
-                          nms_iou_thresh=args.nms_iou, max_detections=args.max_detections))
-        print(path)
+        run_onnx(args, checkpoint, model, source)
         return
+    images = (args.images or example_images(checkpoint["args"]["data"])) if args.onnx else None
     folder = Path(args.folder)
     export_folder(checkpoint, model, report.read_run(source), folder, name=args.push or folder.resolve().name,
-                  onnx_images=images if args.onnx else None, licence=args.license,
-                  data_licence=args.data_license)
+                  onnx_images=images, licence=args.license, data_licence=args.data_license)
     print("\n".join(str(path) for path in sorted(folder.rglob("*")) if path.is_file()))
     if args.push:
         print(push(folder, args.push, args.private))
