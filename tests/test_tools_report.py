@@ -68,7 +68,7 @@ def test_the_command_writes_a_page_that_is_complete_in_itself(tiny_run, tmp_path
     assert all(link.startswith(("data:", "#")) for link in page.links)
     assert {link[1:] for link in page.links if link.startswith("#")} == page.ids
     assert not re.search(r"url\(|@import|<script|https?://", source)
-    assert page.tags["img"] == 4  # losses, training, gallery, augmentations
+    assert page.tags["img"] == 3  # losses, gallery, augmentations
     assert 'name="viewport"' in source
 
 
@@ -99,8 +99,12 @@ def test_the_page_says_what_was_recorded(tiny_run, run):
     shown = page.text.split("settings of the recipe")[0].rpartition("setting\n")[2]
     assert "epochs\n2\n" in shown  # given
     assert "momentum" not in shown  # left alone
-    for name in run["flags"]:
-        assert f"{name}\n" in page.text
+    words = ("weight decay\n0.05\n", "batch norm\non\n", "anchors\nnot set\n", "CPU cores\n")
+    for text in (*words, "data\nTiny Set\n"):
+        assert text in page.text
+    assert "weight_decay" not in page.text
+    assert str(tiny_run.output.parent) not in page.text  # no folders of this machine
+    assert page.text.count(f", {test['precision']}") == 4  # beside each figure of the test
 
 
 def test_names_cannot_break_the_page(run):
@@ -155,11 +159,15 @@ def test_the_analysis_and_its_pictures_are_shown_if_they_are_of_this_measurement
     assert "by 0.067 on average" in page.text
     assert "worst mistakes" in page.text
     assert report.MISTAKES["evaluation/errors.png"] in page.text
-    assert page.tags["img"] == 7
+    assert page.tags["img"] == 6
+    del evaluation["analysis"]  # measured again without it: its pictures are of an earlier measurement
+    (plots / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
+    assert Page(report.page(report.read_run(report.find_checkpoint(folder)))).tags["img"] == 3
     evaluation["map_area"] /= 2  # a later measurement by other flags is not this result
     (plots / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
     run = report.read_run(report.find_checkpoint(folder))
     assert run["extra"] == {}
+    assert [path.name for path, _ in run["plots"]] == ["loss.png", "augmentations.png"]
     assert run["test"] == ssd.load_checkpoint(tiny_run.final)["test"]
 
 
@@ -222,6 +230,78 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, capsys):
         assert report.main([str(a) for a in argv]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
+
+
+@pytest.fixture
+def two_runs(run):
+    """A run and one that differs: in folder, rate, figures of a class, speed, and without validation loss."""
+    other = copy.deepcopy(run)
+    other["source"] = run["source"].parent.parent.parent / "other" / "checkpoints" / "best.pth"
+    other["flags"] |= {"lr": 0.0004, "batch_norm": not run["flags"]["batch_norm"], "output_dir": "other"}
+    other["test"]["map_area"] = run["test"]["map_area"] + 0.0123
+    other["test"]["per_class"]["round"]["ap_area"] = None
+    other["wall_s"] = 754
+    for row in other["history"]:
+        row["images_per_s"] = 32.5
+        del row["val_loss"]
+    return [run, other]
+
+
+def test_runs_side_by_side_show_what_differs(two_runs):
+    run, other = two_runs
+    names = report.name_runs(two_runs)
+    assert names == ["out", "other"]
+    figures = {row[0]: row[1:] for row in report.compared_figures(two_runs, names)}
+    area = run["test"]["map_area"]
+    assert figures["test mAP@.5, area"] == (f"{area:.4f}", f"{area + 0.0123:.4f} (+0.0123)")
+    assert figures["measured with"] == ("float32", "float32")
+    assert figures["wall time"][1] == "12.6 min"
+    assert figures["training, images/s (median)"][1] == "32.5"
+    settings = report.compared_settings(two_runs, names)
+    assert settings[0] == ("setting", "out", "other")
+    assert sorted(settings[1:]) == [("batch norm", "on", "off"), ("lr", "0.005", "0.0004")]
+    classes = {row[0]: row[1:] for row in report.compared_classes(two_runs, names)}
+    for name, values in classes.items():
+        first = run["test"]["per_class"].get(name, {}).get("ap_area")
+        if name == "round":
+            assert values == (f"{first:.4f}", "-")
+        if name == "angular":
+            assert values == (f"{first:.4f}", f"{first:.4f} (+0.0000)")
+    axes = report.plot_runs(two_runs, names).axes
+    assert [cell.get_ylabel() for cell in axes] == ["validation mAP@.5", "training loss", "validation loss"]
+    assert [[len(line.get_xdata()) for line in cell.lines] for cell in axes] == [[2, 2], [2, 2], [2, 0]]
+    assert axes[0].lines[0].get_linestyle() != axes[0].lines[1].get_linestyle()
+    page = Page(report.comparison(two_runs))
+    assert page.headings == ["Results", "What differs", "Curves", "Classes"]
+    assert page.tags["img"] == 1
+    assert "different lists" not in page.text
+    other["test"]["split"] = "val"
+    assert "different lists" in Page(report.comparison(two_runs)).text
+
+
+def test_runs_without_records_are_compared_too(run):
+    empty = copy.deepcopy(run) | {"test": {}, "val": {}, "history": [], "environment": {}, "wall_s": None}
+    empty["epoch"] = None
+    page = Page(report.comparison([empty, empty]))
+    assert "No setting." in page.text
+    assert "wall time" not in page.text
+
+
+def test_runs_of_one_folder_have_names_that_differ():
+    runs = [{"source": Path(path)} for path in ("/a/x/checkpoints/1.pth", "/b/x/checkpoints/1.pth")]
+    assert report.name_runs(runs) == ["a/x", "b/x"]
+    same = [{"source": Path(f"/a/checkpoints/{name}.pth")} for name in ("best", "last")]
+    assert report.name_runs(same) == ["1: best.pth", "2: last.pth"]
+
+
+def test_the_command_compares_several_runs(tiny_run, tmp_path, capsys):
+    folder = shutil.copytree(tiny_run.output, tmp_path / "again")
+    assert report.main([str(folder), str(tiny_run.output)]) == 0
+    path = folder / "plots" / "comparison.html"
+    assert str(path) in capsys.readouterr().out
+    source = path.read_text(encoding="utf-8")
+    assert "again" in Page(source).text
+    assert not re.search(r"url\(|@import|<script|https?://", source)
 
 
 def test_words_follow_the_numbers():

@@ -276,7 +276,8 @@ def predict_video(detector, video, name, target, **settings):
     if len(frames) <= 0.9 * total:
         if target is not None:
             target.unlink(missing_ok=True)
-        raise ssd.InputError(f"{name}: not readable as a video ({len(frames)} of {total} frames)")
+        hint = "; download it first, its server may not serve parts of files" if "://" in name else ""
+        raise ssd.InputError(f"{name}: not readable as a video ({len(frames)} of {total} frames){hint}")
     return {"fps": fps, "frames": frames}
 
 

@@ -1,7 +1,8 @@
-"""Write one HTML page about a run: results, curves, classes, images, mistakes, settings, machine.
+"""Write one HTML page about a run, or about several side by side.
 
     python tools/report.py                           # the run of this folder -> plots/report.html
     python tools/report.py RUN --output report.html  # RUN is what --output-dir was, or a checkpoint
+    python tools/report.py RUN RUN [RUN ...]         # what differs -> plots/comparison.html of the first one
 
 The page needs no network. What was not recorded is left out or called not recorded. tools/export.py takes the
 words of its model card from here.
@@ -14,9 +15,11 @@ import html
 import io
 import json
 import math
+import statistics
 import sys
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,10 +27,9 @@ import ssd_object_detection as ssd
 from ssd_object_detection import InputError
 
 PLOTS = {  # titles of what the module draws
-    "loss.png": "Losses of training and validation",
-    "training.png": "Validation mAP, learning rate and speed",
-    "predictions.png": "Test images: truth in white, detections coloured",
+    "loss.png": "Losses, validation mAP, learning rate and speed",
     "augmentations.png": "Training images as the network sees them",
+    "predictions.png": "Test images: truth in white, detections coloured",
 }
 MISTAKES = {  # titles of what tools/analyze.py draws; others in plots/evaluation are shown with their name
     "mistakes.png": "The surest false detections and the largest objects that were missed",
@@ -45,6 +47,10 @@ ERROR_KINDS = {  # those of tools/analyze.py
     "duplicate": "are on an object found already",
     "background": "are on nothing",
 }
+NO_SETTINGS = ("evaluate", "predict", "weights", "resume", "output_dir", "data_root")  # flags of other kinds
+ENVIRONMENT_NAMES = {"python": "Python", "torch": "PyTorch", "numpy": "NumPy", "cpu_count": "CPU cores",
+                     "platform": "system"}  # others are called what their key is
+LINE_STYLES = ("-", "--", "-.", ":")
 FEW_OBJECTS = 50  # a class with fewer of them is called uncertain
 MAX_IMAGE_WIDTH = 1600  # pixels of an embedded image
 
@@ -102,7 +108,7 @@ def read_measurement(checkpoint, source, evaluation):
     evaluation: the content of an evaluation.json. It counts where it has the mAP of the checkpoint's own
     numbers, or, for a checkpoint without any, where it names that checkpoint.
     """
-    extra = {key: evaluation.get(key) for key in ("coco", "analysis")}
+    extra = {key: evaluation[key] for key in ("coco", "analysis") if key in evaluation}
     test = checkpoint.get("test")
     if test:
         return test, extra if evaluation.get("map_area") == test["map_area"] else {}
@@ -111,11 +117,17 @@ def read_measurement(checkpoint, source, evaluation):
     return {k: v for k, v in evaluation.items() if k not in ("coco", "confusion", "analysis")}, extra
 
 
-def find_plots(folder):
-    """Return [(path, title)] of the PNG files that a run and tools/analyze.py left in its plots folder."""
-    titles = {folder / name: title for name, title in (PLOTS | MISTAKES).items()}
-    for path in sorted((folder / "evaluation").glob("*.png")):
-        titles.setdefault(path, path.stem.replace("_", " "))
+def find_plots(folder, *, measured, analyzed):
+    """Return [(path, title)] of the PNG files of a run in its plots folder.
+
+    measured: whether the last measurement there is of this checkpoint, so that predictions.png is, too;
+    analyzed: whether tools/analyze.py made it.
+    """
+    titles = {folder / name: title for name, title in PLOTS.items() if measured or name != "predictions.png"}
+    if analyzed:
+        titles |= {folder / name: title for name, title in MISTAKES.items()}
+        for path in sorted((folder / "evaluation").glob("*.png")):
+            titles.setdefault(path, path.stem.replace("_", " "))
     return [(path, title) for path, title in titles.items() if path.is_file()]
 
 
@@ -136,11 +148,13 @@ def read_run(source, plots=None):
     # The same epoch with the same loss to the last digit: the files are of the run that wrote the checkpoint.
     is_same = any(all(row.get(key) == val.get(key) for key in ("epoch", "train_loss")) for row in history)
     record = read_json(source.parent / "run.json") if is_same else {}
+    measured = bool(test) and evaluation.get("map_area") == test.get("map_area")
+    pictures = find_plots(plots, measured=measured, analyzed=measured and bool(extra)) if is_same else []
     return {
         "source": source, "config": checkpoint["config"], "classes": list(checkpoint["classes"]),
         "flags": checkpoint.get("args") or {}, "epoch": val.get("epoch"), "val": val, "test": test,
         "extra": extra, "environment": dig(record, "environment"), "wall_s": record.get("wall_s"),
-        "history": history if is_same else [], "plots": find_plots(plots) if is_same else [],
+        "history": history if is_same else [], "plots": pictures,
     }
 
 
@@ -295,10 +309,11 @@ nav { margin-bottom: .8rem; } nav a { display: inline-block; margin: 0 .9rem .3r
 .tile b { display: block; font-size: 1.5rem; line-height: 1.3; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td:first-child { white-space: nowrap; }
-.numbers th { overflow-wrap: normal; } .numbers :is(td, th):not(:first-child) { text-align: right; }
-figure { margin: .8rem 0; } img { width: 100%; height: auto; display: block; }
-.wide { overflow-x: auto; } .wide img { min-width: 42rem; } .single img { max-width: 44rem; }
+th, td:first-child, .numbers td { overflow-wrap: break-word; }
+.numbers :is(td, th):not(:first-child) { text-align: right; }
+figure { margin: .8rem 0; } .single img { max-width: 44rem; } .scroll { overflow-x: auto; }
+img { width: 100%; height: auto; display: block; }
+@media (max-width: 40rem) { table { font-size: .8rem; } th, td { padding: .25rem .2rem; } }
 pre { overflow-x: auto; background: #f3f5f8; padding: .7rem; border-radius: .4rem; white-space: pre-wrap; }
 summary { cursor: pointer; padding: .3rem 0; }
 """
@@ -318,7 +333,7 @@ def embed(image):
 
 
 def figure(path, title):
-    """Return an image file with its caption as HTML; one too wide for a phone scrolls sideways."""
+    """Return an image, a file or a binary stream, with its caption as HTML."""
     with Image.open(path) as image:
         kind = "wide" if image.width > 1000 else "single"
         source = embed(image)
@@ -336,15 +351,32 @@ def table(rows, kind=""):
     return f'<table class="{kind}">{line(head, "th")}{"".join(line(row, "td") for row in body)}</table>'
 
 
+def setting_text(value):
+    """Return the value of a flag in words."""
+    if value is None or value == "":
+        return "not set"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (list, tuple)):
+        is_anchors = bool(value) and isinstance(value[0], (list, tuple))
+        return f"{sum(map(len, value))} sizes of this data" if is_anchors else ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def settings_of(flags):
+    """Return {name in words: value in words} of the flags that say how the run trained."""
+    flags = {**flags, "data": data_name(flags)}
+    names = [name for name in flags if name not in NO_SETTINGS]
+    return {name.replace("_", " "): setting_text(flags[name]) for name in names}
+
+
 def changed_settings(flags):
     """Return (rows of the settings that differ from those of the run's recipe, rows of the others)."""
     recipe = flags.get("recipe")
-    defaults = vars(ssd.parse_args(["--recipe", recipe] if recipe in ssd.RECIPES else []))
-    changed, others = [], []
-    for name, value in flags.items():
-        rows = others if name in defaults and defaults[name] == value else changed
-        rows.append((name, "chosen by the program" if value is None else value))
-    return changed, others
+    defaults = settings_of(vars(ssd.parse_args(["--recipe", recipe] if recipe in ssd.RECIPES else [])))
+    rows = list(settings_of(flags).items())
+    changed = [row for row in rows if row[0] not in defaults or defaults[row[0]] != row[1]]
+    return changed, [row for row in rows if row not in changed]
 
 
 def sections(run):
@@ -356,16 +388,17 @@ def sections(run):
     changed, others = changed_settings(run["flags"])
     settings = table([("setting", "value"), *changed])
     rest = f"<summary>{len(others)} settings of the recipe</summary>{table([('setting', 'value'), *others])}"
-    env = run["environment"]
+    env = [(ENVIRONMENT_NAMES.get(name, name), value) for name, value in run["environment"].items()
+           if name != "command"]
     found = {
         "Results": f"<p>{measured}</p>",
-        "Curves": figures.get("loss.png", "") + figures.get("training.png", ""),
+        "Curves": figures.get("loss.png", ""),
         "Classes": table(table_rows(run["test"]), "numbers") if class_rows(run["test"]) else "",
         "Gallery": figures.get("predictions.png", ""),
         "Mistakes": f"<ul>{words}</ul>{mistakes}",
         "Data": figures.get("augmentations.png", ""),
         "Settings": f"<pre>{html.escape(command(run))}</pre>{settings}<details>{rest}</details>",
-        "Environment": table([("", ""), *env.items()]) if env else "<p>Not recorded.</p>",
+        "Environment": table([("", ""), *env]) if env else "<p>Not recorded.</p>",
     }
     return [(title, content) for title, content in found.items() if content]
 
@@ -373,9 +406,12 @@ def sections(run):
 def tiles(run):
     """Return [(value, what it is)] for the top of the page."""
     test = run["test"]
+    precision = test.get("precision")
     measured = {
-        "test mAP@.5, area": test.get("map_area"), "test mAP@.5, 11-point": test.get("map11"),
-        "test mAP@.75, area": test.get("map75"), "validation mAP@.5, area": run["val"].get("val_map_area"),
+        f"test mAP@.5, area, {precision}": test.get("map_area"),
+        f"test mAP@.5, 11-point, {precision}": test.get("map11"),
+        f"test mAP@.75, area, {precision}": test.get("map75"),
+        "validation mAP@.5, area": run["val"].get("val_map_area"),
     }
     found = [(f"{value:.4f}", what) for what, value in measured.items() if is_number(value)]
     if run["epoch"]:
@@ -385,37 +421,169 @@ def tiles(run):
     return found
 
 
+def document(title, body, style=""):
+    """Return an HTML page, complete in itself; body is HTML, title is text."""
+    title = html.escape(title)
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            f'<title>{title}</title><meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<link rel="icon" href="data:,"><style>{STYLE}{style}</style></head><body><h1>{title}</h1>'
+            f"{body}</body></html>\n")
+
+
+def with_contents(parts):
+    """Return HTML of [(title, HTML)] as sections, behind links to them."""
+    links = "".join(f'<a href="#s{number}">{title}</a>' for number, (title, _) in enumerate(parts))
+    content = "".join(f'<section id="s{number}"><h2>{title}</h2>{body}</section>'
+                      for number, (title, body) in enumerate(parts))
+    return links, content
+
+
 def page(run):
-    """Return the HTML page of a run, complete in itself."""
+    """Return the HTML page of a run."""
     config = run["config"]
-    title = html.escape(f"SSD300 on {data_name(run['flags'])}")
     batch_norm = "on" if config["batch_norm"] else "off"
     summary = (f"{len(run['classes'])} classes: {', '.join(run['classes'])}. Width {config['width']:g}, "
                f"batch norm {batch_norm}. {run['source'].name} {run['environment'].get('started', '')}")
     shown = "".join(f'<div class="tile"><b>{html.escape(value)}</b>{html.escape(what)}</div>'
                     for value, what in tiles(run))
-    links, content = "", ""
-    for number, (name, body) in enumerate(sections(run)):
-        links += f'<a href="#s{number}">{name}</a>'
-        content += f'<section id="s{number}"><h2>{name}</h2>{body}</section>'
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body><header><h1>{title}</h1>'
-            f'<p class="soft">{html.escape(summary)}</p><nav>{links}</nav></header>'
-            f'<div class="tiles">{shown}</div>{content}</body></html>\n')
+    links, content = with_contents(sections(run))
+    return document(f"SSD300 on {data_name(run['flags'])}",
+                    f'<p class="soft">{html.escape(summary)}</p><nav>{links}</nav>'
+                    f'<div class="tiles">{shown}</div>{content}')
+
+
+# ---- several runs side by side ----
+
+
+def name_runs(runs):
+    """Return a name for each run: the last parts of its folder, as many as make the names differ."""
+    folders = [run["source"].resolve().parent.parent.parts for run in runs]
+    for count in range(1, max(map(len, folders)) + 1):
+        names = ["/".join(folder[-count:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{number}: {run['source'].name}" for number, run in enumerate(runs, start=1)]
+
+
+def with_difference(value, first):
+    """Return a figure as text, with its difference from the first run's in brackets."""
+    if not is_number(value):
+        return "-"
+    return f"{value:.4f}" + (f" ({value - first:+.4f})" if is_number(first) else "")
+
+
+def compared(what, values):
+    """Return a row of text: what it is, the first run's figure, those of the others with their difference."""
+    first, *others = values
+    return (what, with_difference(first, None), *(with_difference(value, first) for value in others))
+
+
+def compared_figures(runs, names):
+    """Return rows of text: a figure a row, a run a column; rows without any value are left out."""
+    tests = [run["test"] for run in runs]
+    figures = {"test mAP@.5, area": "map_area", "test mAP@.5, 11-point": "map11",
+               "test mAP@.75, area": "map75"}
+    rows = [("", *names)]
+    rows += [compared(what, [test.get(key) for test in tests]) for what, key in figures.items()]
+    rows.append(compared("validation mAP@.5, area", [run["val"].get("val_map_area") for run in runs]))
+    columns = []
+    for run, test in zip(runs, tests, strict=True):
+        speeds = [row["images_per_s"] for row in run["history"] if is_number(row.get("images_per_s"))]
+        columns.append({
+            "measured with": test.get("precision", "-"),
+            "test list": f"{test['split']} of {data_name(test)}" if test else "-",
+            "test images": str(test.get("num_images", "-")),
+            "epoch chosen": f"{run['epoch']} of {run['flags'].get('epochs')}" if run["epoch"] else "-",
+            "wall time": f"{run['wall_s'] / 60:.1f} min" if is_number(run["wall_s"]) else "-",
+            "training, images/s (median)": f"{statistics.median(speeds):.1f}" if speeds else "-",
+            "device": run["environment"].get("device", "-"),
+        })
+    rows += [(what, *(column[what] for column in columns)) for what in columns[0]]
+    return [row for row in rows if set(row[1:]) != {"-"}]
+
+
+def compared_settings(runs, names):
+    """Return rows of text: the settings that are not the same in all runs."""
+    settings = [settings_of(run["flags"]) for run in runs]
+    rows = [("setting", *names)]
+    for name in dict.fromkeys(name for one in settings for name in one):
+        values = [one.get(name, "-") for one in settings]
+        if len(set(values)) > 1:
+            rows.append((name, *values))
+    return rows
+
+
+def compared_classes(runs, names):
+    """Return rows of text: the area AP at IoU .5 of each class."""
+    tests = [dig(run["test"], "per_class") for run in runs]
+    classes = dict.fromkeys(name for test in tests for name in test)
+    rows = [compared(name, [dig(test, name, "ap_area") for test in tests]) for name in classes]
+    return [("AP .5 (area)", *names), *rows]
+
+
+def plot_runs(runs, names):
+    """Return a Figure: the runs' validation mAP, and their losses in training and validation, by epoch."""
+    titles = {"val_map_area": "validation mAP@.5", "train_loss": "training loss",
+              "val_loss": "validation loss"}
+    rows = [row for run in runs for row in run["history"]]
+    curves = [(key, title) for key, title in titles.items() if any(is_number(row.get(key)) for row in rows)]
+    figure = Figure(figsize=(7, 0.5 + 2.8 * max(1, len(curves))), layout="constrained")
+    axes = figure.subplots(max(1, len(curves)), 1, sharex=True, squeeze=False)[:, 0]
+    for cell, (key, title) in zip(axes, curves, strict=False):
+        for place, (run, name) in enumerate(zip(runs, names, strict=True)):
+            points = [(row["epoch"], row[key]) for row in run["history"] if is_number(row.get(key))]
+            style = LINE_STYLES[place % len(LINE_STYLES)]
+            epochs, values = zip(*points, strict=True) if points else ((), ())
+            cell.plot(epochs, values, style, color=f"C{place}", label=name, marker=".")
+        cell.margins(y=0.1)
+        cell.set_ylabel(title)
+        cell.grid(alpha=0.3)
+    if curves:
+        axes[0].legend()
+    axes[-1].set_xlabel("epoch")
+    return figure
+
+
+def scrolling(rows, kind=""):
+    """Return a table that scrolls sideways where many runs do not fit."""
+    return f'<div class="scroll">{table(rows, kind)}</div>'
+
+
+def comparison(runs):
+    """Return the HTML page of several runs."""
+    names = name_runs(runs)
+    picture = io.BytesIO()
+    plot_runs(runs, names).savefig(picture, format="png", dpi=120)
+    measured = {(data_name(run["test"]), run["test"].get("split")) for run in runs if run["test"]}
+    warning = ""
+    if len(measured) > 1:
+        warning = "<p>The runs were measured on different lists: their figures cannot be compared.</p>"
+    settings = compared_settings(runs, names)
+    parts = [
+        ("Results", warning + scrolling(compared_figures(runs, names), "numbers")),
+        ("What differs", scrolling(settings) if len(settings) > 1 else "<p>No setting.</p>"),
+        ("Curves", figure(picture, "By epoch")),
+        ("Classes", scrolling(compared_classes(runs, names), "numbers")),
+    ]
+    links, content = with_contents(parts)
+    return document(f"{len(runs)} runs side by side",
+                    f'<p class="soft">In brackets: the difference from {html.escape(names[0])}.</p>'
+                    f"<nav>{links}</nav>{content}")
 
 
 def main(argv=None):
     """Run the command line; returns the exit code: 0 done, 2 a mistake to mend."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", default=".",
-                        help="the run's --output-dir, or one of its checkpoints (default: this folder)")
-    parser.add_argument("--output", metavar="FILE", help="default: report.html in the run's plots")
+    parser.add_argument("runs", nargs="*", default=["."], metavar="RUN",
+                        help="a run's --output-dir, or one of its checkpoints (default: this folder)")
+    parser.add_argument("--output", metavar="FILE",
+                        help="default: report.html, of several comparison.html, in the first run's plots")
     args = parser.parse_args(argv)
     try:
-        source = find_checkpoint(args.run)
-        path = Path(args.output) if args.output else source.resolve().parent.parent / "plots" / "report.html"
-        content = page(read_run(source))
+        runs = [read_run(find_checkpoint(source)) for source in args.runs]
+        plots = runs[0]["source"].resolve().parent.parent / "plots"
+        path = Path(args.output or plots / ("report.html" if len(runs) == 1 else "comparison.html"))
+        content = page(runs[0]) if len(runs) == 1 else comparison(runs)
         path.parent.mkdir(parents=True, exist_ok=True)
         ssd.write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
     except (InputError, OSError) as error:
