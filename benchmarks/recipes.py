@@ -22,7 +22,6 @@ from pathlib import Path
 
 import common
 import numpy as np
-import torch
 from common import ssd
 
 # Flags of all runs of a set. `python tools/anchors.py --data PATH` makes plots/anchors.json.
@@ -57,12 +56,9 @@ def run_one(name, flags, seed, *, folder, parallel, pool):
     output = folder / f"{re.sub('[^a-zA-Z0-9.]+', '_', name)}-{seed}"
     output.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // parallel)
-    command = [*flags, "--seed", str(seed)]
-    if parallel > 1 and torch.cuda.is_available() and "--workers" not in flags:
-        command += ["--workers", str(threads)]  # the default is for a run that has the machine to itself
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(output / "log.txt", "a") as log:
-        run = common.train(command, output, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        run = common.train([*flags, "--seed", str(seed)], output, stdout=log, stderr=subprocess.STDOUT, env=environment)
     line = {"variant": name, "flags": flags, "seed": seed, "seconds": run["seconds"], "threads": threads}
     line |= common.measure(run)
     if pool:
@@ -129,7 +125,8 @@ def report(lines, path):
     """Print the table of the lines of a results file, and write it beside that as Markdown and as JSON."""
     rows = summarise(lines)
     machines = sorted({line["environment"]["device"] for line in lines})
-    text = f"{table(rows)}\n\nMeans ± standard deviations of the seeds. Trained on: {', '.join(machines)}.\n"
+    title = f"{path.stem}: means ± standard deviations of the seeds, trained on {', '.join(machines)}"
+    text = f"{title}\n\n{table(rows)}\n"
     ssd.write_atomically(path.with_suffix(".md"), lambda temporary: temporary.write_text(text))
     ssd.write_json(path.with_suffix(".json"), {"trained_on": machines, "rows": rows})
     print(text)
@@ -175,7 +172,7 @@ def main(argv=None):
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of each variant")
     add("--pool", nargs="*", metavar="LIST", default=["val", "test"], help="lists to measure together too")
     add("--parallel", type=ssd.positive_int, default=1,
-        help="runs at a time, each with its share of the cores; a GPU must hold them together")
+        help="runs at a time, each with its share of the cores (beside a GPU say --workers in --flags)")
     add("--folder", type=Path, default=Path("benchmarks/results/recipes"), help="where results are")
     add("--table", action="store_true", help="run nothing: the table of what is there")
     args = parser.parse_args(argv)
