@@ -394,7 +394,7 @@ def plot_confusion(matrix, class_names):
     shown = np.concatenate(([0], np.sort(worst)))
     matrix, share = matrix[np.ix_(shown, shown)], share[np.ix_(shown, shown)]
     names = [class_names[label - 1] for label in shown[1:]]
-    size = 3.5 + 0.5 * len(shown)
+    size = max(7.0, 3.5 + 0.5 * len(shown))
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
     figure.colorbar(axes.imshow(share, cmap="Blues", vmin=0, vmax=1), shrink=0.8,
@@ -410,7 +410,8 @@ def plot_confusion(matrix, class_names):
              "second boxes on one object, nothing there. Missed: objects without a hit")
     if len(worst) < len(class_names):
         title += f"\nthe {len(worst)} classes with the most errors of {len(class_names)}"
-    axes.set(xlabel="detected", ylabel="true", title=title)
+    axes.set(xlabel="detected", ylabel="true")
+    axes.set_title(title, fontsize=10)
     return figure
 
 
@@ -621,8 +622,9 @@ def save_photographs(figure, path):
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     of_boxes = [part for color in (*ssd.PALETTE, "white", "black") for part in ImageColor.getrgb(color)]
     palette = Image.new("P", (1, 1))
-    palette.putpalette(of_boxes + picture.quantize(256 - len(of_boxes) // 3).getpalette())
-    picture = picture.quantize(palette=palette, dither=Image.Dither.NONE)
+    of_photographs = picture.quantize(256 - len(of_boxes) // 3, Image.Quantize.MAXCOVERAGE)  # rare ones, too
+    palette.putpalette(of_boxes + of_photographs.getpalette())
+    picture = picture.quantize(palette=palette)
     ssd.write_atomically(path, lambda temporary: picture.save(temporary, "png", optimize=True))
 
 
