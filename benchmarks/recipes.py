@@ -58,7 +58,8 @@ def run_one(name, flags, seed, *, folder, parallel, pool):
     threads = max(1, (os.cpu_count() or 1) // parallel)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(output / "log.txt", "a") as log:
-        run = common.train([*flags, "--seed", str(seed)], output, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        options = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
+        run = common.train([*flags, "--seed", str(seed)], output, **options)
     line = {"variant": name, "flags": flags, "seed": seed, "seconds": run["seconds"], "threads": threads}
     line |= common.measure(run)
     if pool:
