@@ -12,8 +12,6 @@ Commands:
     >>> from ssd_object_detection import load_detector
     >>> load_detector("checkpoints/FILE.pth").predict("dog.jpg")
 
-Measured results, each with its command and machine: see README.md.
-
 Shape letters: B images, A anchors (9,966), K foreground classes, G ground truths, D detections.
 Boxes: `boxes` are normalised xyxy in [0, 1], `boxes_px` are pixels; `_cxcywh` is centre and size.
 Class 0 is background everywhere; `num_classes` counts foreground classes only.
@@ -80,11 +78,7 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )
-VOC_ARCHIVES = {  # of a year and list: name, MD5
-    ("2007", "trainval"): ("VOCtrainval_06-Nov-2007.tar", "c52e279531787c972589f7e41ab4ae64"),
-    ("2007", "test"): ("VOCtest_06-Nov-2007.tar", "b6e924de25625d8de591ea690078ad9f"),
-    ("2012", "trainval"): ("VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd"),
-}
+VOC_ARCHIVES = torchvision.datasets.voc.DATASET_YEAR_DICT  # of "2007", "2007-test", "2012": filename, MD5
 DOWNLOAD_SECONDS = 30.0  # without a byte, and the next address is tried
 VOC_URLS = (  # the second and third are copies, which the MD5 vouches for
     "https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
@@ -139,8 +133,7 @@ class InputError(Exception):
 def encode(boxes: Tensor, anchors_cxcywh: Tensor) -> Tensor:
     """Return the regression targets of boxes for their anchors (SSD Eq. 2, divided by the variances).
 
-    boxes (..., 4): xyxy with x2 > x1 and y2 > y1, in the anchors' unit; anchors_cxcywh (..., 4), same leading
-    shape or one that broadcasts. Returns (..., 4). A side shorter than 1e-6 counts as 1e-6.
+    boxes (..., 4): xyxy, in the unit of anchors_cxcywh (..., 4); a side shorter than 1e-6 counts as 1e-6.
     """
     centre = (boxes[..., :2] + boxes[..., 2:]) / 2
     size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-6)
@@ -248,7 +241,6 @@ def read_image(path: PathLike, size: tuple[int, int] | None = None) -> np.ndarra
 
     size: (width, height) by the annotation. InputError if neither fits, or the file is no image.
     """
-    shapes = []
     for flags in (cv2.IMREAD_COLOR, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION):
         image = None
         with contextlib.suppress(cv2.error):  # of an image too large for OpenCV
@@ -257,9 +249,8 @@ def read_image(path: PathLike, size: tuple[int, int] | None = None) -> np.ndarra
             raise InputError(f"{path}: not readable as an image")
         if size is None or image.shape[1::-1] == size:
             return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-        shapes.append("{1}x{0}".format(*image.shape))
-    raise InputError(f"{path} has {shapes[0]} pixels, its annotation says {size[0]}x{size[1]}: correct the "
-                     "file or its <size>")
+    raise InputError(f"{path} has {image.shape[1]}x{image.shape[0]} pixels, its annotation says "
+                     f"{size[0]}x{size[1]}: correct the file or its <size>")
 
 
 @dataclass(frozen=True)
@@ -323,7 +314,8 @@ def read_split(root: PathLike, split: str) -> list[str]:
         hint = "a folder in VOC layout has JPEGImages, Annotations and ImageSets/Main"
         for folder in Path(root).rglob("ImageSets"):
             there = ", ".join(sorted(p.stem for p in folder.glob("Main/*.txt"))[:12])
-            hint = f"try --data {folder.parent}" if folder.parent != Path(root) else f"lists there: {there}"
+            inner = f"try --data {folder.parent}" if folder.parent != Path(root) else ""
+            hint = inner or (f"lists there: {there}" if there else hint)
         raise InputError(f"no image list {path}; {hint} (see --train-split, --val-split, --test-split)")
     content = path.read_bytes()
     try:
@@ -445,8 +437,8 @@ def read_records(root: PathLike, split: str, classes: Sequence[str], *, annotati
     is_fraction = max(map(max, written), default=math.inf) <= 1
     what = f"{root}, list {split}: {len(dropped)} of {kept + len(dropped)} boxes have no area"
     if is_fraction or len(dropped) > max(1, (kept + len(dropped)) / 10):
-        cause = "fractions of the image" if is_fraction else "swapped corners, or widths and heights"
-        raise InputError(f"{what} ({''.join(dropped[:1])}): {cause}? VOC is xmin, ymin, xmax, ymax in pixels")
+        cause = "none above 1: fractions" if is_fraction else f"{dropped[0]}: swapped corners, or sizes"
+        raise InputError(f"{what}; {cause}? VOC is xmin, ymin, xmax, ymax in pixels")
     if dropped:
         print(f"warning: {what} and are left out (tools/audit.py names all): {dropped[0]}", file=sys.stderr)
     return records
@@ -489,10 +481,11 @@ def download(urls: Sequence[str], path: Path, md5: str) -> None:
 def fetch_voc(root: Path, split: str) -> None:
     """Unpack the archive with a list that root, DIR/VOCdevkit/VOC<year>, lacks; fetch it if not in DIR."""
     target, year = root.parent.parent, root.name[3:]
-    name, md5 = VOC_ARCHIVES.get((year, "test" if split == "test" else "trainval"), ("", ""))
+    kind = f"{year}-test" if split == "test" else year
     listed = root / "ImageSets" / "Main" / f"{split}.txt"
-    if listed.is_file() or not name or split not in ("train", "val", "trainval", "test"):
+    if listed.is_file() or kind not in VOC_ARCHIVES or split not in ("train", "val", "trainval", "test"):
         return
+    name, md5 = VOC_ARCHIVES[kind]["filename"], VOC_ARCHIVES[kind]["md5"]
     target.mkdir(parents=True, exist_ok=True)
     if not (target / name).is_file():
         print(f"{root}: no list {split}; fetching {target / name} ...", flush=True)
@@ -566,12 +559,13 @@ def load_data(data: str, *, data_root: PathLike = "data", classes: Sequence[str]
         held_out = set(order[: max(1, round(val_fraction * len(train)))])
         val = [record for i, record in enumerate(train) if i in held_out]
         train = [record for i, record in enumerate(train) if i not in held_out]
+    if val and not any(len(record.labels) for record in val):
+        print("warning: no object to validate on: the last weights are kept, no early stop", file=sys.stderr)
     if not any(len(record.labels) for record in train):
         raise InputError(f"{data}: no object to train on in list {lists['train']} (less --val-fraction)")
     counts = collections.Counter(record.image_path for record in [*train, *val, *test])
     if shared := [path for path, count in counts.items() if count > 1]:
-        raise InputError(f"{shared[0]} is in two of the lists, as are {len(shared) - 1} more: mend them or "
-                         "name others (--train-split, --val-split, --test-split)")
+        raise InputError(f"{shared[0]} is in two of the lists, and {len(shared) - 1} more: see --val-split")
     return DataSplits("pascal_voc" if is_voc else name, classes, train, val, test, lists)
 
 
@@ -584,8 +578,7 @@ def usable_cores() -> int:
 def decode_all(records: list[Record]) -> list[np.ndarray] | None:
     """Return the decoded images of records, which forked loader processes share; None if memory is short."""
     needed = sum(r.width * r.height * 3 for r in records) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory / 3:
+    if needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 3:
         print(f"cache    off: the decoded images take {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}")
         return None
     with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
@@ -597,8 +590,7 @@ class VocDataset(torch.utils.data.Dataset):
     """Images with their targets; an item, asked for by (index, epoch), depends on (seed, epoch, index) alone.
 
     A sample is a dict that torch's own collate stacks: images uint8 (3, 300, 300) RGB, matched_gt (A,) int16
-    of `match_anchors`, gt_boxes (G, 4) and gt_labels (G,) filled up with zeros to the most that an image has,
-    indices. pixels: of `decode_all`, else each image is read from its file every time.
+    of `match_anchors`, gt_boxes (G, 4) and gt_labels (G,), G the same for all, indices. pixels: decode_all's.
     """
 
     def __init__(self, records: list[Record], transform: A.Compose, anchors_cxcywh: Tensor, *, seed: int = 0,
@@ -1004,9 +996,7 @@ def load_tensors(path: PathLike, what: str) -> dict:
 
 
 def fetch_backbone(source: str = "caffe", *, batch_norm: bool = False) -> dict:
-    """Return the state dict of ImageNet VGG16 weights: of VGG's authors ("caffe"; convolutions alone), of
-    torchvision ("imagenet"; with batch norm always), both fetched and cached by torchvision, or of a file.
-    """
+    """Return ImageNet weights of VGG16: its authors' ("caffe"), torchvision's ("imagenet") or a file's."""
     if source not in ("imagenet", "caffe"):
         return load_tensors(source, "backbone weights")
     kinds = torchvision.models.VGG16_BN_Weights if batch_norm else torchvision.models.VGG16_Weights
@@ -1031,9 +1021,8 @@ def load_backbone(model: SSD300, state: dict) -> bool:
     fc = [state.get(f"classifier.{layer}.{kind}") for layer in (0, 3) for kind in ("weight", "bias")]
     fc_shapes = [None] * 4 if fc[0] is None else [(4096, 25088), (4096,), (4096, 4096), (4096,)]
     if [getattr(v, "shape", None) for v in given + fc] != [v.shape for v in own] + fc_shapes:
-        raise InputError(f"the backbone weights do not fit: {len(given)} tensors named features.* for the "
-                         f"{len(own)} of the VGG blocks, or other shapes: take torchvision's vgg16 (with "
-                         "--batch-norm vgg16_bn)")
+        raise InputError(f"the backbone weights do not fit: {len(given)} tensors named features.*, not "
+                         f"{len(own)}, or other shapes; take torchvision's vgg16 (--batch-norm: vgg16_bn)")
     has_classifier = fc[0] is not None and not fc[0].isnan().any()  # torchvision fills Caffe's with NaN
     is_caffe = not has_classifier and not model.batch_norm
     if is_caffe:
@@ -1165,7 +1154,7 @@ def average_precision(recall: np.ndarray, precision: np.ndarray) -> tuple[float,
     """Return (area, 11-point) average precision of a curve: recall (N,) rising, precision (N,); N may be 0.
 
     Area: under the precision made monotone from the right (VOC 2010 on). 11-point: the mean over recall 0,
-    .1, ..., 1 of the best precision at that recall or more (VOC 2007; Everingham et al. 2010, Eq. 1 and 2).
+    .1, ..., 1 of the best precision from there on (VOC 2007; Everingham et al. 2010, Eq. 1 and 2).
     """
     envelope = np.maximum.accumulate(np.concatenate((precision, [0.0]))[::-1])[::-1]
     area = float(np.sum(np.diff(np.concatenate(([0.0], recall))) * envelope[:-1]))
@@ -1320,8 +1309,7 @@ def class_table(result: dict, class_names: Sequence[str]) -> str:
         values = f"{recall:7.3f} {row['ap_area']:8.4f} {row['ap11']:12.4f} {row['ap75']:14.4f}"
         lines.append(f"{name:<{width}} {row['num_gt']:8d} {values if row['num_gt'] else '  no objects'}")
     means = f"{result['map_area']:8.4f} {result['map11']:12.4f} {result['map75']:14.4f}"
-    lines.append(f"{'mean':<{width}} {'':8} {'':7} {means}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{'mean':<{width}} {'':8} {'':7} {means}"])
 
 
 # ---- 11. Run records ----
@@ -1355,15 +1343,14 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def joined_processes(name: str) -> Iterator[str]:
-    """Join torchrun's processes, if it started this one; yields its --device. Only the first prints."""
+    """Join torchrun's processes, if it started this one; yields its --device. Rank 0 prints and downloads."""
     if "LOCAL_RANK" not in os.environ:
         yield name
         return
     if is_cuda := name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(name)
-    patience = datetime.timedelta(hours=6)  # the first process may have to download the data
-    torch.distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=patience)
+    torch.distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=datetime.timedelta(hours=6))
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null if process_rank()[0] else sys.stdout):
         yield name
     torch.distributed.destroy_process_group()
@@ -1444,8 +1431,8 @@ def load_checkpoint(path: PathLike, *, resumable: bool = False) -> dict:
     if not {"format_version", "model", "config", "classes"} <= set(checkpoint):
         raise InputError(f"{path}: not a checkpoint of this program (it lacks model, config or classes)")
     if checkpoint["format_version"] != FORMAT_VERSION:
-        raise InputError(f"{path}: a checkpoint of format {checkpoint['format_version']}, this program reads "
-                         f"{FORMAT_VERSION}: use the version of the program that wrote it, or train again")
+        raise InputError(f"{path}: of format {checkpoint['format_version']}, not {FORMAT_VERSION}: use the "
+                         "version of the program that wrote it, or train again")
     if resumable and "train_state" not in checkpoint:
         raise InputError(f"{path}: holds weights but no training state; resume from a last.pth")
     return checkpoint
@@ -1522,8 +1509,7 @@ def plot_losses(history: list[dict]) -> Figure:
             if rows:
                 axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], style, label=label,
                           marker="." if len(rows) < 40 else None)
-        title += "" if axes.lines else ": no validation images"
-        axes.set(title=title, xlabel="epoch", ylabel=ylabel)
+        axes.set(title=title + ("" if axes.lines else ": not validated"), xlabel="epoch", ylabel=ylabel)
         axes.update_datalim([(1, 0)])  # so that the margin above is one of the whole height
         axes.autoscale_view()
         axes.set_ylim(0, 1 if ylabel == "mAP" else None)
@@ -1548,6 +1534,7 @@ def draw_boxes(image: Image.Image, boxes_px: np.ndarray, captions: list[str],
     line = max(2, round(max(image.size) / 250))
     font = ImageFont.load_default(max(12, round(max(image.size) / 32)))
     boxes = np.asarray(boxes_px).round().tolist()
+    captions = [ascii(c)[1:-1] if max(c, default="") > "\u2e7f" else c for c in captions]  # no glyphs there
     for (x1, y1, x2, y2), color in zip(boxes, colors, strict=True):
         if color == "white":
             draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=line + 2)
@@ -1669,9 +1656,8 @@ class Ema:
 
     def __init__(self, model: SSD300, decay: float):
         self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
-        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
-        self.averaged = [averaged for averaged, _ in pairs if averaged.is_floating_point()]
-        self.current = [current for _, current in pairs if current.is_floating_point()]
+        self.averaged, self.current = ([v for v in one.state_dict().values() if v.is_floating_point()]
+                                       for one in (self.model, model))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -1759,8 +1745,7 @@ def train_one_epoch(state: TrainState, loader: DataLoader, batches: Iterator, lo
                     args: Namespace, *, amp_dtype: torch.dtype | None = None) -> dict:
     """Train for an epoch; returns columns of metrics.jsonl, data_wait is the share of time the loader took.
 
-    batches: iter(loader), which goes on into the next epoch. Raises InputError that names the images after
-    three steps in a row whose gradient was not finite.
+    batches: iter(loader). InputError names the images after three steps in a row without finite gradient.
     """
     records, sampler = loader.dataset.records, loader.batch_sampler
     steps = sampler.steps_per_epoch
@@ -1886,8 +1871,11 @@ def open_image(source: PathLike | Image.Image | np.ndarray) -> Image.Image:
     except Exception as error:  # whatever a broken file makes Pillow raise
         problem = " ".join(str(error).split())[:120]
         raise InputError(f"{source}: not readable as an image ({problem})") from None
-    if upright.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would cut at 255
-        upright = Image.fromarray((np.asarray(upright) / 257.0).clip(0, 255).round().astype(np.uint8))
+    if upright.mode.startswith(("I", "F")):  # which PIL's own conversion would cut at 255
+        grey = np.asarray(upright) * (255.0 if upright.mode == "F" else 1 / 257)
+        if not 0 <= grey.min() <= grey.max() < 255.5:  # NaN too
+            raise InputError(f"{source}: its grey values are neither of 16 bits nor numbers from 0 to 1")
+        upright = Image.fromarray(grey.round().astype(np.uint8))
     return upright.convert("RGB")
 
 
@@ -1905,9 +1893,8 @@ class Detections:
 
     def to_dict(self) -> dict:
         """Return plain lists and numbers, ready for JSON."""
-        boxes_px = [[round(v, 2) for v in box] for box in self.boxes_px.tolist()]
-        scores = [round(s, 4) for s in self.scores]
-        return {"boxes_px": boxes_px, "labels": self.labels, "names": self.names, "scores": scores}
+        return {"boxes_px": self.boxes_px.astype(float).round(2).tolist(), "labels": self.labels,
+                "names": self.names, "scores": np.round(self.scores, 4).tolist()}
 
     def draw(self, image: PathLike | Image.Image | np.ndarray) -> Image.Image:
         """Return a PIL copy of an image, see `open_image`, with boxes, class names and scores drawn on it."""
@@ -1920,9 +1907,8 @@ class Detector:
 
     def __init__(self, model: SSD300, classes: Sequence[str], amp_dtype: torch.dtype | None = None,
                  score_thresh: dict[str, float] | None = None):
-        self.model = model.eval()
+        self.model, self.amp_dtype = model.eval(), amp_dtype
         self.classes = tuple(classes)
-        self.amp_dtype = amp_dtype
         self.score_thresh = dict.fromkeys(self.classes, DRAW_SCORE_THRESH) | (score_thresh or {})
         self._resize = resize_transform()
 
@@ -1986,9 +1972,7 @@ RECIPES = {
         "zoom_out": 0.5, "crop": 1.0, "color": 0.5, "shadow": 0.2, "noise": 0.2, "blur": 0.1,
     },
 }
-RECIPES["scratch"] = RECIPES["voc"] | {
-    "pretrained": False, "batch_norm": True, "freeze_blocks": 0, "lr": 2e-3,
-}
+RECIPES["scratch"] = RECIPES["voc"] | {"pretrained": False, "batch_norm": True, "lr": 2e-3}
 RECIPES["small"] = RECIPES["scratch"] | {  # minutes on two CPU cores for a few hundred images
     "width": 0.125, "batch_size": 4, "lr": 3e-3, "epochs": 28, "zoom_out": 0.2, "crop": 0.6,
 }
@@ -1998,21 +1982,20 @@ RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
 }
 RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
     "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "loss": "multibox", "schedule": "step",
-    "warmup_epochs": 0.0, "clip_grad": 0.0, "ema_decay": 0.0,
-    "shadow": 0.0, "noise": 0.0, "blur": 0.0,
+    "warmup_epochs": 0.0, "clip_grad": 0.0, "ema_decay": 0.0, "shadow": 0.0, "noise": 0.0, "blur": 0.0,
 }
-OPTIONAL_FLAGS = ("evaluate", "predict", "weights", "classes", "train_split", "val_split", "test_split",
-                  "workers", "anchors", "compile", "score_thresh")  # None unless given
+OPTIONAL_FLAGS = ("evaluate", "predict", "weights", "init_from", "classes", "train_split", "val_split",
+                  "test_split", "workers", "anchors", "compile", "score_thresh")  # None unless given
 DATA_FLAGS = ("data", "classes", "train_split", "val_split", "val_fraction", "test_split", "unlabelled")
 MACHINE_FLAGS = ("device", "workers", "output_dir", "data_root", "cache", "compile", "resume", "evaluate",
                  "predict", "weights")  # not saved with a run
 
 
-def _number(name, kind, low, high=math.inf, *, below=False):
-    """Return an argparse type: a finite number from low to high, or below high."""
+def _number(name, kind, low, high=math.inf):
+    """Return an argparse type: a finite number from low to high."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf or (below and value == high):
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not {name}")
         return value
 
@@ -2025,7 +2008,6 @@ natural_int = _number("an integer of 0 or more", int, 0)
 positive_float = _number("a number above 0", float, sys.float_info.min)
 natural_float = _number("a number of 0 or more", float, 0)
 unit_interval = _number("a number from 0 to 1", float, 0, 1)
-below_one = _number("a number from 0 to below 1", float, 0, 1, below=True)
 
 
 def class_list(text: str) -> tuple[str, ...]:
@@ -2067,8 +2049,7 @@ def _add_training_flags(parser, switch=argparse.BooleanOptionalAction, none=argp
 
     add = parser.add_argument_group("detection").add_argument
     add("--score-thresh", type=unit_interval, default=none,
-        help=f"least score (default: {SCORE_THRESH} to measure; to predict that of each class's best F1 in "
-             f"validation, {DRAW_SCORE_THRESH} without)")
+        help=f"least score (default: {SCORE_THRESH} to measure, to predict that of each class's best F1)")
     add("--nms-iou", type=unit_interval, default=NMS_IOU_THRESH, help="IoU of boxes that are one object")
 
 
@@ -2093,7 +2074,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train-split", metavar="LIST", default=none, help="training list (default: trainval of VOC, train)")
     add("--val-split", metavar="LIST", default=none,
         help="list that chooses the best (default: a folder's val)")
-    add("--val-fraction", type=below_one, default=0.1, help="else a share of the training list does")
+    add("--val-fraction", type=unit_interval, default=0.1, help="else a share of the training list does")
     add("--test-split", metavar="LIST", default=none, help="list to measure on (default: test, if it exists)")
     add("--unlabelled", choices=("error", "negative"), default="error", help="images without annotation file")
     add("--cache", action=switch, default=True, help="keep decoded training images in memory")
@@ -2104,8 +2085,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-norm", action=switch, default=none, help="batch norm after every convolution")
     add("--pretrained", action=switch, default=none, help="start from ImageNet VGG16 weights")
     add("--backbone-weights", metavar="KIND", default="caffe", help="caffe, imagenet or a file of either")
-    add("--freeze-blocks", metavar="N", type=int, choices=range(6), default=none,
-        help="keep the first N of the five VGG blocks as they are")
+    add("--init-from", metavar="FILE", default=none, help="start from a checkpoint, also of other classes")
+    add("--freeze-blocks", metavar="N", type=int, choices=range(6), default=none, help="VGG blocks to freeze")
     add("--anchors", metavar="FILE", type=anchor_file, default=none, help="anchor sizes by tools/anchors.py")
 
     add = parser.add_argument_group("augmentation, as probabilities").add_argument
@@ -2125,24 +2106,28 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     given, _ = parser.parse_known_args(argv)
     if [] in vars(given).values():  # argparse's reading of --flag=--
         parser.error("a flag needs a value, not --")
+    if sum((hasattr(given, "predict"), hasattr(given, "evaluate"), given.resume)) > 1:
+        parser.error("--evaluate, --predict and --resume exclude one another")
     recipe = getattr(given, "recipe", "shapes" if getattr(given, "data", "") == "shapes" else "voc")
     parser.set_defaults(**dict.fromkeys(OPTIONAL_FLAGS), data="voc2007", recipe=recipe)
     parser.set_defaults(**RECIPES[recipe])
-    if given.resume or hasattr(given, "evaluate"):
-        path = getattr(given, "evaluate", Path(given.output_dir) / "checkpoints" / "last.pth")
+    last = Path(given.output_dir) / "checkpoints" / "last.pth" if given.resume else None
+    if path := last or getattr(given, "evaluate", getattr(given, "init_from", None)):
         saved = load_checkpoint(path, resumable=given.resume)["args"]
         is_elsewhere = hasattr(given, "data") and not given.resume
         parser.set_defaults(**{k: v for k, v in saved.items() if not (is_elsewhere and k in DATA_FLAGS)})
     args = parser.parse_args(argv)
+    args.pretrained = args.pretrained and not args.init_from
+    if args.init_from and hasattr(given, "recipe"):
+        parser.error("--init-from takes its run's recipe: set what differs by its own flag")
     if bool(args.predict) != bool(args.weights):
         parser.error("--predict and --weights go together")
-    if sum(map(bool, (args.predict, args.evaluate, args.resume))) > 1:
-        parser.error("--evaluate, --predict and --resume exclude one another")
     if args.pretrained and args.width != 1:
         parser.error(f"--width {args.width:g} has no ImageNet weights: add --no-pretrained")
-    if args.freeze_blocks and not args.pretrained and hasattr(given, "freeze_blocks"):
+    is_trained = bool(args.pretrained or args.init_from)
+    if args.freeze_blocks and not is_trained and hasattr(given, "freeze_blocks"):
         parser.error("--freeze-blocks needs pretrained weights: frozen random ones never learn")
-    args.freeze_blocks *= args.pretrained  # a recipe's number is for pretrained ones
+    args.freeze_blocks *= is_trained  # a recipe's number is for trained ones
     return args
 
 
@@ -2168,18 +2153,17 @@ def print_header(args: Namespace, data: DataSplits, model: SSD300, amp_dtype: to
 
 def prepare_device(args: Namespace, device: torch.device) -> torch.dtype | None:
     """Set up torch and OpenCV for a device, fill the flags that it decides; returns the autocast dtype."""
-    if device.type == "cpu":
+    if not (is_cuda := device.type == "cuda"):
         keep_freed_memory()
-    if device.type == "cuda":
+    else:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
         torch.backends.cudnn.benchmark = True  # the shapes stay the same
     cv2.setNumThreads(0)
     torch.manual_seed(args.seed)  # order and augmentation have generators of their own, see VocDataset
     if args.workers is None:  # beside a GPU all but two cores' worth; on a CPU torch's threads want the cores
-        cores = usable_cores()
-        args.workers = int(cores > 2) if device.type == "cpu" else max(1, min(16, cores - 2))
+        args.workers = max(1, min(16, usable_cores() - 2)) if is_cuda else int(usable_cores() > 2)
     if args.compile is None:
-        args.compile = device.type == "cuda"
+        args.compile = is_cuda
     return pick_amp_dtype(device, args.amp)
 
 
@@ -2232,11 +2216,28 @@ def resume_state(state: TrainState, classes: Sequence[str], checkpoints: Path) -
     """Bring a state back to where last.pth left it; InputError for other classes or another network."""
     saved = load_checkpoint(checkpoints / "last.pth", resumable=True)
     if list(saved["classes"]) != list(classes):
-        raise InputError(f"the data has the classes {', '.join(classes)}, the run to resume was trained for "
-                         f"{', '.join(saved['classes'])}")
+        raise InputError(f"the run to resume has the classes {', '.join(saved['classes'])}: see --init-from")
     state.load_state_dict(saved["train_state"], saved["model"])
     if state.best_epoch > 0 and not from_first_process((checkpoints / "best.pth").is_file):
         state.best_map, state.best_epoch = -1.0, state.epoch  # what is best is to come
+
+
+def start_from(state: TrainState, path: PathLike, classes: Sequence[str]) -> None:
+    """Copy a checkpoint's weights; of its heads those of classes that both know, none of other anchors."""
+    saved = load_checkpoint(path)
+    names, own_names = (["background", *listed] for listed in (saved["classes"], classes))
+    known = [name for name in own_names if name in names]
+    is_same = torch.equal(saved["model"]["anchors"], state.model.anchors.cpu())
+    for name, own in state.model.state_dict().items():
+        value = saved["model"][name].to(own)
+        if name.startswith("cls_heads.") and is_same:
+            value = value.view(-1, len(names), *own.shape[1:])[:, [names.index(k) for k in known]]
+            own.view(-1, len(own_names), *own.shape[1:])[:, [own_names.index(k) for k in known]] = value
+        elif name != "anchors" and (is_same or "_heads." not in name):
+            own.copy_(value)
+    state.ema.model.load_state_dict(state.model.state_dict())
+    what = f"it knows {', '.join(known[1:]) or 'no class'}" if is_same else "other anchors, so new heads"
+    print(f"start    {path}: {what}")
 
 
 def evaluate_checkpoint(args: Namespace) -> tuple[dict, list[Record], SSD300, dict, dict]:
@@ -2249,7 +2250,7 @@ def evaluate_checkpoint(args: Namespace) -> tuple[dict, list[Record], SSD300, di
     if not (split := lists["test"]):
         raise InputError(f"{args.data} has no test list: name one with --test-split")
     annotations = read_annotations(root, split, unlabelled=args.unlabelled)
-    found = annotated_classes(annotations)
+    found = sorted({name for _, _, objects in annotations.values() for name, _, _ in objects})
     unknown = [name for name in found if name not in classes]
     if found and len(unknown) == len(found):
         raise InputError(f"{args.data}, list {split} has the classes {', '.join(found)}; the model knows "
@@ -2289,6 +2290,8 @@ def run_training(args: Namespace) -> int:
     state, config = build_state(args, len(data.classes), device, amp_dtype)
     if args.resume:
         resume_state(state, data.classes, checkpoints)
+    elif args.init_from:
+        start_from(state, args.init_from, data.classes)
     loaders = make_loaders(args, data, state)
     print_header(args, data, state.model, amp_dtype)
     flags = {name: value for name, value in vars(args).items() if name not in MACHINE_FLAGS}
@@ -2355,7 +2358,6 @@ def advise(error: Exception) -> str | None:
                 "--workers or --batch-size, or start it with --ipc=host; --workers 0 shows any other cause")
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({str(error).strip().splitlines()[0][:160]}): set --no-compile"
-    return None
 
 
 def _stop(signum, frame):
@@ -2378,10 +2380,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with joined_processes(args.device) as args.device:
             return run_training(args)
-    except InputError as error:  # raised in a loader process it comes with that process's traceback
+    except (InputError, OSError) as error:  # of a loader process it comes with that process's traceback
         problem = str(error).strip().splitlines()[-1].split("InputError: ")[-1]
-    except OSError as error:  # an unwritable folder, a full disk
-        problem = str(error)
     except (MemoryError, RuntimeError) as error:
         if not (advice := advise(error)):
             raise

@@ -139,9 +139,9 @@ def test_a_few_dropped_boxes_of_a_list_are_one_warning_that_names_one(tmp_path, 
 
 
 @pytest.mark.parametrize(("objects", "cause"), [
-    ([("cat", (20, 15, 1, 1), False)] * 3, "swapped corners"),
-    ([*numbered(8), ("cat", (20, 10, 15, 8), False), ("cat", (30, 20, 9, 9), False)], "widths and heights"),
-    ([("cat", (0.1, 0.2, 0.5, 0.6), False), ("cat", (0.0, 0.0, 1, 1), False)], "fractions of the image"),
+    ([("cat", (20, 15, 1, 1), False)] * 3, "object 1 (cat) [20, 15, 1, 1]: swapped corners"),
+    ([*numbered(8), ("cat", (20, 10, 15, 8), False), ("cat", (30, 20, 9, 9), False)], "sizes"),
+    ([("cat", (0.1, 0.2, 0.5, 0.6), False), ("cat", (0.0, 0.0, 1, 1), False)], "none above 1: fractions"),
 ])
 def test_boxes_that_are_written_otherwise_stop_with_the_likely_cause(tmp_path, objects, cause):
     message = input_error(load, write_voc(tmp_path, {"a": objects}))
@@ -533,7 +533,7 @@ def server(tmp_path, monkeypatch):
     md5 = voc_archive(tmp_path / "x.tar", 2007, {"a": [CAT], "b": [DOG]}, trainval=["a", "b"])
     monkeypatch.setattr(Server, "content", (tmp_path / "x.tar").read_bytes())
     monkeypatch.setattr(Server, "asked", [])
-    monkeypatch.setattr(ssd, "VOC_ARCHIVES", {("2007", "trainval"): ("x.tar", md5)})
+    monkeypatch.setattr(ssd, "VOC_ARCHIVES", {"2007": {"filename": "x.tar", "md5": md5}})
     monkeypatch.setattr(ssd, "DOWNLOAD_SECONDS", 0.5)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -943,3 +943,41 @@ def test_cores_are_shared_by_the_processes_of_the_machine(monkeypatch):
     assert 1 <= alone <= os.cpu_count()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * alone))
     assert ssd.usable_cores() == 1
+
+
+# -- Shared memory
+
+
+@pytest.mark.parametrize(("batches", "expected"), [
+    (1000, (4, 4)), (40, (4, 3)), (18, (4, 1)), (12, (2, 1)), (7, (0, 1)), (0, (0, 1)),
+])
+def test_loader_processes_fit_into_shared_memory(monkeypatch, capsys, batches, expected):
+    free = batches * 10_000_000
+    monkeypatch.setattr(ssd.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
+    assert ssd.fit_shared_memory(4, 10_000_000) == expected
+    line = capsys.readouterr().err
+    assert (line == "") == (expected == (4, 4))
+    if line:
+        assert len(line.splitlines()) == 1
+        for word in (f"{free / 2**20:.0f} MB", "--shm-size", "--ipc=host"):
+            assert word in line
+
+
+def test_what_does_not_fit_is_loaded_without_processes(records, monkeypatch, capsys):
+    monkeypatch.setattr(ssd.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**20, 0, 2**20))
+    loader = ssd.make_loader(dataset_of(records, train=False), batch_size=4, workers=2)
+    assert loader.num_workers == 0
+    assert [len(batch["images"]) for batch in loader] == [4, 2]
+
+
+class _Hanging(ssd.VocDataset):
+    def __getitem__(self, key):
+        time.sleep(30)
+
+
+def test_a_loader_that_hangs_ends_with_advice(records, monkeypatch):
+    monkeypatch.setattr(ssd, "LOADER_SECONDS", 1.0)
+    loader = ssd.make_loader(_Hanging(records, ssd.build_transform(train=False), ANCHORS), workers=1)
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(loader))
+    assert "--ipc=host" in ssd.advise(caught.value)

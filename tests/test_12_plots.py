@@ -75,7 +75,7 @@ def test_the_plot_shows_map_rate_and_speed():
 
 
 def test_the_plot_says_that_nothing_was_validated():
-    assert ssd.plot_losses([row(1)]).axes[3].get_title() == "Validation mAP: no validation images"
+    assert ssd.plot_losses([row(1)]).axes[3].get_title() == "Validation mAP: not validated"
 
 
 # -- Files

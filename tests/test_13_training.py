@@ -324,7 +324,7 @@ def test_a_gradient_that_overflows_float16_costs_a_step_and_lowers_the_scale(bat
 def test_a_device_that_is_not_there_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ssd.pick_device("auto").type == "cpu"
-    for name in ("nonsense", "cuda:77"):
+    for name in ("nonsense", "cuda:77", "meta"):
         with pytest.raises(ssd.InputError, match=name) as caught:
             ssd.pick_device(name)
         assert len(str(caught.value).splitlines()) == 1
@@ -583,39 +583,6 @@ def test_a_validation_list_without_an_object_keeps_the_newest_weights_as_best(mo
         json.loads(line, parse_constant=refuse)
 
 
-class NotingDataset(ssd.VocDataset):
-    """Stands for a data set of one's own: it notes what is asked for."""
-
-    def __init__(self, *values, **more):
-        super().__init__(*values, **more)
-        self.asked = []
-        type(self).last = self
-
-    def augment(self, index, epoch=0):
-        self.asked.append((index, epoch))
-        return super().augment(index, epoch)
-
-
-def test_a_loss_and_a_data_set_of_one_s_own_take_the_place_of_the_module_s(
-    tiny_voc, flags_of, tmp_path, no_pictures
-):
-    calls = []
-
-    def loss(outputs, targets, num_positive=None):
-        calls.append(num_positive)
-        return ssd.detection_loss(outputs, targets, gamma=0.0, num_positive=num_positive)
-
-    args = ssd.parse_args(flags_of(tiny_voc, tmp_path / "own"))
-    assert ssd.run_training(args, loss=loss, dataset_class=NotingDataset) == 0
-    training = [count for count in calls if count is not None]  # not of validation
-    assert (len(training), len(calls)) == (4, 6)  # two epochs of two steps, each with one batch of validation
-    assert sorted(NotingDataset.last.asked) == sorted((i, epoch) for i in range(8) for epoch in (0, 1))
-    assert ssd.main(flags_of(tiny_voc, tmp_path / "flag", "--focal-gamma", "0")) == 0
-    own, flag = (rows_of(tmp_path / name / "checkpoints") for name in ("own", "flag"))
-    assert [(row["train_loss"], row["val_loss"]) for row in own] == [
-        (row["train_loss"], row["val_loss"]) for row in flag]
-
-
 # ---- resuming ----
 
 
@@ -767,13 +734,95 @@ def test_a_run_resumed_without_its_best_checkpoint_measures_the_best_to_come(tin
         assert epoch_of(checkpoints / "ssd_tiny_set_final.pth") == 2
 
 
+# ---- starting from a checkpoint ----
+
+
+def start_of(folder, *flags):
+    """Return the state, before its first step, of a run with --init-from and these flags."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssd, "fit", lambda state, *args, **more: seen.append(state) or (_ for _ in ()).throw(
+            ssd.InputError("far enough")))
+        flags = ["--output-dir", folder, "--device", "cpu", "--workers", "0", *flags]
+        assert ssd.main(list(map(str, flags))) == 2
+    return seen[0]
+
+
+def test_a_run_starts_from_the_weights_of_another_with_its_recipe_and_its_own_schedule(
+    tiny_run, tmp_path, capsys, no_pictures
+):
+    saved = ssd.load_checkpoint(tiny_run.final)
+    state = start_of(tmp_path, "--init-from", tiny_run.final, "--epochs", "5")
+    for name, value in state.model.state_dict().items():
+        assert torch.equal(value, saved["model"][name]), name
+        assert torch.equal(state.ema.model.state_dict()[name], value), name
+    assert (state.epoch, state.step, state.best_epoch, state.history) == (0, 0, 0, [])
+    assert not state.optimizer.state
+    out = capsys.readouterr().out
+    assert "it knows angular, round" in out
+    assert "recipe   small: 5 epochs" in out
+
+
+def test_heads_of_shared_classes_are_kept_and_others_begin_anew(tiny_run, make_voc, tmp_path, capsys, no_pictures):
+    root = make_voc(tmp_path / "other")
+    for path in (root / "Annotations").glob("*.xml"):
+        path.write_text(path.read_text().replace("<name>angular</name>", "<name>zigzag</name>"))
+    state = start_of(tmp_path, "--init-from", tiny_run.final, "--data", root)
+    assert "it knows round" in capsys.readouterr().out
+    saved = ssd.load_checkpoint(tiny_run.final)["model"]
+    shared, fresh = [0, 1], 2  # background and round stand first now
+    for number, count in enumerate(state.model.anchors_per_cell):
+        for part in ("weight", "bias"):
+            name = f"cls_heads.{number}.{part}"
+            own = state.model.state_dict()[name].view(count, 3, -1)
+            old = saved[name].view(count, 3, -1)
+            assert torch.equal(own[:, shared], old[:, [0, 2]])
+            assert not torch.equal(own[:, fresh], old[:, 1])
+        name = f"box_heads.{number}.weight"
+        assert torch.equal(state.model.state_dict()[name], saved[name])
+
+
+def test_other_anchors_get_new_heads(tiny_run, tmp_path, capsys, no_pictures):
+    sizes = [[[0.1 * (k + 1), 0.1] for k, _ in enumerate(pairs)] for pairs in ssd.ANCHOR_SIZES]
+    (tmp_path / "anchors.json").write_text(json.dumps(sizes))
+    state = start_of(tmp_path, "--init-from", tiny_run.final, "--anchors", tmp_path / "anchors.json")
+    assert "new heads" in capsys.readouterr().out
+    saved = ssd.load_checkpoint(tiny_run.final)["model"]
+    for name, value in state.model.state_dict().items():
+        if "_heads." not in name and name != "anchors":
+            assert torch.equal(value, saved[name]), name
+        elif name.endswith("weight"):
+            assert not torch.equal(value, saved[name]), name
+    assert torch.equal(state.model.anchors, ssd.make_anchors(sizes))
+
+
+def test_a_run_from_a_checkpoint_trains_and_resumes(tiny_run, tmp_path, no_pictures):
+    flags = ["--init-from", tiny_run.final, "--epochs", "1", "--output-dir", tmp_path, "--device", "cpu"]
+    assert ssd.main([*map(str, flags), "--workers", "0"]) == 0
+    assert resume(tmp_path, "--epochs", "2") == 0
+    assert [row["epoch"] for row in rows_of(tmp_path / "checkpoints")] == [1, 2]
+
+
+def test_a_recipe_beside_a_checkpoint_to_start_from_is_refused(tiny_run, capsys):
+    with pytest.raises(SystemExit) as caught:
+        ssd.main(["--init-from", str(tiny_run.final), "--recipe", "voc"])
+    assert caught.value.code == 2
+    assert "--init-from takes its run's recipe" in capsys.readouterr().err
+
+
+def test_blocks_of_a_checkpoint_may_be_frozen(tiny_run, tmp_path, no_pictures):
+    state = start_of(tmp_path, "--init-from", tiny_run.final, "--freeze-blocks", "3")
+    assert [all(p.requires_grad for p in block.parameters()) for block in state.model.blocks] == [
+        False, False, False, True, True]
+
+
 # ---- whole runs ----
 
 
 def test_training_on_every_image_tests_the_last_checkpoint(tiny_voc, flags_of, tmp_path, no_pictures):
     flags = flags_of(tiny_voc, tmp_path, "--epochs", "1", "--val-fraction", "0")
     at = flags.index("--val-split")
-    del flags[at : at + 2]
+    flags[at + 1] = ""
     assert ssd.main(flags) == 0
     assert not (tmp_path / "checkpoints" / "best.pth").exists()
     final = ssd.load_checkpoint(tmp_path / "checkpoints" / "ssd_tiny_set_final.pth")
@@ -818,10 +867,10 @@ def test_a_loader_process_that_dies_ends_the_run_with_advice(
 ):
     read, main_process = ssd.read_image, os.getpid()
 
-    def die(path):
+    def die(path, size):
         if os.getpid() != main_process and "train" in str(path):
             os._exit(1)
-        return read(path)
+        return read(path, size)
 
     monkeypatch.setattr(ssd, "read_image", die)
     assert ssd.main(flags_of(tiny_run.data, tmp_path, "--workers", "1", "--no-cache")) == 2

@@ -259,3 +259,22 @@ def test_a_folder_in_place_of_a_picture_is_one_line_that_names_it(detector, tmp_
 def test_a_missing_checkpoint_is_one_line(tmp_path, name):
     with pytest.raises(ssd.InputError, match="no such file"):
         ssd.load_detector(tmp_path / name)
+
+
+@pytest.mark.parametrize(("values", "expected"), [
+    (np.array([[0.0, 0.5], [1.0, 0.25]], np.float32), [[0, 128], [255, 64]]),
+    (np.array([[0, 257], [65535, 2570]], np.int32), [[0, 1], [255, 10]]),
+])
+def test_grey_images_of_floats_and_of_32_bits_are_scaled(tmp_path, values, expected):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert np.asarray(ssd.open_image(tmp_path / "a.tif"))[..., 0].tolist() == expected
+
+
+@pytest.mark.parametrize("values", [
+    np.array([[0.0, 37.5]], np.float32), np.array([[-1.0, 0.5]], np.float32), np.array([[np.nan, 0.5]], np.float32),
+    np.array([[0, 2**24]], np.int32),
+])
+def test_grey_images_of_an_unknown_range_are_refused_by_name(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(ssd.InputError, match=r"a\.tif: its grey values"):
+        ssd.open_image(tmp_path / "a.tif")

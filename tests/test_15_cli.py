@@ -171,7 +171,7 @@ def test_a_flag_beats_a_saved_run_which_beats_the_recipe(tiny_run, tmp_path):
 
 @pytest.mark.parametrize(("flag", "value"), [
     ("--epochs", "-1"), ("--epochs", "0"), ("--epochs", "2.5"), ("--epochs", "many"), ("--val-fraction", "2"),
-    ("--val-fraction", "-.1"), ("--val-fraction", "1"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "inf"),
+    ("--val-fraction", "-.1"), ("--val-fraction", "1.1"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "inf"),
     ("--lr", "-1"), ("--focal-gamma", "-1"),
     ("--batch-size", "0"), ("--width", "0"), ("--crop", "1.1"), ("--zoom-out", "nan"),
     ("--freeze-blocks", "6"), ("--amp", "fp8"), ("--loss", "hinge"), ("--optimizer", "adam"),
@@ -372,8 +372,8 @@ def test_resuming_a_run_of_other_classes_is_one_line(fails, tiny_run, make_voc, 
     for path in (other / "Annotations").iterdir():
         path.write_text(path.read_text().replace("round", "wheel"))
     message = fails(["--resume", "--output-dir", tiny_run.output, "--data", other, *HERE])
-    assert "angular, wheel" in message
     assert "angular, round" in message
+    assert "--init-from" in message
 
 
 def test_anchors_of_one_s_own_are_trained_with_resumed_and_evaluated(
