@@ -264,7 +264,7 @@ def time_in_turns(cases, rounds, device, *, least=0.05):
 
 
 def rows_of(times, peer_of, *, images):
-    """Return a table row for each case: median and spread of its times, images/s, and times its peer's speed.
+    """Return a table row for each case: median, 95th percentile, spread, images/s, times its peer's speed.
 
     peer_of: {case: the case to compare with}. images: images a call.
     """
@@ -273,7 +273,8 @@ def rows_of(times, peer_of, *, images):
     for name, values in times.items():
         spread = (max(values) - min(values)) / medians[name]
         rows.append({"case": name, "ms": 1e3 * medians[name], "images_per_s": images / medians[name],
-                     "spread": spread, "times_peer": medians[peer_of[name]] / medians[name]})
+                     "p95_ms": 1e3 * torch.tensor(values).quantile(0.95).item(), "spread": spread,
+                     "times_peer": medians[peer_of[name]] / medians[name]})
     return rows
 
 

@@ -3,23 +3,33 @@
 The cases `files` begin with image files (Detector.predict; for torchvision Pillow, to float and the model's
 own resize), the others with images that are there. `decode + NMS` is that part alone.
 
-Random weights; the networks' outputs are exchanged for made ones in which about as many candidates pass the
-.01 threshold as a trained network leaves, since the cost of NMS depends on it. Both keep at most 1,000 a
-class and 200 in all.
+The networks' outputs are exchanged for made ones in which about as many candidates pass the .01 threshold as
+a trained network leaves, since the cost of NMS depends on it. Both keep at most 1,000 a class, 200 in all.
 
-    python benchmarks/inference.py
+On a CPU also what tools/export.py makes of the network, in ONNX Runtime and, if it is installed, in OpenVINO,
+which computes the float32 file in bfloat16 where the CPU can. These files detect by themselves, without made
+outputs: with random weights they and torchvision's SSDlite find nothing. Their `files` are read one by one.
+
     python benchmarks/inference.py --device cuda --json inference.json
+    python benchmarks/inference.py --checkpoint FILE --data PATH --test-split LIST    # mAP@.5 on the list too
 """
 
+import argparse
 import functools
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
 
 import common
 import torch
-from common import ssd
+import torchvision
+from common import ROOT, ssd
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
-SIZE = ssd.IMAGE_SIZE
+sys.path.insert(0, str(ROOT / "tools"))
+import export
 
 
 def made_outputs(anchors_cxcywh, truth, num_classes, device):
@@ -38,22 +48,12 @@ def made_outputs(anchors_cxcywh, truth, num_classes, device):
     return cls_logits.to(device), box_deltas.to(device)
 
 
-class MadeDetector(ssd.Detector):
-    """Runs the network and goes on with outputs that were made beforehand."""
-
-    outputs = None
-
-    def forward(self, images):
-        self.model(images)
-        return self.outputs
-
-
 def peer_cases(images, paths, truth, num_classes):
     """Return {case: function} of torchvision."""
     device = images.device
     peer = common.peer_model(num_classes, device).eval()
     anchors = common.peer_anchors(peer, device)
-    anchors_cxcywh = box_convert(anchors.cpu() / SIZE, "xyxy", "cxcywh")
+    anchors_cxcywh = box_convert(anchors.cpu() / ssd.IMAGE_SIZE, "xyxy", "cxcywh")
     outputs = made_outputs(anchors_cxcywh, truth, num_classes, device)
     head = dict(zip(("cls_logits", "bbox_regression"), outputs, strict=True))
     peer.head.register_forward_hook(lambda module, inputs, output: head)
@@ -70,19 +70,45 @@ def peer_cases(images, paths, truth, num_classes):
 
     @torch.inference_mode()
     def decode_and_nms():
-        return peer.postprocess_detections(head, [anchors] * len(images), [(SIZE, SIZE)] * len(images))
+        return peer.postprocess_detections(head, [anchors] * len(images), [images.shape[2:]] * len(images))
 
-    cases = {"torchvision decode + NMS": decode_and_nms}
+    small = torchvision.models.detection.ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=num_classes + 1, score_thresh=0.5).to(device).eval()
+    cases = {"torchvision decode + NMS": decode_and_nms,
+             "torchvision SSDlite fp32": torch.inference_mode()(lambda: small(pixels))}
     for name, dtype in common.precisions(device).items():
         cases[f"torchvision {name} files"] = functools.partial(detect, dtype, from_files=True)
         cases[f"torchvision {name}"] = functools.partial(detect, dtype, from_files=False)
     return cases
 
 
-def own_cases(images, paths, truth, num_classes):
+def openvino_session(path, threads):
+    """Return an ONNX file in OpenVINO, with what is used of an onnxruntime session."""
+    import openvino
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
+    return argparse.Namespace(run=lambda names, inputs: list(compiled(inputs).values()),
+                              get_inputs=lambda: [argparse.Namespace(type="tensor(uint8)")])
+
+
+def make_sessions(detector, records, threads):
+    """Return {case: session} of the ONNX files of a Detector; their size is the attribute `megabytes`."""
+    sessions = {}
+    pictures = [export.network_input(ssd.read_image(record.image_path), "uint8") for record in records]
+    for name, calibration in (("fp32", None), ("int8", pictures)):
+        content = export.to_onnx(detector, calibration=calibration).SerializeToString()
+        with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+            Path(file.name).write_bytes(content)
+            sessions[f"ONNX Runtime {name}"] = export.open_onnx(file.name, threads)
+            if importlib.util.find_spec("openvino"):
+                sessions[f"OpenVINO {name}"] = openvino_session(file.name, threads)
+        for case in [case for case in sessions if name in case]:
+            sessions[case].megabytes = len(content) / 1e6
+    return sessions
+
+
+def own_cases(model, images, paths, truth):
     """Return {case: function} of this project."""
-    device = images.device
-    model = ssd.SSD300(num_classes).to(device, memory_format=torch.channels_last).eval()
+    device, num_classes = images.device, model.num_classes
     outputs = made_outputs(model.anchors.cpu(), truth, num_classes, device)
 
     @torch.inference_mode()
@@ -93,10 +119,9 @@ def own_cases(images, paths, truth, num_classes):
 
     cases = {"SSD300 decode + NMS": lambda: ssd.detect(*outputs, model.anchors)}
     for name, dtype in common.precisions(device).items():
-        detector = MadeDetector(model, [str(k) for k in range(num_classes)], dtype)
-        detector.outputs = outputs
-        settings = {"batch_size": len(images), "score_thresh": ssd.SCORE_THRESH}
-        cases[f"SSD300 {name} files"] = functools.partial(detector.predict, paths, **settings)
+        detector = ssd.Detector(model, [str(k) for k in range(num_classes)], dtype)
+        detector.forward = lambda images: (model(images), outputs)[1]
+        cases[f"SSD300 {name} files"] = functools.partial(detector.predict, paths, score_thresh=0.01)
         cases[f"SSD300 {name}"] = functools.partial(detect, dtype)
     return cases
 
@@ -104,21 +129,44 @@ def own_cases(images, paths, truth, num_classes):
 def main(argv=None):
     """Measure by the flags; returns what --json holds."""
     parser = common.make_speed_parser(__doc__, rounds=5)
-    sizes = {"type": ssd.positive_int, "nargs": "+", "default": [1, 8]}
-    parser.add_argument("--batch-sizes", **sizes, help="images a call")
+    add = parser.add_argument
+    add("--batch-sizes", type=ssd.positive_int, nargs="+", default=[1, 8], help="images a call")
+    add("--width", type=float, default=1.0, help="of a network with random weights")
+    add("--checkpoint", metavar="FILE", help="a network trained on this data in its place")
+    add("--test-split", metavar="LIST", help="measure the checkpoint's mAP on this list")
     args = parser.parse_args(argv)
     device, data = common.begin(args)
-    rows = []
+    model = ssd.SSD300(len(data.classes), width=args.width, prior_prob=ssd.FOCAL_PRIOR)
+    if args.checkpoint:
+        model = ssd.model_from_checkpoint(ssd.load_checkpoint(args.checkpoint), args.checkpoint)
+    rows, sessions, maps = [], {}, {}
+    if device.type == "cpu":
+        sessions = make_sessions(ssd.Detector(model, data.classes), ssd.spread(data.train, 32), args.threads)
+    model.to(device, memory_format=torch.channels_last)
+    if args.test_split:
+        records = ssd.read_records(args.data, args.test_split, data.classes)
+        maps = {name: export.onnx_map(one, records, model.num_classes) for name, one in sessions.items()}
+        dataset = ssd.VocDataset(records, ssd.build_transform(train=False), ssd.make_anchors())
+        for name, dtype in common.precisions(device).items():
+            result = ssd.evaluate(model, ssd.make_loader(dataset), amp_dtype=dtype)
+            maps[f"SSD300 {name}"] = result["map_area"]
+    first = f"torchvision {next(iter(common.precisions(device)))}"
     for size in args.batch_sizes:
         batch, truth = common.make_batch(data.train, device, batch_size=size)
         paths = [data.train[i % len(data.train)].image_path for i in range(size)]
-        inputs = batch["images"], paths, truth, len(data.classes)
-        cases = peer_cases(*inputs) | own_cases(*inputs)
+        cases = peer_cases(batch["images"], paths, truth, len(data.classes))
+        cases |= own_cases(model, batch["images"], paths, truth)
         peer_of = {name: name.replace("SSD300", "torchvision") for name in cases}
-        times = common.time_in_turns(cases, args.rounds, device)
-        for row in common.rows_of(times, peer_of, images=size):
-            rows.append({**row, "case": f"{row['case']}, batch {size}"})
-    return common.report("Detection, 300x300, full width", rows, args, device)
+        for name, session in sessions.items():
+            cases[name] = functools.partial(session.run, None, {"images": batch["images"].numpy()})
+            cases[f"{name} files"] = lambda session=session, paths=paths: [
+                export.find_objects(session, ssd.read_image(path)) for path in paths]
+            peer_of |= {name: first, f"{name} files": f"{first} files"}
+        for row in common.rows_of(common.time_in_turns(cases, args.rounds, device), peer_of, images=size):
+            case = row["case"]
+            more = {"MB": getattr(sessions.get(case), "megabytes", None), "mAP": maps.get(case)}
+            rows.append({**row, "case": f"{case}, batch {size}", **more})
+    return common.report(f"Detection, 300x300, width {args.width:g}", rows, args, device)
 
 
 if __name__ == "__main__":

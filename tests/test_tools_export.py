@@ -260,7 +260,7 @@ def test_the_loss_of_map_is_measured_on_the_test_list(smaller, tiny_run, tiny_vo
     test = ssd.load_data(str(tiny_voc), val_split="val").test
     theirs = ssd.load_checkpoint(tiny_run.final)["test"]["map_area"]
     for name, path in smaller[0].items():
-        value = export.onnx_map(path, test, 2)
+        value = export.onnx_map(session_of(path), test, 2)
         line, written = smaller[1][name].splitlines()
         assert line.startswith(f"mAP@.5 {value:.4f} in 4 test images, ")
         assert line.endswith(f"from PyTorch's {theirs:.4f}")
@@ -271,7 +271,7 @@ def test_the_map_of_a_file_is_what_evaluate_measures(onnx_file, model, tiny_voc)
     records = ssd.load_data(str(tiny_voc), val_fraction=0).train
     dataset = ssd.VocDataset(records, ssd.build_transform(train=False), model.anchors)
     expected = ssd.evaluate(model, ssd.make_loader(dataset), score_thresh=float(THRESH))["map_area"]
-    assert export.onnx_map(onnx_file, records, 2) == pytest.approx(expected, abs=1e-6)
+    assert export.onnx_map(session_of(onnx_file), records, 2) == pytest.approx(expected, abs=1e-6)
     assert expected > 0
 
 

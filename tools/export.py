@@ -204,10 +204,12 @@ def largest_differences(ours, theirs):
     return alone, distance[row, column].max(initial=0.0), score_differences.max(initial=0.0)
 
 
-def open_onnx(path):
-    """Return an onnxruntime session of an ONNX file on the CPU."""
+def open_onnx(path, threads=0):
+    """Return an onnxruntime session of an ONNX file on the CPU; 0 threads: one for each core."""
     runtime = optional_import("onnxruntime", "checking an ONNX file")
-    return runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def network_input(pixels, dtype):
@@ -245,9 +247,8 @@ def check_onnx(path, detector, images, **settings):
     return summary
 
 
-def onnx_map(path, records, num_classes):
+def onnx_map(session, records, num_classes):
     """Return the mAP@.5 of an ONNX file on Records."""
-    session = open_onnx(path)
     found = [find_objects(session, ssd.read_image(record.image_path)) for record in records]
     boxes_px, labels, scores = (np.concatenate(column) for column in zip(*found, strict=True))
     detections = {"image_ids": np.repeat(np.arange(len(records)), [len(one[1]) for one in found]),
@@ -263,7 +264,7 @@ def check_map(path, detector, records, *, max_drop, **settings):
     model = detector.model
     dataset = ssd.VocDataset(records, ssd.build_transform(train=False), model.anchors.cpu())
     ours = ssd.evaluate(model, ssd.make_loader(dataset, batch_size=8), **settings)["map_area"]
-    theirs = onnx_map(path, records, model.num_classes)
+    theirs = onnx_map(open_onnx(path), records, model.num_classes)
     summary = (f"mAP@.5 {theirs:.4f} in {len(records)} test images, {theirs - ours:+.4f} from PyTorch's "
                f"{ours:.4f}")
     if ours - theirs > max_drop:
