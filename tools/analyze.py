@@ -20,6 +20,7 @@ import math
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -680,6 +681,7 @@ def run(args):
 
 def main(argv=None):
     """Run the command line; returns the exit code: 0 done, 2 a mistake to mend."""
+    matplotlib.rcParams["text.parse_math"] = False  # a class name may hold a $
     return coco.run_tool(run, argv, "Say why a detector fails: its errors by kind, size and score.")
 
 

@@ -22,7 +22,7 @@ import ssd_object_detection as ssd  # noqa: E402
 
 def devkit_path(folder, split, class_name):
     """Return the path of the devkit's file of a class."""
-    return Path(folder) / f"comp4_det_{split}_{class_name}.txt"
+    return Path(folder) / f"comp4_det_{split}_{class_name.replace('/', '_')}.txt"
 
 
 def write_devkit_files(folder, split, detections, records, classes):
