@@ -182,7 +182,7 @@ def test_a_checkpoint_of_another_format_is_one_line_that_names_file_and_format(t
     path = tmp_path / "other.pth"
     torch.save({"format_version": version, **checkpoint}, path)
     message = input_error(ssd.load_checkpoint, path)
-    assert f"other.pth: a checkpoint of format {version}" in message
+    assert f"other.pth: of format {version}, not {ssd.FORMAT_VERSION}" in message
 
 
 def test_weights_alone_cannot_be_resumed(tmp_path, checkpoint):
