@@ -166,7 +166,7 @@ def main(argv=None):
             case = row["case"]
             more = {"MB": getattr(sessions.get(case), "megabytes", None), "mAP": maps.get(case)}
             rows.append({**row, "case": f"{case}, batch {size}", **more})
-    return common.report(f"Detection, 300x300, width {args.width:g}", rows, args, device)
+    return common.report(f"Detection, {args.checkpoint or f'width {args.width:g}'}", rows, args, device)
 
 
 if __name__ == "__main__":
