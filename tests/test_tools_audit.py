@@ -262,7 +262,7 @@ def test_the_objects_that_are_kept_are_those_of_the_module(tmp_path_factory, obj
 @pytest.mark.parametrize(("objects", "kind", "cause"), [
     ([("cat", (0.1, 0.2, 0.5, 0.9)), ("cat", (0, 0, 0.5, 1))], "box under a pixel", "fractions"),
     ([("cat", (20, 15, 1, 1))] * 2, "box reversed", "swapped corners"),
-    ([("cat", (20, 15, 9, 9)), ("cat", (10, 9, 9, 8)), CAT], "box reversed", "widths and heights?"),
+    ([("cat", (20, 15, 9, 9)), ("cat", (10, 9, 9, 8)), CAT], "box reversed", "sizes?"),
 ])
 def test_a_list_of_boxes_written_otherwise_stops_with_the_cause(objects, kind, cause, findings, tmp_path):
     root = write_voc(tmp_path, {"a": [CAT, DOG], "b": objects}, train="a", val="b")
