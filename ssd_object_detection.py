@@ -68,7 +68,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_convert
 from tqdm import tqdm
 
 # ---- 1. Constants ----
@@ -403,11 +403,12 @@ def read_record(root: PathLike, image_id: str, annotation: tuple, classes: Seque
                 only_listed: bool = False) -> tuple[Record, list[str]]:
     """Return the Record of an image, boxes clipped to it, each once, and the objects that have no area."""
     width, height, objects = annotation
+    image, path = (find_file(root, kind, image_id) for kind in ("JPEGImages", "Annotations"))
     rows, dropped = {}, []  # rows: (x1, y1, x2, y2, label) -> difficult
     for number, (name, (xmin, ymin, xmax, ymax), is_difficult) in enumerate(objects, start=1):
         if name not in classes and only_listed:
             continue
-        place = f"{find_file(root, 'Annotations', image_id)}: object {number} ({name})"
+        place = f"{path}: object {number} ({name})"
         if name not in classes:
             raise InputError(f"{place}: the class is not among {', '.join(classes)}")
         x1, y1 = max(xmin - 1, 0), max(ymin - 1, 0)  # 1-based and inclusive -> 0-based edges
@@ -419,8 +420,7 @@ def read_record(root: PathLike, image_id: str, annotation: tuple, classes: Seque
     table = np.array(list(rows), dtype=np.float64).reshape(-1, 5)
     boxes_px, labels = table[:, :4].astype(np.float32), table[:, 4].astype(np.int64)
     difficult = np.array(list(rows.values()), dtype=bool)
-    path = find_file(root, "JPEGImages", image_id)
-    return Record(image_id, path, width, height, boxes_px, labels, difficult), dropped
+    return Record(image_id, image, width, height, boxes_px, labels, difficult), dropped
 
 
 def read_records(root: PathLike, split: str, classes: Sequence[str], *, annotations: dict | None = None,
@@ -597,8 +597,7 @@ class VocDataset(torch.utils.data.Dataset):
                  pixels: list[np.ndarray] | None = None):
         self.records, self.transform = records, transform
         self.seed, self.pixels = seed, pixels
-        centre, size = anchors_cxcywh.numpy()[:, :2], anchors_cxcywh.numpy()[:, 2:]
-        self.anchors_xyxy = np.concatenate((centre - size / 2, centre + size / 2), axis=1)
+        self.anchors_xyxy = box_convert(anchors_cxcywh, "cxcywh", "xyxy").numpy()
         self.most_objects = max([1, *(len(record.labels) for record in records)])
 
     def __len__(self) -> int:
@@ -981,7 +980,7 @@ class SSD300(nn.Module):
 
 
 def load_tensors(path: PathLike, what: str) -> dict:
-    """Return what torch.save wrote into a file, as data only; InputError if it is missing or no such file."""
+    """Return what torch.save wrote into a file, as data only; InputError if it is missing or foreign."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file ({what})")
     try:
@@ -1752,7 +1751,8 @@ def train_one_epoch(state: TrainState, loader: DataLoader, batches: Iterator, lo
     limit = min(steps, 25 if state.scaler.is_enabled() else MAX_SKIPPED_STEPS)  # float16 seeks its scale
     state.model.train()
     totals = collections.defaultdict(float)
-    skipped, in_a_row, waited = 0, 0, 0.0
+    skipped = in_a_row = 0
+    waited = 0.0
     start = ready = time.perf_counter()
     bar = tqdm(itertools.islice(batches, steps), f"epoch {state.epoch + 1}/{args.epochs}", steps, leave=False,
                disable=not sys.stderr.isatty() or process_rank()[0] > 0)
