@@ -87,6 +87,8 @@ VOC_URLS = (  # the second and third are copies, which the MD5 vouches for
     "http://host.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
 )
 
+Image.MAX_IMAGE_PIXELS = 2**30  # a photo of 200 megapixels is no attack
+
 IMAGE_SIZE = 300
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 FEATURE_MAPS = (37, 18, 18, 9, 5, 2)  # cells along each side of the six maps
@@ -236,21 +238,33 @@ def build_targets(batch: dict[str, Tensor], anchors_cxcywh: Tensor) -> tuple[Ten
 # ---- 5. Data ----
 
 
-def read_image(path: PathLike, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Return an image file as RGB uint8 (H, W, 3), turned upright by its EXIF tag unless only the other fits.
+def open_image(source: PathLike | Image.Image | np.ndarray,
+               size: tuple[int, int] | None = None) -> Image.Image:
+    """Return an image as RGB, turned upright by its EXIF tag unless only the stored one has `size`; no alpha.
 
-    size: (width, height) by the annotation. InputError if neither fits, or the file is no image.
+    source: a path, a PIL image, or an array uint8 (H, W), RGB (H, W, 3) or RGBA, or grey uint16. size: (width,
+    height) by its annotation. InputError for what is no image, or of another size.
     """
-    for flags in (cv2.IMREAD_COLOR, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION):
-        image = None
-        with contextlib.suppress(cv2.error):  # of an image too large for OpenCV
-            image = cv2.imread(str(path), flags)
-        if image is None:
-            raise InputError(f"{path}: not readable as an image")
-        if size is None or image.shape[1::-1] == size:
-            return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    raise InputError(f"{path} has {image.shape[1]}x{image.shape[0]} pixels, its annotation says "
-                     f"{size[0]}x{size[1]}: correct the file or its <size>")
+    if isinstance(source, np.ndarray):
+        source = Image.fromarray(source)
+    try:
+        is_open = isinstance(source, Image.Image)
+        with contextlib.nullcontext(source) if is_open else Image.open(source) as stored:
+            image = ImageOps.exif_transpose(stored)
+            if image.size != size == stored.size:
+                image = stored.copy()
+    except Exception as error:  # whatever a broken file makes Pillow raise
+        problem = " ".join(str(error).split())[:120]
+        raise InputError(f"{source}: not readable as an image ({problem})") from None
+    if size not in (None, image.size):
+        raise InputError(f"{source} has {image.width}x{image.height} pixels, its annotation says "
+                         f"{size[0]}x{size[1]}: correct the file or its <size>")
+    if image.mode.startswith(("I", "F")):  # which PIL's own conversion would cut at 255
+        grey = np.asarray(image) * (255.0 if image.mode == "F" else 1 / 257)
+        if not 0 <= grey.min() <= grey.max() < 255.5:  # NaN too
+            raise InputError(f"{source}: its grey values are neither of 16 bits nor numbers from 0 to 1")
+        image = Image.fromarray(grey.round().astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -271,8 +285,8 @@ class Record:
         return self.boxes_px / np.array([self.width, self.height] * 2, dtype=np.float32)
 
     def read(self) -> np.ndarray:
-        """Return the decoded image, see `read_image`."""
-        return read_image(self.image_path, (self.width, self.height))
+        """Return the decoded image, RGB uint8 (H, W, 3); see `open_image`."""
+        return np.asarray(open_image(self.image_path, (self.width, self.height)))
 
 
 @dataclass(frozen=True)
@@ -383,7 +397,7 @@ def read_annotations(root: PathLike, split: str, *, unlabelled: str = "error") -
         path = path or Path(root) / "Annotations" / f"{image_id}.xml"
         width, height, objects = (0, 0, []) if is_negative else parse_annotation(path)
         if width < 1 or height < 1:
-            height, width, _ = read_image(image).shape
+            width, height = open_image(image).size
         annotations[image_id] = width, height, objects
     return annotations
 
@@ -1855,28 +1869,6 @@ def build_state(args: Namespace, num_classes: int, device: torch.device,
 
 
 # ---- 14. Inference ----
-
-
-def open_image(source: PathLike | Image.Image | np.ndarray) -> Image.Image:
-    """Return an image as a new RGB PIL image, turned upright by its EXIF tag; transparency is left out.
-
-    source: a path, a PIL image, or an array uint8 (H, W), RGB (H, W, 3) or RGBA, or grey uint16. InputError.
-    """
-    if isinstance(source, np.ndarray):
-        source = Image.fromarray(source)
-    try:
-        is_open = isinstance(source, Image.Image)
-        with contextlib.nullcontext(source) if is_open else Image.open(source) as image:
-            upright = ImageOps.exif_transpose(image)
-    except Exception as error:  # whatever a broken file makes Pillow raise
-        problem = " ".join(str(error).split())[:120]
-        raise InputError(f"{source}: not readable as an image ({problem})") from None
-    if upright.mode.startswith(("I", "F")):  # which PIL's own conversion would cut at 255
-        grey = np.asarray(upright) * (255.0 if upright.mode == "F" else 1 / 257)
-        if not 0 <= grey.min() <= grey.max() < 255.5:  # NaN too
-            raise InputError(f"{source}: its grey values are neither of 16 bits nor numbers from 0 to 1")
-        upright = Image.fromarray(grey.round().astype(np.uint8))
-    return upright.convert("RGB")
 
 
 @dataclass(eq=False)

@@ -93,7 +93,7 @@ def openvino_session(path, threads):
 def make_sessions(detector, records, threads):
     """Return {case: session} of the ONNX files of a Detector; their size is the attribute `megabytes`."""
     sessions = {}
-    pictures = [export.network_input(ssd.read_image(record.image_path), "uint8") for record in records]
+    pictures = [export.network_input(record.read(), "uint8") for record in records]
     for name, calibration in (("fp32", None), ("int8", pictures)):
         content = export.to_onnx(detector, calibration=calibration).SerializeToString()
         with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
@@ -160,7 +160,7 @@ def main(argv=None):
         for name, session in sessions.items():
             cases[name] = functools.partial(session.run, None, {"images": batch["images"].numpy()})
             cases[f"{name} files"] = lambda session=session, paths=paths: [
-                export.find_objects(session, ssd.read_image(path)) for path in paths]
+                export.find_objects(session, np.asarray(ssd.open_image(path))) for path in paths]
             peer_of |= {name: first, f"{name} files": f"{first} files"}
         for row in common.rows_of(common.time_in_turns(cases, args.rounds, device), peer_of, images=size):
             case = row["case"]

@@ -86,7 +86,7 @@ def rows_of(outputs, image):
 def test_the_file_finds_what_pytorch_finds_whatever_the_batch(onnx_file, model, tiny_voc):
     paths = sorted((tiny_voc / "JPEGImages").glob("*.jpg"))[:5]
     resize = ssd.resize_transform()
-    images = np.stack([resize(image=ssd.read_image(p))["image"] for p in paths]).transpose(0, 3, 1, 2)
+    images = np.stack([resize(image=np.asarray(ssd.open_image(p)))["image"] for p in paths]).transpose(0, 3, 1, 2)
     with torch.inference_mode():
         expected = ssd.detect(*model(torch.from_numpy(images)), model.anchors, score_thresh=float(THRESH))
     for size in (1, 3, 5):
@@ -231,7 +231,7 @@ def test_smaller_files_are_smaller_and_find_nearly_the_same(smaller, onnx_file, 
     graph_size = 200_000  # what is no weight
     assert files["half"].stat().st_size < 0.5 * size + graph_size
     assert files["int8"].stat().st_size < 0.25 * size + 2 * graph_size
-    picture = ssd.read_image(tiny_voc / "JPEGImages" / "test_0.jpg")
+    picture = np.asarray(ssd.open_image(tiny_voc / "JPEGImages" / "test_0.jpg"))
     _, _, scores = export.find_objects(session_of(onnx_file), picture)
     for name, tolerance in (("half", 0.002), ("int8", 0.05)):
         found = export.find_objects(session_of(files[name]), picture)

@@ -38,7 +38,6 @@ STOPS = (
 LEAK = "same pixels in two lists"
 KINDS = dict.fromkeys(STOPS, "stops a training") | {  # what is found: what comes of it
     LEAK: "what is trained on is measured on",
-    "image incomplete": "used as far as it can be decoded",
     "image of several frames": "the first one is used",
     "image turned by EXIF, annotated upright": "used upright",
     "image turned by EXIF, annotated as stored": "used as stored",
@@ -66,19 +65,15 @@ def inspect_image(path: str, size: list | None) -> tuple[list | None, list]:
     """
     pixels, faults = None, []
     try:
-        pixels = ssd.read_image(path)
+        pixels = np.asarray(ssd.open_image(path))
         upright = list(pixels.shape[1::-1])
         if size not in (None, upright):
-            pixels = ssd.read_image(path, tuple(size))
+            pixels = np.asarray(ssd.open_image(path, tuple(size)))
     except ssd.InputError as error:
         if pixels is None:
             return None, [["image unreadable", str(error)]]
         faults.append(["image and annotation differ in size", str(error)])
-    orientation, frames, is_complete = 1, 1, False
-    with contextlib.suppress(Exception), Image.open(path) as image:  # whatever a decoder meets
-        if not Path(path).read_bytes().endswith(b"\xff\xd9"):  # JPEG's end mark spares Pillow's time
-            image.load()  # OpenCV makes up what is missing at the end, Pillow refuses
-        is_complete = True
+    with Image.open(path) as image:
         orientation = image.getexif().get(0x0112, 1)
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo with a preview
     if orientation in range(2, 9) and not faults:
@@ -88,8 +83,6 @@ def inspect_image(path: str, size: list | None) -> tuple[list | None, list]:
         faults.append([f"image turned by EXIF, {reading}", path])
     if frames > 1:
         faults.append(["image of several frames", path])
-    if not is_complete:
-        faults.append(["image incomplete", path])
     height, width, _ = pixels.shape
     return [width, height, hashlib.sha1(pixels, usedforsecurity=False).hexdigest()], faults
 

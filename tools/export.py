@@ -249,7 +249,7 @@ def check_onnx(path, detector, images, **settings):
 
 def onnx_map(session, records, num_classes):
     """Return the mAP@.5 of an ONNX file on Records."""
-    found = [find_objects(session, ssd.read_image(record.image_path)) for record in records]
+    found = [find_objects(session, record.read()) for record in records]
     boxes_px, labels, scores = (np.concatenate(column) for column in zip(*found, strict=True))
     detections = {"image_ids": np.repeat(np.arange(len(records)), [len(one[1]) for one in found]),
                   "labels": labels, "scores": scores, "boxes_px": ssd.to_voc_pixels(boxes_px)}
@@ -548,7 +548,7 @@ def run_onnx(args, checkpoint, model, source):
         images = args.images or example_images(checkpoint["args"]["data"])
         check = functools.partial(check_onnx, images=images)
     if args.int8:
-        pictures = (ssd.read_image(record.image_path) for record in calibration)
+        pictures = (record.read() for record in calibration)
         settings["calibration"] = (network_input(picture, args.input) for picture in pictures)
     ending = "_half" * args.half + "_int8" * args.int8 + ".onnx"
     path = Path(args.output or source.with_name(source.stem + ending))
