@@ -208,18 +208,6 @@ def test_only_one_thing_is_done_at_a_time(capsys, tiny_run):
         assert "--evaluate, --predict and --resume exclude one another" in refused(capsys, argv)
 
 
-ANCHOR_FILES = ["{", "[[[0.1, 0.1]]]", "3", "[[[0.1]], [], [], [], [], []]", "[[],[],[],[],[],[]]",
-                "[[[1,0]],[[1,1]],[[1,1]],[[1,1]],[[1,1]],[[1,1]]]"]
-
-
-@pytest.mark.parametrize("content", ANCHOR_FILES)
-def test_a_bad_file_of_anchors_is_refused(content, tmp_path, capsys):
-    path = tmp_path / "anchors.json"
-    path.write_text(content)
-    assert f"--anchors: {path} must hold 6 lists" in refused(capsys, ["--anchors", path])
-    assert "none.json" in refused(capsys, ["--anchors", tmp_path / "none.json"])
-
-
 FLAGS = [flag for action in ssd.build_parser()._actions for flag in action.option_strings]
 ODD_VALUES = ["", "-", "--", "-1", "0", "1e999", "nan", "a,b", ",", ".", "..", "shapes", "auto", "focal", "="]
 words = st.one_of(
@@ -294,7 +282,7 @@ def test_a_training_image_that_breaks_is_one_line_also_from_a_loader_process(
     image = data / "JPEGImages" / "train_2.jpg"
     monkeypatch.setattr(ssd, "plot_augmentations", lambda *args: image.write_text("no picture") and Figure())
     message = fails(flags_of(data, tmp_path / "out", "--no-cache", "--workers", workers))
-    assert message.endswith("train_2.jpg: not readable as an image")
+    assert "train_2.jpg: not readable as an image (cannot identify" in message
 
 
 @pytest.mark.parametrize("cache", ["--cache", "--no-cache"])
@@ -374,23 +362,6 @@ def test_resuming_a_run_of_other_classes_is_one_line(fails, tiny_run, make_voc, 
     message = fails(["--resume", "--output-dir", tiny_run.output, "--data", other, *HERE])
     assert "angular, round" in message
     assert "--init-from" in message
-
-
-def test_anchors_of_one_s_own_are_trained_with_resumed_and_evaluated(
-    tiny_voc, flags_of, tmp_path, capsys, no_pictures
-):
-    sizes = [[[0.9 * w, 0.8 * h] for w, h in pairs] + [[0.3, 0.2]] for pairs in ssd.ANCHOR_SIZES]
-    path = tmp_path / "anchors.json"
-    path.write_text(json.dumps(sizes))
-    assert ssd.main(flags_of(tiny_voc, tmp_path, "--anchors", str(path), "--epochs", "1")) == 0
-    path.unlink()  # the checkpoint has them
-    assert ssd.main(["--resume", "--output-dir", str(tmp_path), "--epochs", "2", *HERE]) == 0
-    final = tmp_path / "checkpoints" / "ssd_tiny_set_final.pth"
-    anchors = ssd.load_detector(final, "cpu").model.anchors
-    torch.testing.assert_close(anchors, ssd.make_anchors(sizes), rtol=0, atol=1e-6)
-    capsys.readouterr()
-    assert ssd.main(["--evaluate", str(final), "--output-dir", str(tmp_path / "again"), *HERE]) == 0
-    assert TEST_LINE.fullmatch(capsys.readouterr().out.splitlines()[-1])
 
 
 # ---- Ctrl-C and SIGTERM ----

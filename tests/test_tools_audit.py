@@ -319,12 +319,13 @@ def test_classes_given_leave_others_out(findings, tmp_path):
         "a.xml: object 2 (dog) [11, 6, 40, 30]", "b.xml: object 1 (walrus) [1, 1, 20, 15]"]
 
 
-def test_anchors_given_are_those_that_overlap(findings, tmp_path):
-    root = write_voc(tmp_path / "voc", {"a": [CAT, ("dog", (1, 14, 40, 15))]})
-    assert len(findings(root)[1]["object that no anchor overlaps by half"]) == 1
-    path = tmp_path / "anchors.json"
-    path.write_text(json.dumps([[[1.0, 0.07]], *ssd.ANCHOR_SIZES[1:]]))
-    assert findings(root, "--anchors", str(path)) == (0, {})
+def test_anchors_are_those_of_a_training(findings, tmp_path, capsys):
+    strips = [("dog", (x, y, x + 19, y + 1)) for x in (1, 21) for y in (2, 8, 14, 20, 26)]
+    root = write_voc(tmp_path / "voc", {"a": strips})
+    assert len(findings(root, "--anchors", "paper")[1]["object that no anchor overlaps by half"]) == 10
+    capsys.readouterr()
+    assert findings(root) == (0, {})
+    assert "anchors  fitted" in capsys.readouterr().out
 
 
 # -- Lists
@@ -446,7 +447,7 @@ def test_the_plot_counts_the_objects_and_those_matched_by_an_anchor():
     squares = [[150 - s / 2, 150 - s / 2, 150 + s / 2, 150 + s / 2] for s in (30, 60, 2)]
     boxes = np.float32([*squares, [5, 100, 295, 108]]) / 300
     objects = [audit.Object("", name, box, ["train"]) for name, box in zip("aaa$", boxes, strict=True)]
-    figure = audit.plot_data(objects, audit.best_anchor_iou(boxes), ("a", "$", "c$", "\u732b \u00f6"), 3)
+    figure = audit.plot_data(objects, ssd.best_anchor_iou(boxes), ("a", "$", "c$", "\u732b \u00f6"), 3)
     counts, sizes, shares = figure.axes
     assert [bar.get_width() for bar in counts.patches] == [3, 1, 0, 0]
     assert [bar.get_width() for bar in shares.patches] == pytest.approx([2 / 3, 0, 0, 0])

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import ssd_object_detection as ssd  # noqa: E402
-from tools.anchors import best_anchor_iou  # noqa: E402
 
 VERSION = 3  # of audit.json
 STOPS = (
@@ -51,7 +50,7 @@ KINDS = dict.fromkeys(STOPS, "stops a training") | {  # what is found: what come
     "same box and class twice": "one is left out",
     "box beyond the image": "clipped",
     "box under a pixel": "kept; are the coordinates fractions?",
-    "object that no anchor overlaps by half": "kept; see tools/anchors.py",
+    "object that no anchor overlaps by half": "kept; see --anchors",
     "same pixels twice": "kept, in one list or without an object; part of a list may be held out",
 }
 # An object that a training keeps: file and number, class, normalised xyxy, which of train, val, test have it.
@@ -179,7 +178,7 @@ def check_images(images: dict, facts: dict, findings: dict) -> None:
 
 
 def check_all(images: dict, facts: dict, classes, args: argparse.Namespace, findings: dict) -> tuple:
-    """Return the Objects that are kept and `best_anchor_iou` of each; fill findings, {kind: places}."""
+    """Return the Objects that are kept and `ssd.best_anchor_iou` of each; fill findings, {kind: places}."""
     objects = []
     for (root, image_id), lists in images.items():
         one = facts[root][image_id]
@@ -192,7 +191,10 @@ def check_all(images: dict, facts: dict, classes, args: argparse.Namespace, find
         rows = check_objects(one["annotation"], path, classes, bool(args.classes), findings)
         objects += [Object(*row, lists) for row in rows]
     check_images(images, facts, findings)
-    best = best_anchor_iou(np.reshape([o.box for o in objects], (-1, 4)), args.anchors or ssd.ANCHOR_SIZES)
+    train_boxes = np.reshape([o.box for o in objects if "train" in o.lists], (-1, 4))
+    is_voc = args.data in ("voc2007", "voc0712")
+    sizes = ssd.choose_anchors(args.anchors, train_boxes, is_voc=is_voc) if len(train_boxes) else ssd.ANCHOR_SIZES
+    best = ssd.best_anchor_iou(np.reshape([o.box for o in objects], (-1, 4)), sizes)
     findings["object that no anchor overlaps by half"] += [
         one.place for one, iou in zip(objects, best, strict=True) if iou < 0.5]
     if not any("train" in o.lists for o in objects):
@@ -294,7 +296,6 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv=None) -> int:
     """Run the program; returns the exit code."""
-    Image.MAX_IMAGE_PIXELS = None  # what OpenCV reads is no attack
     if {"-h", "--help"}.intersection(sys.argv[1:] if argv is None else argv):
         print(__doc__)
         return 0
