@@ -1,5 +1,6 @@
 """tools/predict.py: files, videos, cameras, streams; drawn copies, crops, annotations, averaged flips."""
 
+import csv
 import functools
 import http.server
 import io
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pycocotools.coco
 import pytest
 import torch
 from hypothesis import given
@@ -286,6 +288,115 @@ def test_sources_where_the_results_go_are_left_alone(pointer, tmp_path):
     with pytest.raises(ssd.InputError, match="--output-dir"):
         predict.predict_files(pointer, [tmp_path / "a.png"], tmp_path / "deep" / "..")
     assert (tmp_path / "a.png").read_bytes() == before
+
+
+# ---- COCO, CSV, frames ----
+
+
+def write_instances(path, images, categories, annotations=()):
+    """Write a COCO JSON; images: {id: (file name, (width, height))}, categories: {id: name}."""
+    path.write_text(json.dumps({
+        "images": [{"id": number, "file_name": name, "width": size[0], "height": size[1]}
+                   for number, (name, size) in images.items()],
+        "categories": [{"id": number, "name": name} for number, name in categories.items()],
+        "annotations": list(annotations)}), encoding="utf-8")
+    return path
+
+
+def test_coco_results_with_ids_are_accepted_and_scored_by_pycocotools(pointer, tmp_path):
+    boxes = {"a/x.png": (20, 10, 120, 60), "b/x.png": (50, 50, 150, 90), "猫 & <y>.png": (5, 5, 100, 50)}
+    for name, box in boxes.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        red_box((200, 100), box).save(tmp_path / name)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "b_x.png").symlink_to(tmp_path / "b" / "x.png")  # as tools/convert.py names it
+    rows = [{"id": number, "image_id": 10 * number, "category_id": 90, "iscrowd": 0, "area": 1.0,
+             "bbox": [x1, y1, x2 - x1, y2 - y1]} for number, (x1, y1, x2, y2) in enumerate(boxes.values(), 1)]
+    images = {10 * number: (name, (200, 100)) for number, name in enumerate(boxes, start=1)}
+    truth = write_instances(tmp_path / "instances.json", images, {7: "blue", 90: "red", 3: "red"}, rows)
+    paths = [tmp_path / "links" / "b_x.png", tmp_path / "猫 & <y>.png", tmp_path / "a" / "x.png"]
+    results = tmp_path / "new" / "results.json"
+    predict.predict_files(pointer, paths, tmp_path / "out", save_coco=results, coco_ids=truth)
+    data = pycocotools.coco.COCO(str(truth))
+    found = data.loadRes(str(results))
+    for row in rows:
+        (ours,) = found.loadAnns(found.getAnnIds(imgIds=[row["image_id"]]))
+        assert ours["category_id"] == 90  # of two categories of one name the one in use
+        np.testing.assert_allclose(ours["bbox"], row["bbox"], atol=4)
+        assert 0.9 < ours["score"] <= 1
+
+
+def test_coco_without_ids_is_a_data_set_that_stands_alone(pointer, tmp_path):
+    red_box((200, 100), (20, 10, 120, 60)).save(tmp_path / "turned.png", exif=turned(8))
+    Image.new("RGB", (30, 20)).save(tmp_path / "empty.png")
+    (tmp_path / "broken.png").write_text("no image")
+    paths = [tmp_path / name for name in ("broken.png", "empty.png", "turned.png")]
+    assert len(predict.predict_files(pointer, paths, tmp_path / "out", save_coco=tmp_path / "a.json")) == 1
+    data = pycocotools.coco.COCO(str(tmp_path / "a.json"))
+    assert data.imgs == {
+        1: {"id": 1, "file_name": str(tmp_path / "empty.png"), "width": 30, "height": 20},
+        2: {"id": 2, "file_name": str(tmp_path / "turned.png"), "width": 100, "height": 200},  # upright
+    }
+    assert [one["name"] for one in data.loadCats(data.getCatIds())] == ["blue", "red"]
+    (row,) = data.loadAnns(data.getAnnIds())
+    x1, y1, x2, y2 = predictions_in(tmp_path / "out")[str(tmp_path / "turned.png")]["boxes_px"][0]
+    assert (row["image_id"], row["category_id"], row["iscrowd"]) == (2, 2, 0)
+    np.testing.assert_allclose(row["bbox"], [x1, y1, x2 - x1, y2 - y1], atol=0.011)
+    assert row["area"] == pytest.approx(row["bbox"][2] * row["bbox"][3], abs=0.01)
+
+
+@pytest.mark.parametrize(("images", "categories", "message"), [
+    ({1: ("other.png", (9, 9))}, {1: "blue", 2: "red"}, "none of its images is .*a.png"),
+    ({1: ("a.png", (9, 9))}, {1: "blue"}, "no category red"),
+    ({1: ("a.png", (9, 9)), 2: ("c/a.png", (9, 9))}, {1: "blue", 2: "red"}, ".*a.png and .*a.png are one image, 1"),
+])
+def test_what_coco_ids_lacks_is_said_before_the_work(pointer, tmp_path, images, categories, message):
+    for name in ("a.png", "b/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        red_box((60, 40), (5, 5, 30, 30)).save(tmp_path / name)
+    paths = [tmp_path / "a.png", tmp_path / "b" / "a.png"]
+    truth = write_instances(tmp_path / "instances.json", images, categories)
+    files = {"save_coco": tmp_path / "found.json", "coco_ids": truth}
+    with pytest.raises(ssd.InputError, match=rf"instances\.json: {message}"):
+        predict.predict_files(pointer, paths, tmp_path / "out", **files)
+    truth.write_text("[]")
+    with pytest.raises(ssd.InputError, match=r"instances.json: not a COCO JSON"):
+        predict.predict_files(pointer, paths, tmp_path / "out", **files)
+    assert not files["save_coco"].exists()
+
+
+def test_csv_has_a_line_for_each_box_of_images_and_frames(pointer, tmp_path):
+    red_box((200, 100), (20, 10, 120, 60)).save(tmp_path / "a, 猫.png")
+    Image.new("RGB", (30, 20)).save(tmp_path / "empty.png")
+    write_video(tmp_path / "moving.avi", [(5 + 2 * i, 20, 55 + 2 * i, 80) for i in range(3)])
+    paths = [tmp_path / name for name in ("a, 猫.png", "empty.png", "moving.avi")]
+    predict.predict_files(pointer, paths, tmp_path / "out", save_csv=tmp_path / "found.csv")
+    with open(tmp_path / "found.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [str(paths[0]), *(f"{paths[2]}#{number}" for number in range(3))]
+    assert [row["image"] for row in rows] == names
+    found = predictions_in(tmp_path / "out")
+    images = [found[str(paths[0])], *found[str(paths[2])]["frames"]]
+    for row, one in zip(rows, images, strict=True):
+        assert [row["class"], float(row["score"])] == [one["names"][0], one["scores"][0]]
+        assert [float(row[edge]) for edge in ("x1", "y1", "x2", "y2")] == one["boxes_px"][0]
+    assert list(rows[0]) == ["image", "class", "score", "x1", "y1", "x2", "y2"]
+
+
+def test_of_several_frames_or_pages_the_first_is_used_and_that_is_said(pointer, tmp_path, capsys):
+    frames = [red_box((60, 40), (5, 5, 30, 30)), *[Image.new("RGB", (60, 40), (0, 0, n)) for n in (9, 90)]]
+    names = ("a.gif", "b.tif", "c.webp", "d.png")
+    for name in names:
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "one.gif")
+    paths = [tmp_path / name for name in (*names, "one.gif")]
+    predict.predict_files(pointer, paths, tmp_path / "out")
+    *lines, one, _ = capsys.readouterr().out.splitlines()
+    for path, line in zip(paths, lines, strict=False):
+        assert line.startswith(f"{path}: red ")
+        assert " in the first of 3 frames or pages -> " in line
+    assert len(lines) == 4
+    assert " in the first of " not in one
 
 
 # ---- videos ----
@@ -628,19 +739,28 @@ def test_the_command_goes_on_behind_what_cannot_be_read_and_says_so(tiny_run, tm
     (tmp_path / "in" / "broken.png").write_text("no image")
     (tmp_path / "in" / "broken.mp4").write_text("no video")
     inputs = (tmp_path / "in", tmp_path / "in" / "test_*.jpg")
-    flags = ("--score-thresh", .01, "--classes", "round", "--save-crops", "--save-xml")
+    csv_file, coco_file = tmp_path / "a.csv", tmp_path / "a.json"
+    images = {number: (f"{split}_{i}.jpg", (1, 1)) for number, (split, i) in enumerate(
+        [("train", i) for i in range(8)] + [(split, i) for split in ("val", "test") for i in range(4)])}
+    truth = write_instances(tmp_path / "instances.json", images | {99: ("broken.png", (1, 1))}, {5: "round"})
+    flags = ("--score-thresh", .01, "--classes", "round", "--save-crops", "--save-xml",
+             "--save-csv", csv_file, "--save-coco", coco_file, "--coco-ids", truth)
     assert predict.main(command(*inputs, "--weights", tiny_run.final, *flags, out=tmp_path / "out")) == 1
     out, err = capfd.readouterr()
     folder = tmp_path / "out" / "plots" / "predictions"
     found = predictions_in(folder)
     assert len(found) == 16
     written = ("predictions.json", "crops", "Annotations")
-    assert out.splitlines()[16:] == [str(folder / name) for name in written]
+    assert out.splitlines()[16:] == [*(str(folder / name) for name in written), str(coco_file), str(csv_file)]
     assert {name for one in found.values() for name in one["names"]} == {"round"}
     assert [line.split(":")[0] for line in err.splitlines()] == ["error"] * 2
     assert all(f"broken.{ending}" in err for ending in ("png", "mp4"))
     crops = list((folder / "crops" / "round").iterdir())
     assert len(crops) == sum(len(one["names"]) for one in found.values())
+    assert len(csv_file.read_text().splitlines()) == 1 + len(crops)
+    results = json.loads(coco_file.read_text())
+    assert len(results) == len(crops)
+    assert {row["category_id"] for row in results} == {5}
     assert len(list((folder / "Annotations").iterdir())) == 16
 
 
@@ -695,6 +815,9 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, capsys):
         assert line.startswith("error: ")
         assert message in line
     assert predict.main(command(image, "--weights", tiny_run.final, out=tmp_path / "file")) == 2
+    with pytest.raises(SystemExit):
+        predict.main(command(image, "--weights", tiny_run.final, "--coco-ids", "a.json", out=tmp_path))
+    assert "--coco-ids needs --save-coco" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_the_command_without_a_traceback(tiny_run, tmp_path, monkeypatch):

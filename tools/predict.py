@@ -2,6 +2,7 @@
 
     python tools/predict.py photos/ holiday.mp4 --weights checkpoints/ssd_shapes_final.pth
     python tools/predict.py 'photos/**/*.jpg' --weights OWNER/NAME --classes cat,dog --save-crops --save-xml
+    python tools/predict.py val2017 --weights FILE --save-coco found.json --coco-ids instances_val2017.json
     python tools/predict.py 0 --weights FILE --show                # a camera, in a window, until q
     python tools/predict.py rtsp://camera/stream --weights FILE    # written as MP4, until Ctrl-C
 
@@ -14,6 +15,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import glob
 import itertools
 import json
@@ -40,6 +42,7 @@ from shapes import write_annotation
 
 import ssd_object_detection as ssd
 
+PAGED_SUFFIXES = {".gif", ".tif", ".tiff", ".webp", ".png"}  # of images that may have several frames
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"} | VIDEO_SUFFIXES
 TARGET_SUFFIXES = dict.fromkeys(VIDEO_SUFFIXES, ".mp4") | {".jpg": ".jpg", ".jpeg": ".jpg"}  # others: .png
@@ -417,25 +420,122 @@ def write_predictions(path, report):
     ssd.write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 
 
+def find_image_id(path, known):
+    """Return the id of an image file; None: unknown. known: {file name: [(name with folders, id)]}.
+
+    A link, such as tools/convert.py makes, has the name of the file that it leads to.
+    """
+    for place in [path.parent / path.readlink(), path] if path.is_symlink() else [path]:
+        rows = known[place.name]
+        fitting = [row for row in rows if place.absolute().as_posix().endswith(f"/{row[0]}")]
+        if fitting or len(rows) == 1:
+            return max(fitting or rows, key=lambda row: len(row[0]))[1]
+    return None
+
+
+def read_coco_ids(instances, paths, classes):
+    """Return ({path: image id}, {class: category id}) of image files and classes by a COCO JSON.
+
+    InputError for one that the JSON lacks, and for two files that are one image there.
+    """
+    try:
+        content = json.loads(Path(instances).read_text(encoding="utf-8-sig"))
+        used = {row["category_id"] for row in content["annotations"]}
+        rows = sorted(content["categories"], key=lambda row: row["id"] in used)  # of equal names the used one
+        category_ids = {" ".join(row["name"].split()): row["id"] for row in rows}
+        known = collections.defaultdict(list)
+        for row in content["images"]:
+            file_name = row["file_name"].replace("\\", "/")
+            known[Path(file_name).name].append((file_name, row["id"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ssd.InputError(f"{instances}: not a COCO JSON of instances ({problem})") from None
+    if missing := [name for name in classes if name not in category_ids]:
+        raise ssd.InputError(f"{instances}: no category {', '.join(missing)} (see --classes)")
+    image_ids = {path: find_image_id(path, known) for path in paths}
+    owners = {}
+    for path, image_id in image_ids.items():
+        if image_id is None:
+            raise ssd.InputError(f"{instances}: none of its images is {path}")
+        if image_id in owners:
+            raise ssd.InputError(f"{instances}: {owners[image_id]} and {path} are one image, {image_id}")
+        owners[image_id] = path
+    return image_ids, category_ids
+
+
+def coco_rows(report, image_ids, category_ids):
+    """Return what was found in images, {path: found}, as the list of dicts that COCO's results are."""
+    rows = []
+    for path, image_id in image_ids.items():
+        found = report.get(str(path), {"names": (), "scores": (), "boxes_px": ()})
+        columns = found["names"], found["scores"], found["boxes_px"]
+        for name, score, (x1, y1, x2, y2) in zip(*columns, strict=True):
+            row = {"image_id": image_id, "category_id": category_ids[name], "score": score}
+            rows.append(row | {"bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]})
+    return rows
+
+
+def coco_dataset(report, sizes, classes):
+    """Return what was found in images as a COCO data set with scores. sizes: {path: (width, height)}."""
+    image_ids = {path: number for number, path in enumerate(sizes, start=1)}
+    category_ids = {name: number for number, name in enumerate(classes, start=1)}
+    rows = coco_rows(report, image_ids, category_ids)
+    return {
+        "images": [{"id": image_ids[path], "file_name": str(path), "width": width, "height": height}
+                   for path, (width, height) in sizes.items()],
+        "categories": [{"id": number, "name": name} for name, number in category_ids.items()],
+        "annotations": [{"id": number, **row, "area": round(row["bbox"][2] * row["bbox"][3], 2), "iscrowd": 0}
+                        for number, row in enumerate(rows, start=1)],
+    }
+
+
+def write_csv(path, report):
+    """Write what was found as CSV, a box a line: pixels; frame N of a video is the image FILE#N."""
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(("image", "class", "score", "x1", "y1", "x2", "y2"))
+            for name, found in report.items():
+                images = {name: found}
+                if "frames" in found:
+                    images = {f"{name}#{number}": one for number, one in enumerate(found["frames"])}
+                for image, one in images.items():
+                    columns = one["names"], one["scores"], one["boxes_px"]
+                    table.writerows((image, *row[:2], *row[2]) for row in zip(*columns, strict=True))
+
+    ssd.write_atomically(path, write)
+
+
+def count_frames(path):
+    """Return the number of frames or pages of a readable image file of PAGED_SUFFIXES, 1 of others."""
+    if path.suffix.lower() in PAGED_SUFFIXES:
+        with contextlib.suppress(Exception), Image.open(path) as image:  # a later frame may be broken
+            return getattr(image, "n_frames", 1)
+    return 1
+
+
 def predict_images(detector, paths, targets, *, save_crops=False, save_xml=False, **settings):
-    """Detect in image files, write a drawn copy of each; yields (path, what was found or InputError)."""
+    """Detect in image files, write drawn copies; yields (path, what was found or InputError, (W, H))."""
     def write(pair):
         path, result = pair
         if isinstance(result, ssd.InputError):
-            return path, result, ""
+            return path, result, "", None
         picture, found = result
         found.draw(picture).save(targets[path], quality=92, compress_level=2)
         if save_crops:
             write_crops(picture, found, targets[path])
         if save_xml:
             write_xml(path, picture, found, targets[path])
-        return path, found.to_dict(), describe(detector, picture, found, **settings)
+        text = describe(detector, picture, found, **settings)
+        if (count := count_frames(path)) > 1:
+            text = f"{text} in the first of {count} frames or pages"
+        return path, found.to_dict(), text, picture.size
 
     results = zip(paths, detect_all(detector, paths, **settings), strict=True)
-    for path, found, text in prefetch(write, results):
+    for path, found, text, size in prefetch(write, results):
         if text:
             print(f"{path}: {text} -> {targets[path]}")
-        yield path, found
+        yield path, found, size
 
 
 def predict_moving(detector, source, target, *, show=False, **settings):
@@ -462,20 +562,26 @@ def predict_moving(detector, source, target, *, show=False, **settings):
     return found
 
 
-def predict_files(detector, paths, folder, *, show=False, save_crops=False, save_xml=False, **settings):
+def predict_files(detector, paths, folder, *, show=False, save_crops=False, save_xml=False, save_coco=None,
+                  coco_ids=None, save_csv=None, **settings):
     """Detect in files and streams; writes a drawn copy of each and predictions.json into a folder.
 
-    settings: of `ssd.Detector.predict`; show: videos and streams in a window. Returns a line for each input
-    that could not be read; raises InputError for a file that lies in the folder.
+    settings: of `ssd.Detector.predict`; show: videos and streams in a window; save_coco, save_csv: files to
+    write; coco_ids: the COCO JSON whose ids save_coco has. Returns a line for each input that could not be
+    read; raises InputError for a file that lies in the folder or is not in coco_ids.
     """
     for path in paths:
         if isinstance(path, Path) and path.resolve().parent == folder.resolve():
             raise ssd.InputError(f"{path} lies where the results go, to be overwritten: set --output-dir")
-    folder.mkdir(parents=True, exist_ok=True)
+    for place in (folder, *(Path(path).parent for path in (save_coco, save_csv) if path)):
+        place.mkdir(parents=True, exist_ok=True)
     targets = name_targets(paths, folder)
     is_image = {p: isinstance(p, Path) and p.suffix.lower() not in VIDEO_SUFFIXES for p in paths}
     images = [path for path in paths if is_image[path]]
-    report, problems = {}, []
+    report, sizes, problems = {}, {}, []
+    if coco_ids:
+        asked = [name for name in detector.classes if detector.score_thresh[name] <= 1]
+        ids = read_coco_ids(coco_ids, images, asked)
 
     def keep(source, found):
         if isinstance(found, ssd.InputError):
@@ -485,16 +591,24 @@ def predict_files(detector, paths, folder, *, show=False, save_crops=False, save
 
     try:
         saving = {"save_crops": save_crops, "save_xml": save_xml}
-        for path, found in predict_images(detector, images, targets, **saving, **settings):
+        for path, found, size in predict_images(detector, images, targets, **saving, **settings):
             keep(path, found)
+            if size:
+                sizes[path] = size
         for source in (path for path in paths if not is_image[path]):
             keep(source, predict_moving(detector, source, targets[source], show=show, **settings))
     finally:  # an interruption keeps what was found
         names = [public_name(path) for path in paths]
         done = {name: report[name] for name in names if name in report}
         write_predictions(folder / "predictions.json", done)
-    written = [name for name in ("crops", "Annotations") if (folder / name).is_dir()]
-    print("\n".join(str(folder / name) for name in ("predictions.json", *written)))
+        if save_coco:
+            content = coco_rows(done, *ids) if coco_ids else coco_dataset(done, sizes, detector.classes)
+            ssd.write_json(save_coco, content)
+        if save_csv:
+            write_csv(save_csv, done)
+    written = [folder / name for name in ("crops", "Annotations") if (folder / name).is_dir()]
+    written += [path for path in (save_coco, save_csv) if path]
+    print("\n".join(map(str, (folder / "predictions.json", *written))))
     return problems
 
 
@@ -510,13 +624,19 @@ def parse_args(argv=None):
     add("--show", action="store_true", help="videos and streams in a window, until q, not in a file")
     add("--save-crops", action="store_true", help="write each object to crops/CLASS, at full resolution")
     add("--save-xml", action="store_true", help="write VOC annotations of images, to correct and train on")
+    add("--save-coco", metavar="FILE", help="write the boxes of images as a COCO data set with scores")
+    add("--coco-ids", metavar="INSTANCES.json", help="write --save-coco as COCO's results, with ids of this")
+    add("--save-csv", metavar="FILE", help="write a line a box: image, class, score, x1, y1, x2, y2")
     add("--flip-average", choices=FLIPS, default="off", help="average over flips: 2 or 4 times the work")
     add("--score-thresh", type=ssd.unit_interval, help="least score (default: each class's of best F1)")
     add("--nms-iou", type=ssd.unit_interval, help="at which NMS drops the lower score (default: the run's)")
     add("--max-detections", type=ssd.positive_int, default=ssd.MAX_DETECTIONS, help="most of an image")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.coco_ids and not args.save_coco:
+        parser.error("--coco-ids needs --save-coco")
+    return args
 
 
 def make_detector(args):
@@ -550,7 +670,8 @@ def main(argv=None):
         detector, nms_iou = make_detector(args)
         problems = predict_files(
             detector, paths, Path(args.output_dir) / "plots" / "predictions", show=args.show,
-            save_crops=args.save_crops, save_xml=args.save_xml, nms_iou_thresh=nms_iou,
+            save_crops=args.save_crops, save_xml=args.save_xml, save_coco=args.save_coco,
+            coco_ids=args.coco_ids, save_csv=args.save_csv, nms_iou_thresh=nms_iou,
             max_detections=args.max_detections)
     except (ssd.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
