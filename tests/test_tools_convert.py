@@ -355,7 +355,7 @@ def test_few_faulty_annotations_are_left_out_and_named_many_are_refused(tmp_path
     assert run("coco", path, tmp_path / "in", tmp_path / "out") == 0
     out, err = capsys.readouterr()
     assert "18 objects" in out
-    assert err.startswith(f"warning: 2 objects are left out: {path}: annotation 518")
+    assert err.startswith(f"warning: faulty and left out (2): {path}: annotation 518")
     assert message in err
     assert err.endswith(", and 1 more\n")
     assert len(boxes_of(tmp_path / "out")["a"]) == 18
@@ -383,7 +383,7 @@ def test_a_faulty_line_of_labels_is_left_out_and_named(tmp_path, capsys, bad, me
     assert run("yolo", path, tmp_path / "out") == 0
     err = capsys.readouterr().err
     label_file = tmp_path / "in" / "labels" / "a.txt"
-    assert err.startswith(f"warning: 1 objects are left out: {label_file}: line 2 ({bad})")
+    assert err.startswith(f"warning: faulty and left out (1): {label_file}: line 2 ({bad})")
     assert message in err
     assert boxes_of(tmp_path / "out") == {"a": [["blob", 25, 20, 75, 60]]}
     path = write_yolo(tmp_path / "in", {"a.png": f"0 .5 .5 .5 .5\n{bad}\n{bad}\n"})

@@ -403,7 +403,7 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     if faults:
-        print(f"warning: {len(faults)} objects are left out: {first_of(faults)}", file=sys.stderr)
+        print(f"warning: faulty and left out ({len(faults)}): {first_of(faults)}", file=sys.stderr)
     return 0
 
 

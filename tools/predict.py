@@ -463,28 +463,27 @@ def read_coco_ids(instances, paths, classes):
     return image_ids, category_ids
 
 
-def coco_rows(report, image_ids, category_ids):
-    """Return what was found in images, {path: found}, as the list of dicts that COCO's results are."""
+def coco_rows(detections, image_ids, category_ids):
+    """Return {path: (size, Detections)} as the list of dicts that COCO's results are, in full precision."""
     rows = []
-    for path, image_id in image_ids.items():
-        found = report.get(str(path), {"names": (), "scores": (), "boxes_px": ()})
-        columns = found["names"], found["scores"], found["boxes_px"]
-        for name, score, (x1, y1, x2, y2) in zip(*columns, strict=True):
-            row = {"image_id": image_id, "category_id": category_ids[name], "score": score}
-            rows.append(row | {"bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]})
+    for path, (_, found) in detections.items():
+        columns = found.boxes_px.astype(float).tolist(), found.names, found.scores
+        for (x1, y1, x2, y2), name, score in zip(*columns, strict=True):
+            row = {"image_id": image_ids[path], "category_id": category_ids[name], "score": score}
+            rows.append(row | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
     return rows
 
 
-def coco_dataset(report, sizes, classes):
-    """Return what was found in images as a COCO data set with scores. sizes: {path: (width, height)}."""
-    image_ids = {path: number for number, path in enumerate(sizes, start=1)}
+def coco_dataset(detections, classes):
+    """Return {path: ((width, height), Detections)} as a COCO data set, which has scores."""
+    image_ids = {path: number for number, path in enumerate(detections, start=1)}
     category_ids = {name: number for number, name in enumerate(classes, start=1)}
-    rows = coco_rows(report, image_ids, category_ids)
+    rows = coco_rows(detections, image_ids, category_ids)
     return {
         "images": [{"id": image_ids[path], "file_name": str(path), "width": width, "height": height}
-                   for path, (width, height) in sizes.items()],
+                   for path, ((width, height), _) in detections.items()],
         "categories": [{"id": number, "name": name} for name, number in category_ids.items()],
-        "annotations": [{"id": number, **row, "area": round(row["bbox"][2] * row["bbox"][3], 2), "iscrowd": 0}
+        "annotations": [{"id": number, **row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
                         for number, row in enumerate(rows, start=1)],
     }
 
@@ -515,11 +514,11 @@ def count_frames(path):
 
 
 def predict_images(detector, paths, targets, *, save_crops=False, save_xml=False, **settings):
-    """Detect in image files, write drawn copies; yields (path, what was found or InputError, (W, H))."""
+    """Detect in image files, write drawn copies; yields (path, ((W, H), Detections) or InputError)."""
     def write(pair):
         path, result = pair
         if isinstance(result, ssd.InputError):
-            return path, result, "", None
+            return path, result, ""
         picture, found = result
         found.draw(picture).save(targets[path], quality=92, compress_level=2)
         if save_crops:
@@ -529,13 +528,13 @@ def predict_images(detector, paths, targets, *, save_crops=False, save_xml=False
         text = describe(detector, picture, found, **settings)
         if (count := count_frames(path)) > 1:
             text = f"{text} in the first of {count} frames or pages"
-        return path, found.to_dict(), text, picture.size
+        return path, (picture.size, found), text
 
     results = zip(paths, detect_all(detector, paths, **settings), strict=True)
-    for path, found, text, size in prefetch(write, results):
+    for path, result, text in prefetch(write, results):
         if text:
             print(f"{path}: {text} -> {targets[path]}")
-        yield path, found, size
+        yield path, result
 
 
 def predict_moving(detector, source, target, *, show=False, **settings):
@@ -578,7 +577,7 @@ def predict_files(detector, paths, folder, *, show=False, save_crops=False, save
     targets = name_targets(paths, folder)
     is_image = {p: isinstance(p, Path) and p.suffix.lower() not in VIDEO_SUFFIXES for p in paths}
     images = [path for path in paths if is_image[path]]
-    report, sizes, problems = {}, {}, []
+    report, detections, problems = {}, {}, []  # detections: {path: (size, Detections)} of images
     if coco_ids:
         asked = [name for name in detector.classes if detector.score_thresh[name] <= 1]
         ids = read_coco_ids(coco_ids, images, asked)
@@ -591,10 +590,12 @@ def predict_files(detector, paths, folder, *, show=False, save_crops=False, save
 
     try:
         saving = {"save_crops": save_crops, "save_xml": save_xml}
-        for path, found, size in predict_images(detector, images, targets, **saving, **settings):
-            keep(path, found)
-            if size:
-                sizes[path] = size
+        for path, result in predict_images(detector, images, targets, **saving, **settings):
+            if isinstance(result, ssd.InputError):
+                keep(path, result)
+            else:
+                detections[path] = result
+                keep(path, result[1].to_dict())
         for source in (path for path in paths if not is_image[path]):
             keep(source, predict_moving(detector, source, targets[source], show=show, **settings))
     finally:  # an interruption keeps what was found
@@ -602,8 +603,8 @@ def predict_files(detector, paths, folder, *, show=False, save_crops=False, save
         done = {name: report[name] for name in names if name in report}
         write_predictions(folder / "predictions.json", done)
         if save_coco:
-            content = coco_rows(done, *ids) if coco_ids else coco_dataset(done, sizes, detector.classes)
-            ssd.write_json(save_coco, content)
+            ssd.write_json(save_coco, coco_rows(detections, *ids) if coco_ids else
+                           coco_dataset(detections, detector.classes))
         if save_csv:
             write_csv(save_csv, done)
     written = [folder / name for name in ("crops", "Annotations") if (folder / name).is_dir()]
