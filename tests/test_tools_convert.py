@@ -343,7 +343,9 @@ COCO_FAULTS = [
     ((1, 10, [5, 5, 9, -3]), r"box [5, 5, 14, 2] is a pixel"),
     ((1, 10, [5, 5, 1, 9]), r"box [5, 5, 6, 14] is a pixel or less across"),  # which the module drops
     ((1, 10, [200, 5, 9, 9]), r"box [200, 5, 209, 14] is a pixel or less across, or outside"),
+    ((1, 10, [5, 5, float("inf"), 9]), "box [5, 5, inf, 14] is a pixel or less across, or outside"),
     ((1, 10, [1, 1, 9]), "has no bbox of four numbers"),
+    (([1], 10, [1, 1, 9, 9]), "has no bbox of four numbers"),
 ]
 
 
@@ -484,6 +486,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "broken" / "images" / "a.png").write_text("no image")
     picture(tmp_path / "a.ppm")
     write_coco(tmp_path / "ppm.json", {1: "a.ppm"}, [])
+    write_coco(tmp_path / "name.json", {1: "a.ppm"}, [(1, 10, [1, 1, 9, 9])], ["a\1"])
     for argv, message in (
         (("coco", tmp_path / "none.json", tmp_path), "none.json"),
         (("coco", tmp_path / "bad.json", tmp_path), "bad.json: not a COCO JSON of instances (JSOND"),
@@ -491,6 +494,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
         (("coco", tmp_path / "twice.json", tmp_path), "twice.json: two of its images have the same id"),
         (("coco", tmp_path / "ppm.json", tmp_path), ".gif, not "),
         (("coco", tmp_path / "ppm.json", tmp_path, "--list", "../a"), "--list: "),
+        (("coco", tmp_path / "name.json", tmp_path), r"no name of a class: 'a\x01'"),
         (("yolo", tmp_path / "bad.yaml"), "bad.yaml: not a data.yaml with train and names (Pars"),
         (("yolo", tmp_path / "lacks.yaml"), "names (KeyError: 'train')"),
         (("yolo", tmp_path / "text.yaml"), "text.yaml: not a data.yaml"),

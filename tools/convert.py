@@ -45,7 +45,7 @@ class Picture:
         """Append an object, or to faults what is wrong with its box; place: where it stands."""
         x1, y1, x2, y2 = box
         inside = min(x2, self.width) - max(x1, 0), min(y2, self.height) - max(y1, 0)
-        if min(x2 - x1, y2 - y1) > 1 and min(inside) > 0:  # what `ssd.read_record` keeps; NaN is not
+        if np.isfinite(box).all() and min(x2 - x1, y2 - y1) > 1 and min(inside) > 0:  # as `ssd.read_record`
             self.objects.append((name, box, is_difficult))
         else:
             corners = ", ".join(f"{value:g}" for value in box)
@@ -82,7 +82,7 @@ def read_coco(path, images, split):
         raise ssd.InputError(f"--list: the name of a list is letters and digits, not {split!r}")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-        names = {row["id"]: row["name"] for row in content["categories"]}
+        names = {row["id"]: str(row["name"]) for row in content["categories"]}
         pictures = {}
         for row in content["images"]:
             file = Path(os.path.abspath(images / row["file_name"].replace("\\", "/")))
@@ -96,20 +96,20 @@ def read_coco(path, images, split):
         raise ssd.InputError(f"{path}: two of its images have the same id")
     faults = []
     for number, row in enumerate(rows, start=1):
+        row = row if isinstance(row, dict) else {}
         place = f"{path}: annotation {row.get('id', f'number {number}')}"
-        image_id, category_id = row.get("image_id"), row.get("category_id")
         try:
             x, y, width, height = map(float, row["bbox"])
+            picture, name = pictures.get(row.get("image_id")), names.get(row.get("category_id"))
         except (KeyError, TypeError, ValueError):
             faults.append(f"{place} has no bbox of four numbers")
             continue
-        if image_id not in pictures:
-            faults.append(f"{place}: no image has the id {image_id}")
-        elif category_id not in names:
-            faults.append(f"{place}: no category has the id {category_id}")
+        if picture is None:
+            faults.append(f"{place}: no image has the id {row.get('image_id')}")
+        elif name is None:
+            faults.append(f"{place}: no category has the id {row.get('category_id')}")
         else:
-            box = [x, y, x + width, y + height]
-            pictures[image_id].add(names[category_id], box, place, faults, row.get("iscrowd") == 1)
+            picture.add(name, [x, y, x + width, y + height], place, faults, row.get("iscrowd") == 1)
     return {split: list(pictures.values())}, faults
 
 
@@ -274,6 +274,9 @@ def check(lists, faults, out, source):
         raise ssd.InputError(f"{len(faults)} of {total} objects are faulty: {first_of(faults)}")
     if not pictures:
         raise ssd.InputError(f"{source}: no picture")
+    names = {name for picture in pictures for name, _, _ in picture.objects}
+    if odd := [name for name in names if not name.strip() or re.search(r"[\0-\x1f]", name)]:
+        raise ssd.InputError(f"{source}: no name of a class: {odd[0]!r}")
     if missing := [picture.path for picture in pictures if not picture.path.is_file()]:
         raise ssd.InputError(f"no such picture: {first_of(missing)}")
     if unknown := [p.path for p in pictures if p.path.suffix.lower() not in ssd.IMAGE_SUFFIXES]:
