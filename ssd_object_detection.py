@@ -16,9 +16,8 @@ Shape letters: B images, A anchors (9,966), K foreground classes, G ground truth
 Boxes: `boxes` are normalised xyxy in [0, 1], `boxes_px` are pixels; `_cxcywh` is centre and size.
 Class 0 is background everywhere; `num_classes` counts foreground classes only.
 
-Papers: SSD (Liu et al. 2016, arXiv:1512.02325), VGG (Simonyan & Zisserman 2015, arXiv:1409.1556),
-Focal loss (Lin et al. 2017, arXiv:1708.02002), ParseNet (Liu et al. 2016, arXiv:1506.04579),
-The Pascal VOC Challenge (Everingham et al. 2010), He initialisation (He et al. 2015, arXiv:1502.01852).
+Papers: SSD (arXiv:1512.02325), VGG (arXiv:1409.1556), Focal loss (arXiv:1708.02002), ParseNet
+(arXiv:1506.04579), The Pascal VOC Challenge (Everingham et al. 2010), YOLO9000 (arXiv:1612.08242).
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ import copy
 import ctypes
 import datetime
 import functools
-import hashlib
 import http.client
+import io
 import itertools
 import json
 import math
@@ -98,6 +97,7 @@ STRIDES = (8, 16, 16, 32, 64, 128)  # pixels between neighbouring cells of each 
 ANCHOR_SCALES = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)
 ASPECT_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))  # w/h; each brings its inverse
 VARIANCES = (0.1, 0.2)  # centre, size: the authors' released Caffe code
+LEAST_REACH = 0.95  # of --anchors auto: the share of boxes that an anchor should overlap by half
 MAX_LOG_SIZE = math.log(1000 / 16)  # decode clamps log(w/anchor_w) here: exp() is finite in any precision
 
 VGG16_BLOCKS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)  # VGG Table 1, column D
@@ -130,7 +130,6 @@ class InputError(Exception):
 
 
 # ---- 2. Boxes ----
-
 
 def encode(boxes: Tensor, anchors_cxcywh: Tensor) -> Tensor:
     """Return the regression targets of boxes for their anchors (SSD Eq. 2, divided by the variances).
@@ -169,7 +168,6 @@ def box_iou(boxes: np.ndarray, others: np.ndarray, extra: float = 0.0) -> np.nda
 
 # ---- 3. Anchors ----
 
-
 def _anchor_sizes():
     # Squares of s_k and sqrt(s_k * s_k+1), then for each ratio r the widths s_k * sqrt(r) and s_k / sqrt(r).
     maps = []
@@ -201,8 +199,39 @@ def make_anchors(anchor_sizes: Sequence = ANCHOR_SIZES) -> Tensor:
     return torch.cat(anchors).float()
 
 
-# ---- 4. Matching ----
+def best_anchor_iou(boxes: np.ndarray, anchor_sizes: Sequence = ANCHOR_SIZES) -> np.ndarray:
+    """Return the highest IoU (N,) of boxes (N, 4), normalised xyxy, with any anchor."""
+    anchors = box_convert(make_anchors(anchor_sizes), "cxcywh", "xyxy").numpy()
+    return np.array([box_iou(box, anchors).max() for box in boxes])
 
+
+def fit_anchor_sizes(boxes: np.ndarray) -> tuple:
+    """Return anchor sizes as ANCHOR_SIZES has them, fitted to boxes (N, 4), normalised xyxy.
+
+    A map's are the centres, by k-means on IoU (YOLO9000 section 2), of the boxes whose scale is nearest its
+    own; where these are too few it keeps its sizes. Their numbers, and so the network's shape, stay.
+    """
+    sizes = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
+    sizes = sizes[np.argsort(sizes.prod(axis=1), kind="stable")]
+    edges = np.sqrt(np.multiply(ANCHOR_SCALES[:-2], ANCHOR_SCALES[1:-1]))
+    map_of = np.digitize(np.sqrt(sizes.prod(axis=1)), edges)
+    fitted = list(ANCHOR_SIZES)
+    for number, count in enumerate(map(len, ANCHOR_SIZES)):
+        own = sizes[map_of == number]
+        if len(own) < count:
+            continue
+        centres = own[((np.arange(count) + 0.5) * len(own) / count).astype(int)]  # no seed is needed
+        for _ in range(100):
+            shared = np.minimum(own[:, None], centres).prod(axis=2)  # (N, count)
+            iou = shared / (own.prod(axis=1)[:, None] + centres.prod(axis=1) - shared)
+            nearest = iou.argmax(axis=1)
+            for k in set(nearest.tolist()):  # a centre that is nearest to nothing stays
+                centres[k] = own[nearest == k].mean(axis=0)
+        fitted[number] = tuple(map(tuple, centres.tolist()))
+    return tuple(fitted)
+
+
+# ---- 4. Matching ----
 
 def match_anchors(gt_boxes: np.ndarray, anchors_xyxy: np.ndarray,
                   match_iou_thresh: float = 0.5) -> np.ndarray:
@@ -237,13 +266,12 @@ def build_targets(batch: dict[str, Tensor], anchors_cxcywh: Tensor) -> tuple[Ten
 
 # ---- 5. Data ----
 
-
 def open_image(source: PathLike | Image.Image | np.ndarray,
                size: tuple[int, int] | None = None) -> Image.Image:
     """Return an image as RGB, turned upright by its EXIF tag unless only the stored one has `size`; no alpha.
 
-    source: a path, a PIL image, or an array uint8 (H, W), RGB (H, W, 3) or RGBA, or grey uint16. size: (width,
-    height) by its annotation. InputError for what is no image, or of another size.
+    source: a path, a PIL image, or an array uint8 (H, W), RGB (H, W, 3) or RGBA, or grey uint16. size is
+    (width, height) of its annotation. InputError for what is no image, or of another size.
     """
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source)
@@ -257,8 +285,7 @@ def open_image(source: PathLike | Image.Image | np.ndarray,
         problem = " ".join(str(error).split())[:120]
         raise InputError(f"{source}: not readable as an image ({problem})") from None
     if size not in (None, image.size):
-        raise InputError(f"{source} has {image.width}x{image.height} pixels, its annotation says "
-                         f"{size[0]}x{size[1]}: correct the file or its <size>")
+        raise InputError("{} has {}x{} pixels, by its annotation {}x{}".format(source, *image.size, *size))
     if image.mode.startswith(("I", "F")):  # which PIL's own conversion would cut at 255
         grey = np.asarray(image) * (255.0 if image.mode == "F" else 1 / 257)
         if not 0 <= grey.min() <= grey.max() < 255.5:  # NaN too
@@ -324,30 +351,35 @@ def read_split(root: PathLike, split: str) -> list[str]:
     list of one class (id and -1, 0 or 1), and for text that is neither UTF-8 nor UTF-16.
     """
     path = Path(root) / "ImageSets" / "Main" / f"{split}.txt"
+    annotated = sorted(Path(root).glob("Annotations/*.xml"))
+    if split == "train" and annotated and not path.parent.is_dir():
+        print(f"{root} has no lists: all its annotated images are trained on")
+        return [file.stem for file in annotated]
     if not path.is_file():
-        hint = "a folder in VOC layout has JPEGImages, Annotations and ImageSets/Main"
-        for folder in Path(root).rglob("ImageSets"):
-            there = ", ".join(sorted(p.stem for p in folder.glob("Main/*.txt"))[:12])
-            inner = f"try --data {folder.parent}" if folder.parent != Path(root) else ""
-            hint = inner or (f"lists there: {there}" if there else hint)
+        hint = "VOC layout is JPEGImages, Annotations, ImageSets/Main; tools/convert.py makes it of others"
+        if there := sorted(file.stem for file in path.parent.glob("*.txt")):
+            hint = f"lists there: {', '.join(there[:12])}"
+        elif inner := sorted(Path(root).glob("*/ImageSets")):
+            hint = f"try --data {inner[0].parent}"
         raise InputError(f"no image list {path}; {hint} (see --train-split, --val-split, --test-split)")
     content = path.read_bytes()
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text: save the list in that encoding") from None
+        guess = [name for name in ("gb18030", "big5", "cp932", "euc_kr", "cp1252")
+                 if find_file(root, "JPEGImages", content.splitlines()[0].decode(name, "ignore"))]
+        raise InputError(f"{path}: not UTF-8 but {(guess or ['other'])[0]} text: save it as UTF-8") from None
     lines = [line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()]
     if not lines:
         raise InputError(f"the image list {path} is empty")
     if all(re.search(r"\s(-1|0|1)$", line) for line in lines):
-        raise InputError(f"{path} is a list of one class (its lines end with -1, 0 or 1): name a list of "
-                         "image ids, and the class with --classes")
-    ids = []
+        raise InputError(f"{path} is a list of one class (-1, 0 or 1): name one of image ids, and --classes")
+    ids = {}
     for line in lines:
-        names = (line, line.split()[0])
-        readings = [reading for name in names for reading in (name, os.path.splitext(name)[0])]
-        ids.append(next((i for i in readings if find_file(root, "JPEGImages", i)), names[1]))
-    return list(dict.fromkeys(ids))
+        first = line.split()[0]
+        readings = (line, os.path.splitext(line)[0], first, os.path.splitext(first)[0])
+        ids[next((reading for reading in readings if find_file(root, "JPEGImages", reading)), first)] = True
+    return list(ids)
 
 
 def parse_annotation(path: PathLike) -> tuple[int, int, list[tuple[str, list[float], bool]]]:
@@ -378,9 +410,8 @@ def parse_annotation(path: PathLike) -> tuple[int, int, list[tuple[str, list[flo
         except (TypeError, ValueError):
             box = [math.nan]
         if not name or not all(map(math.isfinite, box)):
-            other = [child.tag for child in node if child.tag in ("polygon", "robndbox")]
-            raise InputError(f"{path}: object {number} ({name or 'no name'}) has no full <name> and <bndbox>"
-                             f"{f', but a <{other[0]}>' if other else ''}")
+            tags = ", ".join(child.tag for child in node)
+            raise InputError(f"{path}: object {number} ({name}) has no full <name> and <bndbox>, but {tags}")
         is_difficult = (node.findtext("difficult") or "0").strip().lower() in ("1", "1.0", "true", "yes")
         objects.append((name, box, is_difficult))
     return width, height, objects
@@ -413,24 +444,20 @@ def annotated_classes(annotations: dict[str, tuple]) -> tuple[str, ...]:
     return tuple(sorted(counts))
 
 
-def read_record(root: PathLike, image_id: str, annotation: tuple, classes: Sequence[str], *,
-                only_listed: bool = False) -> tuple[Record, list[str]]:
+def read_record(root: PathLike, image_id: str, annotation: tuple, classes: Sequence) -> tuple[Record, list]:
     """Return the Record of an image, boxes clipped to it, each once, and the objects that have no area."""
     width, height, objects = annotation
     image, path = (find_file(root, kind, image_id) for kind in ("JPEGImages", "Annotations"))
     rows, dropped = {}, []  # rows: (x1, y1, x2, y2, label) -> difficult
     for number, (name, (xmin, ymin, xmax, ymax), is_difficult) in enumerate(objects, start=1):
-        if name not in classes and only_listed:
-            continue
-        place = f"{path}: object {number} ({name})"
         if name not in classes:
-            raise InputError(f"{place}: the class is not among {', '.join(classes)}")
+            continue
         x1, y1 = max(xmin - 1, 0), max(ymin - 1, 0)  # 1-based and inclusive -> 0-based edges
         x2, y2 = min(xmax, width), min(ymax, height)
         if xmax > xmin and ymax > ymin and x2 > x1 and y2 > y1:
             rows.setdefault((x1, y1, x2, y2, classes.index(name) + 1), is_difficult)
         else:
-            dropped.append(f"{place} [{xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}]")
+            dropped.append(f"{path}: object {number} ({name}) [{xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}]")
     table = np.array(list(rows), dtype=np.float64).reshape(-1, 5)
     boxes_px, labels = table[:, :4].astype(np.float32), table[:, 4].astype(np.int64)
     difficult = np.array(list(rows.values()), dtype=bool)
@@ -438,23 +465,26 @@ def read_record(root: PathLike, image_id: str, annotation: tuple, classes: Seque
 
 
 def read_records(root: PathLike, split: str, classes: Sequence[str], *, annotations: dict | None = None,
-                 only_listed: bool = False, unlabelled: str = "error") -> list[Record]:
-    """Return the Records of a list and say which boxes were dropped; annotations: if they are read already.
+                 unlabelled: str = "error") -> list[Record]:
+    """Return the Records of a list and say what is left out of them; annotations: if they are read already.
 
     InputError if more than a tenth of the boxes have no area, or all look like fractions of the image.
     """
     annotations = annotations or read_annotations(root, split, unlabelled=unlabelled)
-    pairs = [read_record(root, *item, classes, only_listed=only_listed) for item in annotations.items()]
+    pairs = [read_record(root, *item, classes) for item in annotations.items()]
     records, dropped = [record for record, _ in pairs], [place for _, places in pairs for place in places]
     kept = sum(len(record.labels) for record in records)
-    written = [box for _, _, objects in annotations.values() for _, box, _ in objects]
-    is_fraction = max(map(max, written), default=math.inf) <= 1
-    what = f"{root}, list {split}: {len(dropped)} of {kept + len(dropped)} boxes have no area"
+    written = [(name, box) for _, _, objects in annotations.values() for name, box, _ in objects]
+    what = f"{len(dropped)} of {kept + len(dropped)} boxes have no area, as {(dropped or [''])[0]}"
+    if is_fraction := bool(written) and max(max(box) for _, box in written) <= 1:
+        what = "no coordinate is above 1"
     if is_fraction or len(dropped) > max(1, (kept + len(dropped)) / 10):
-        cause = "none above 1: fractions" if is_fraction else f"{dropped[0]}: swapped corners, or sizes"
-        raise InputError(f"{what}; {cause}? VOC is xmin, ymin, xmax, ymax in pixels")
+        hint = "fractions, sizes or swapped corners? VOC boxes are xmin, ymin, xmax, ymax in pixels"
+        raise InputError(f"{root}, list {split}: {what}; {hint}")
     if dropped:
-        print(f"warning: {what} and are left out (tools/audit.py names all): {dropped[0]}", file=sys.stderr)
+        print(f"warning: {root}, list {split}: {what}; left out (see tools/audit.py)", file=sys.stderr)
+    if others := sorted({name for name, _ in written} - set(classes)):
+        print(f"{root}, list {split}: objects of other classes are left out: {', '.join(others)}")
     return records
 
 
@@ -475,9 +505,8 @@ def download(urls: Sequence[str], path: Path, md5: str) -> None:
                     with tqdm.wrapattr(answer, "read", total, **bar) as source:
                         shutil.copyfileobj(source, file, 2**20)
                 size = file.tell()
-            with open(part, "rb") as file:
-                if hashlib.file_digest(file, "md5").hexdigest() == md5:
-                    break
+            if torchvision.datasets.utils.check_md5(part, md5):
+                break
             problems[url] = "another file (by its MD5)" if size >= total else f"cut off after {size} bytes"
             if size >= total:
                 part.unlink()
@@ -487,8 +516,7 @@ def download(urls: Sequence[str], path: Path, md5: str) -> None:
                 part.unlink()
     else:
         listed = "; ".join(f"{url}: {problem}" for url, problem in problems.items())
-        raise InputError(f"{path} could not be fetched ({listed}): put it there, name --data-root where "
-                         "VOCdevkit is, or train on --data PATH or --data shapes")
+        raise InputError(f"{path} could not be fetched ({listed}): put it there (--data-root), or see --data")
     part.replace(path)
 
 
@@ -507,13 +535,11 @@ def fetch_voc(root: Path, split: str) -> None:
     print(f"unpacking {target / name} ...", flush=True)
     try:
         with tarfile.open(target / name) as archive:
-            members = [member for member in archive if member.isfile()]
-            for member in sorted(members, key=lambda member: "/ImageSets/" in member.name):  # lists last
+            for member in sorted(archive, key=lambda member: "/ImageSets/" in member.name):  # lists last
                 archive.extract(member, target, filter="data")
     except (tarfile.TarError, OSError) as error:
         listed.unlink(missing_ok=True)
-        raise InputError(f"{target / name} was not unpacked ({error}): make room, or delete it if it is "
-                         "damaged; the next start unpacks it anew") from None
+        raise InputError(f"{target / name} was not unpacked ({error}): make room, or delete it") from None
 
 
 def find_data(data: str, data_root: PathLike, train_split: str | None, val_split: str | None,
@@ -531,7 +557,10 @@ def find_data(data: str, data_root: PathLike, train_split: str | None, val_split
                 raise InputError(f"--data shapes needs {script}, which draws the images")
             runpy.run_path(str(script))["generate"](roots[0])
         if not roots[0].is_dir():
-            raise InputError(f"--data {data}: no such folder, and not voc2007, voc0712 or shapes")
+            raise InputError(f"--data: no folder {roots[0].absolute()}, and not voc2007, voc0712 or shapes")
+        children = list(roots[0].iterdir())
+        if len(children) == 1 and (children[0] / "ImageSets").is_dir():  # VOCdevkit with VOC2007 alone
+            roots = children
         there = {path.stem for path in (roots[0] / "ImageSets" / "Main").glob("*.txt")}
         if "train" in there or "trainval" not in there:
             lists["train"] = "train"
@@ -558,15 +587,14 @@ def load_data(data: str, *, data_root: PathLike = "data", classes: Sequence[str]
     roots, lists = find_data(data, data_root, train_split, val_split, test_split)
     is_voc = data in ("voc2007", "voc0712")
     name = re.sub(r"\W+", "_", roots[0].resolve().name.lower()).strip("_") or "custom"
-    options = {"only_listed": classes is not None, "unlabelled": unlabelled}
     annotations = [read_annotations(root, lists["train"], unlabelled=unlabelled) for root in roots]
     found = VOC_CLASSES if is_voc else annotated_classes(annotations[0])
     if absent := [c for c in classes or () if c not in found]:
         raise InputError(f"--classes: the training list has {', '.join(found)}, not {', '.join(absent)}")
     classes = tuple(classes or found)
     train = [record for root, read in zip(roots, annotations, strict=True)
-             for record in read_records(root, lists["train"], classes, annotations=read, **options)]
-    val, test = (read_records(roots[0], lists[kind], classes, **options) if lists[kind] else []
+             for record in read_records(root, lists["train"], classes, annotations=read)]
+    val, test = (read_records(roots[0], lists[kind], classes, unlabelled=unlabelled) if lists[kind] else []
                  for kind in ("val", "test"))
     if not lists["val"] and val_fraction:
         order = np.random.default_rng(seed).permutation(len(train)).tolist()
@@ -656,11 +684,7 @@ class EpochBatchSampler(torch.utils.data.Sampler):
         self.seed, self.epochs = seed, epochs
         self.rank, self.world = rank, world
         if self.batch_size % world:
-            raise InputError(f"{world} processes cannot share a batch of {self.batch_size} images: set "
-                             "--batch-size to a multiple of them")
-
-    def __len__(self) -> int:
-        return self.steps_per_epoch * len(self.epochs)
+            raise InputError(f"--batch-size {self.batch_size} is not a multiple of {world} processes")
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in self.epochs:
@@ -709,7 +733,6 @@ def make_loader(dataset: VocDataset, *, batch_size: int = 1, workers: int = 0, p
 
 # ---- 6. Augmentation ----
 
-
 BOX_GEOMETRY = (A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES)
 
 
@@ -718,7 +741,6 @@ class SSDZoomOut(A.DualTransform):
 
     # Differs from paper: image and canvas shrink together to at most twice the network's resolution, which
     # saves half the pipeline's time; and the photometric steps come later.
-
     _targets = BOX_GEOMETRY
 
     def __init__(self, max_ratio: float = 4.0, p: float = 0.5):
@@ -753,10 +775,9 @@ class SSDZoomOut(A.DualTransform):
 class SSDCrop(A.DualTransform):
     """Cut out a random patch (SSD section 2.2, "Data augmentation").
 
-    Equally likely are the whole image, a patch whose IoU with an object is at least .1, .3, .5, .7 or .9, and
-    any patch. A patch has .3 to 1 of each side, an aspect ratio of .5 to 2, and the centre of an object, if
-    there are any: the first of `trials` that fits is taken, else the whole image. Objects whose centre is
-    inside are kept, clipped to the patch.
+    Equally likely are the whole image, any patch, and one whose IoU with an object is at least .1, .3, .5, .7
+    or .9. A patch has .3 to 1 of each side, an aspect ratio of .5 to 2 and the centre of an object: the first
+    of `trials`, else the whole image. Objects whose centre is inside are kept, clipped to the patch.
     """
 
     _targets = BOX_GEOMETRY
@@ -863,7 +884,6 @@ def build_transform(*, train: bool, zoom_out: float = 0.5, crop: float = 1.0, co
 
 # ---- 7. Model ----
 
-
 class L2Norm(nn.Module):
     """Divide each pixel's channel vector by its length and multiply by a learned scale (ParseNet Eq. 1)."""
 
@@ -890,14 +910,12 @@ class SSD300(nn.Module):
 
     forward(images): images (B, 3, 300, 300) RGB, uint8 or float in 0..255, normalised inside. Returns float32
     cls_logits (B, A, K + 1), class 0 is background, and box_deltas (B, A, 4), what `encode` makes of boxes.
-
     width multiplies every channel count; batch_norm puts one behind every convolution but the heads';
     prior_prob is the heads' first foreground probability (Focal loss section 4.1), None: their bias is zero.
     """
 
     # Differs from paper: its maps have 38, 19, 10, 5, 3, 1 cells and 8,732 anchors. Here VGG's pooling rounds
     # down, conv5_3 feeds a head of its own, fc6 is not dilated, nothing pools before it.
-
     def __init__(self, num_classes: int, *, width: float = 1.0, batch_norm: bool = False,
                  prior_prob: float | None = None, anchor_sizes: Sequence = ANCHOR_SIZES):
         super().__init__()
@@ -1017,16 +1035,15 @@ def fetch_backbone(source: str = "caffe", *, batch_norm: bool = False) -> dict:
     try:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
-        raise InputError(f"ImageNet weights could not be had from {weights.url} ({error}): give that file "
-                         "with --backbone-weights FILE, or train with --no-pretrained") from None
+        raise InputError(f"{weights.url} failed ({error}): see --backbone-weights, --no-pretrained") from None
 
 
-def load_backbone(model: SSD300, state: dict) -> bool:
+def load_backbone(model: SSD300, state: dict) -> None:
     """Copy ImageNet weights, a state dict of torchvision's vgg16 or vgg16_bn, into a full-width SSD300.
 
     A classifier's fc6 (4096, 512, 7, 7) and fc7 (4096, 4096) are decimated: every fourth output and input,
     rows and columns 0, 3, 6 (DeepLab, arXiv:1412.7062; SSD section 3). The Caffe weights have none and want
-    images normalised their way. Returns whether there was one. InputError if a weight does not fit.
+    images normalised their way. InputError if a weight does not fit.
     """
     state = state if isinstance(state, dict) else {}
     given = [v for k, v in state.items() if str(k).startswith("features.") and "num_batches" not in k]
@@ -1053,7 +1070,6 @@ def load_backbone(model: SSD300, state: dict) -> bool:
             fc6.bias.copy_(fc[1][::4])
             fc7.weight.copy_(fc[2][::4, ::4, None, None])
             fc7.bias.copy_(fc[3][::4])
-    return bool(has_classifier)
 
 
 def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
@@ -1070,7 +1086,6 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 # ---- 8. Losses ----
-
 
 def focal_loss(cls_logits: Tensor, labels: Tensor, *, gamma: float = FOCAL_GAMMA) -> Tensor:
     """Return -(1 - p_t)^gamma log(p_t) per anchor, p a softmax (Focal loss Eq. 4).
@@ -1122,7 +1137,6 @@ def detection_loss(outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor
 
 # ---- 9. Detection ----
 
-
 @torch.no_grad()
 def detect(cls_logits: Tensor, box_deltas: Tensor, anchors_cxcywh: Tensor, *,
            score_thresh: float | Tensor = SCORE_THRESH, nms_iou_thresh: float = NMS_IOU_THRESH,
@@ -1158,7 +1172,6 @@ def detect(cls_logits: Tensor, box_deltas: Tensor, anchors_cxcywh: Tensor, *,
 
 # ---- 10. Evaluation ----
 
-
 # The devkit's 0:0.1:1, which MATLAB counts up from 0 and down from 1: its fourth value is just above .3.
 ELEVEN_RECALLS = np.concatenate((np.arange(6) * 0.1, 1 - np.arange(5)[::-1] * 0.1))
 
@@ -1191,8 +1204,7 @@ def overlap_pairs(det_keys: np.ndarray, det_boxes: np.ndarray, gt_keys: np.ndarr
     return det[is_shared], gt[is_shared], iou[is_shared]
 
 
-def assign_voc(det: dict, gt: dict, num_classes: int,
-               iou_thresh: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+def assign_voc(det: dict, gt: dict, num_classes: int, iou_thresh: float = 0.5) -> tuple:
     """Return is_hit and is_ignored, bool (N,), by the rules of `evaluate_voc`, for det in score order."""
     det_keys, gt_keys = (side["image_ids"] * (num_classes + 1) + side["labels"] for side in (det, gt))
     rows, targets, iou = overlap_pairs(det_keys, det["boxes_px"], gt_keys, gt["boxes_px"])
@@ -1212,12 +1224,12 @@ def assign_voc(det: dict, gt: dict, num_classes: int,
 def evaluate_voc(detections: dict, truth: dict, num_classes: int, iou_thresh: float = 0.5) -> dict[int, dict]:
     """Score detections by the VOC2007 devkit's rules: {label: {"ap_area", "ap11", "recall", ...}}.
 
-    detections: {"image_ids" (N,) int, "labels" (N,) 1..K, "scores" (N,), "boxes_px" (N, 4)}; truth:
-    {"image_ids" (M,), "labels" (M,), "boxes_px" (M, 4), "difficult" (M,) bool}. Boxes are VOC pixels:
-    1-based, corners included. In score order (ties: as given) a detection takes the ground truth of its image
-    and class that it overlaps most; at IoU >= iou_thresh it is a hit the first time and false after that, a
-    difficult one counts neither way. recall, precision and scores are arrays along that order, num_gt counts
-    what is not difficult. A class without such ground truth has NaN for both APs.
+    detections: {"image_ids" (N,) int, "labels" (N,) 1..K, "scores" (N,), "boxes_px" (N, 4)}; truth: the same
+    and "difficult" (M,) bool, no scores. Boxes are VOC pixels: 1-based, corners included. In score order
+    (ties: as given) a detection takes the ground truth of its image and class that it overlaps most; at IoU
+    >= iou_thresh it is a hit the first time and false after that, a difficult one counts neither way. recall,
+    precision and scores are arrays along that order, num_gt counts what is not difficult. A class without
+    such ground truth has NaN for both APs.
     """
     order = np.argsort(-detections["scores"], kind="stable")
     det = {name: column[order] for name, column in detections.items()}
@@ -1327,7 +1339,6 @@ def class_table(result: dict, class_names: Sequence[str]) -> str:
 
 # ---- 11. Run records ----
 
-
 def process_rank() -> tuple[int, int]:
     """Return (rank, world): this process's number among torchrun's, and how many they are; alone (0, 1)."""
     if not torch.distributed.is_initialized():
@@ -1346,8 +1357,7 @@ def from_first_process(make: Callable[[], object]) -> object:
 
 def mean_over_processes(value: Tensor) -> Tensor:
     """Return the mean of a float tensor over the processes, itself if there is only one."""
-    world = process_rank()[1]
-    if world > 1:
+    if (world := process_rank()[1]) > 1:
         value = value.clone()
         torch.distributed.all_reduce(value)
         value /= world
@@ -1386,23 +1396,23 @@ def write_json(path: PathLike, content: object, *, lines: bool = False) -> None:
     """Write JSON, whole or not at all; lines: a row of content a line. NaN, unknown to JSON, becomes null."""
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     text = "".join(json.dumps(row) + "\n" for row in content) if lines else json.dumps(content, indent=1)
+    for innermost in (r"\[[^][{}]*\]", r"\{[^{}]*\}"):  # a box a line, then an object a line
+        text = re.sub(innermost, lambda m: re.sub(r"\n *", " ", m[0]) if len(m[0]) < 300 else m[0], text)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(path: PathLike, checkpoint: dict, previous: Path | None = None) -> None:
     """Write a checkpoint whole or not at all; previous: the name under which the one before is kept."""
+    buffer = io.BytesIO()  # torch makes a RuntimeError of a full disk
+    torch.save({"format_version": FORMAT_VERSION, **checkpoint}, buffer)
+
     def write(temporary):
-        with open(temporary, "wb") as file:
-            try:
-                torch.save({"format_version": FORMAT_VERSION, **checkpoint}, file)
-            except RuntimeError as error:  # what torch makes of a failing write
-                raise OSError(*(getattr(error.__context__, "args", None) or error.args)) from None
-        if previous is not None:
-            second = temporary.with_suffix(".previous.tmp")
-            with contextlib.suppress(OSError):  # there is none yet, or the file system has no hard links
-                os.link(path, second)
-                os.replace(second, previous)  # leaves both where they are the same file already
-            second.unlink(missing_ok=True)
+        temporary.write_bytes(buffer.getbuffer())
+        second = temporary.with_suffix(".previous.tmp")
+        with contextlib.suppress(OSError, TypeError):  # there is none yet, or no hard links, or no name
+            os.link(path, second)
+            os.replace(second, previous)  # leaves both where they are the same file already
+        second.unlink(missing_ok=True)
 
     write_atomically(path, write)
 
@@ -1433,8 +1443,7 @@ class CheckpointWriter:
                 save_checkpoint(self.folder / name, self.waiting[name], previous)
                 del self.waiting[name]
             except OSError as error:
-                print(f"warning: {self.folder / name} was not written, the next save tries again: {error}",
-                      file=sys.stderr)
+                print(f"warning: {self.folder / name} waits for the next save: {error}", file=sys.stderr)
         self.flushed_at = time.monotonic()
 
 
@@ -1444,8 +1453,8 @@ def load_checkpoint(path: PathLike, *, resumable: bool = False) -> dict:
     if not {"format_version", "model", "config", "classes"} <= set(checkpoint):
         raise InputError(f"{path}: not a checkpoint of this program (it lacks model, config or classes)")
     if checkpoint["format_version"] != FORMAT_VERSION:
-        raise InputError(f"{path}: of format {checkpoint['format_version']}, not {FORMAT_VERSION}: use the "
-                         "version of the program that wrote it, or train again")
+        raise InputError("{}: of format {}, not {}: use the program's version that wrote it".format(
+            path, checkpoint["format_version"], FORMAT_VERSION))
     if resumable and "train_state" not in checkpoint:
         raise InputError(f"{path}: holds weights but no training state; resume from a last.pth")
     return checkpoint
@@ -1491,7 +1500,6 @@ def prepare_folders(checkpoints: Path, plots: Path, *, keep: bool) -> None:
 
 # ---- 12. Plots ----
 
-
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, whole or not at all; a failure (a full disk) costs the picture, not the run."""
     try:
@@ -1502,10 +1510,9 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         print(f"warning: {path} was not written: {error}", file=sys.stderr)
 
 
-_LOSSES = {"Loss": "loss", "Class loss": "loss_cls", "Box loss": "loss_box"}
 CURVES = {  # of loss.png: {title: (label of the y axis, {column of metrics.jsonl: (label, style)})}
     **{title: ("sum / positives", {f"train_{key}": ("train", "C0-"), f"val_{key}": ("validation", "C1--")})
-       for title, key in _LOSSES.items()},
+       for title, key in (("Loss", "loss"), ("Class loss", "loss_cls"), ("Box loss", "loss_box"))},
     "Validation mAP": ("mAP", {"val_map_area": ("IoU .5, area", "C2-"), "val_map75": ("IoU .75, area", "C5:"),
                                "val_map11": ("IoU .5, 11-point", "C4--")}),
     "Learning rate at the epoch's end": ("learning rate", {"lr": ("", "C3-")}),
@@ -1538,8 +1545,7 @@ def color_of(label: int) -> str:
     return PALETTE[(label - 1) % len(PALETTE)]
 
 
-def draw_boxes(image: Image.Image, boxes_px: np.ndarray, captions: list[str],
-               colors: list[str]) -> Image.Image:
+def draw_boxes(image: Image.Image, boxes_px: np.ndarray, captions: list, colors: list) -> Image.Image:
     """Return a copy of a PIL image with boxes and captions drawn on it; lines and text follow its size."""
     # torchvision's draw_bounding_boxes clips captions at the right and hides white boxes on pale images.
     out = image.copy()
@@ -1552,12 +1558,14 @@ def draw_boxes(image: Image.Image, boxes_px: np.ndarray, captions: list[str],
         if color == "white":
             draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=line + 2)
         draw.rectangle((x1, y1, x2, y2), outline=color, width=line)
-    for (x1, y1, _, _), caption, color in zip(boxes, captions, colors, strict=True):
+    for (x1, y1, _, y2), caption, color in zip(boxes, captions, colors, strict=True):
         if caption:
             _, _, width, height = draw.textbbox((2, 1), caption, font=font)
             left, top = max(0, min(x1, out.width - width - 2)), max(0, y1 - height - 1)
+            if color == "white":  # the truth's captions stand within its boxes, at the bottom
+                top = min(y2, out.height) - height - 2
             draw.rectangle((left, top, left + width + 1, top + height + 1), fill=color)
-            draw.text((left + 2, top + 1), caption, fill="white", font=font)
+            draw.text((left + 2, top + 1), caption, fill="black" if color == "white" else "white", font=font)
     return out
 
 
@@ -1597,8 +1605,8 @@ def plot_predictions(records: list[Record], detections: dict, classes: Sequence[
         image = Image.fromarray(record.read())
         scale = 450 / max(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size])
-        count = len(record.labels)
-        image = draw_boxes(image, record.boxes_px * scale, [""] * count, ["white"] * count)
+        names = [classes[k - 1] for k in record.labels]
+        image = draw_boxes(image, record.boxes_px * scale, names, ["white"] * len(names))
         drawn = (detections["image_ids"] == index) & (detections["scores"] >= DRAW_SCORE_THRESH)
         labels, scores = detections["labels"][drawn].tolist(), detections["scores"][drawn].tolist()
         captions = [f"{classes[k - 1]} {score:.2f}" for k, score in zip(labels, scores, strict=True)]
@@ -1609,8 +1617,7 @@ def plot_predictions(records: list[Record], detections: dict, classes: Sequence[
 
 # ---- 13. Training ----
 
-# From here on `args` is the namespace of the command line: what a setting means stands in --help, once.
-
+# From here on `args` is the namespace of the command line.
 
 def pick_device(name: str = "auto") -> torch.device:
     """Return the torch.device of a name; "auto" is the first GPU, else the CPU. InputError if absent."""
@@ -1632,14 +1639,6 @@ def pick_amp_dtype(device: torch.device, amp: str = "auto") -> torch.dtype | Non
     return torch.bfloat16 if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else None
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory: fresh pages cost about a quarter of a CPU training step."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
-
-
 def make_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     """Return SGD or AdamW; weights of two dimensions or more decay, biases and norms do not."""
     params = [p for p in model.parameters() if p.requires_grad]
@@ -1652,13 +1651,11 @@ def make_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, args: Namespace, steps_per_epoch: int) -> float:
-    """Return the rate of a step, counted from 0: a linear warm-up, then by cosine to a hundredth of args.lr,
-    or "step": a tenth of it from 2/3 of all steps on, a hundredth from 5/6 (SSD section 3.1).
-    """
+    """Return the rate of a step, counted from 0: a linear warm-up, then a cosine to args.lr / 100."""
     warmup, total = round(args.warmup_epochs * steps_per_epoch), args.epochs * steps_per_epoch
     if step < warmup:
         return args.lr * (step + 1) / warmup
-    if args.schedule == "step":
+    if args.schedule == "step":  # from 2/3 of all steps on, and from 5/6 (SSD section 3.1)
         return args.lr * 0.1 ** ((3 * step >= 2 * total) + (6 * step >= 5 * total))
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return args.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
@@ -1754,8 +1751,8 @@ def train_step(state: TrainState, batch: dict, loss: Callable, *, lr: float, cli
     return dict(zip(losses, values, strict=True)) if is_finite else None
 
 
-def train_one_epoch(state: TrainState, loader: DataLoader, batches: Iterator, loss: Callable,
-                    args: Namespace, *, amp_dtype: torch.dtype | None = None) -> dict:
+def train_one_epoch(state: TrainState, loader: DataLoader, batches: Iterator, loss: Callable, args: Namespace,
+                    *, amp_dtype: torch.dtype | None = None) -> dict:
     """Train for an epoch; returns columns of metrics.jsonl, data_wait is the share of time the loader took.
 
     batches: iter(loader). InputError names the images after three steps in a row without finite gradient.
@@ -1844,11 +1841,24 @@ def fit(state: TrainState, loaders: tuple, args: Namespace, *, loss: Callable, a
             redraw(state)
 
 
-def build_state(args: Namespace, num_classes: int, device: torch.device,
-                amp_dtype: torch.dtype | None) -> tuple[TrainState, dict]:
+def choose_anchors(mode: str | Sequence, boxes: np.ndarray, *, is_voc: bool = False) -> Sequence:
+    """Return the anchor sizes that --anchors means for training boxes (N, 4); sizes of a saved run stay."""
+    if not isinstance(mode, str):
+        return mode
+    boxes = boxes[:: len(boxes) // 4000 + 1]  # enough
+    sizes, reach = ANCHOR_SIZES, np.mean(best_anchor_iou(boxes) >= 0.5)
+    if mode == "fit" or (mode == "auto" and not is_voc and reach < LEAST_REACH):
+        sizes = fit_anchor_sizes(boxes)
+        fitted = np.mean(best_anchor_iou(boxes, sizes) >= 0.5)
+        print(f"anchors  fitted: {fitted:.1%} of the training boxes are reached (IoU .5), before {reach:.1%}")
+    return sizes
+
+
+def build_state(args: Namespace, num_classes: int, device: torch.device, amp_dtype: torch.dtype | None,
+                anchor_sizes: Sequence = ANCHOR_SIZES) -> tuple[TrainState, dict]:
     """Return (TrainState, network config) by the flags; all processes get the first one's weights."""
     config = {"num_classes": num_classes, "width": args.width, "batch_norm": args.batch_norm,
-              "anchor_sizes": args.anchors or ANCHOR_SIZES}
+              "anchor_sizes": anchor_sizes}
     model = SSD300(**config, prior_prob=FOCAL_PRIOR if args.loss == "focal" else None)
     rank, world = process_rank()
     if args.pretrained and not args.resume and rank == 0:
@@ -1870,7 +1880,6 @@ def build_state(args: Namespace, num_classes: int, device: torch.device,
 
 # ---- 14. Inference ----
 
-
 @dataclass(eq=False)
 class Detections:
     """What was found in one image, best first. boxes_px (D, 4): xyxy in pixels of the upright image."""
@@ -1887,6 +1896,13 @@ class Detections:
         """Return plain lists and numbers, ready for JSON."""
         return {"boxes_px": self.boxes_px.astype(float).round(2).tolist(), "labels": self.labels,
                 "names": self.names, "scores": np.round(self.scores, 4).tolist()}
+
+    def to_supervision(self):
+        """Return the supervision package's Detections, for its trackers, counters and slicers of images."""
+        import supervision  # optional
+        data = {"class_name": np.array(self.names, dtype=str)}
+        return supervision.Detections(xyxy=self.boxes_px.reshape(-1, 4), confidence=np.array(self.scores),
+                                      class_id=np.array(self.labels, dtype=int), data=data)
 
     def draw(self, image: PathLike | Image.Image | np.ndarray) -> Image.Image:
         """Return a PIL copy of an image, see `open_image`, with boxes, class names and scores drawn on it."""
@@ -1977,48 +1993,33 @@ RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
     "warmup_epochs": 0.0, "clip_grad": 0.0, "ema_decay": 0.0, "shadow": 0.0, "noise": 0.0, "blur": 0.0,
 }
 OPTIONAL_FLAGS = ("evaluate", "predict", "weights", "init_from", "classes", "train_split", "val_split",
-                  "test_split", "workers", "anchors", "compile", "score_thresh")  # None unless given
+                  "test_split", "workers", "compile", "score_thresh")  # None unless given
 DATA_FLAGS = ("data", "classes", "train_split", "val_split", "val_fraction", "test_split", "unlabelled")
 MACHINE_FLAGS = ("device", "workers", "output_dir", "data_root", "cache", "compile", "resume", "evaluate",
                  "predict", "weights")  # not saved with a run
 
 
-def _number(name, kind, low, high=math.inf):
+def _number(kind, low, high=math.inf):
     """Return an argparse type: a finite number from low to high."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not {name}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
 
-    parse.__name__ = name
+    parse.__name__ = {int: "integer", float: "number"}[kind]
     return parse
 
 
-positive_int = _number("an integer of 1 or more", int, 1)
-natural_int = _number("an integer of 0 or more", int, 0)
-positive_float = _number("a number above 0", float, sys.float_info.min)
-natural_float = _number("a number of 0 or more", float, 0)
-unit_interval = _number("a number from 0 to 1", float, 0, 1)
+positive_int, natural_int = _number(int, 1), _number(int, 0)
+positive_float, natural_float = _number(float, 1e-12), _number(float, 0)
+unit_interval = _number(float, 0, 1)
 
 
 def class_list(text: str) -> tuple[str, ...]:
-    """argparse type: class names parted by commas, each once."""
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def anchor_file(path: str) -> list:
-    """argparse type: a JSON file of (w, h) pairs for each of the six maps, as tools/anchors.py writes it."""
-    try:
-        sizes = [[(float(w), float(h)) for w, h in pairs] for pairs in json.loads(Path(path).read_text())]
-        if len(sizes) == len(FEATURE_MAPS) and all(sizes) and all(
-                0 < side < 10 for pairs in sizes for pair in pairs for side in pair):
-            return sizes
-        problem = "other numbers"
-    except (OSError, ValueError, TypeError) as error:
-        problem = error
-    raise argparse.ArgumentTypeError(f"{path} must hold {len(FEATURE_MAPS)} lists of [width, height] pairs, "
-                                     f"fractions of the image ({problem})")
+    """argparse type: class names parted by commas, or a file of a name a line; each once."""
+    names = Path(text).read_text("utf-8-sig").split("\n") if os.path.isfile(text) else text.split(",")
+    return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
 def _add_training_flags(parser, switch=argparse.BooleanOptionalAction, none=argparse.SUPPRESS):
@@ -2054,18 +2055,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("what to do (default: train)").add_argument
     add("--evaluate", metavar="FILE", default=none, help="measure a checkpoint on the test list")
-    add("--predict", metavar="IMAGE", nargs="+", default=none, help="detect in images (needs --weights)")
-    add("--weights", metavar="FILE", default=none, help="for --predict: a checkpoint")
+    add("--predict", metavar="IMAGE", nargs="+", default=none, help="detect in images")
+    add("--weights", metavar="FILE", default=none, help="for --predict: a checkpoint (default: the newest)")
     add("--resume", action="store_true", help="go on with the run of --output-dir after its last saved epoch")
     add("--output-dir", metavar="DIR", default=".", help="where checkpoints/ and plots/ are written")
 
     add = parser.add_argument_group("data").add_argument
     add("--data", default=none, help="voc2007 (default), voc0712, shapes or a folder in VOC layout")
     add("--data-root", metavar="DIR", default="data", help="where VOCdevkit and shapes are or will be")
-    add("--classes", type=class_list, default=none, help="names a,b,c (default: VOC's, or those annotated)")
+    add("--classes", type=class_list, default=none, help="a,b,c or a file of them (default: VOC's, or all)")
     add("--train-split", metavar="LIST", default=none, help="training list (default: trainval of VOC, train)")
-    add("--val-split", metavar="LIST", default=none,
-        help="list that chooses the best (default: a folder's val)")
+    add("--val-split", metavar="LIST", default=none, help="list to choose the best by (default: val, if any)")
     add("--val-fraction", type=unit_interval, default=0.1, help="else a share of the training list does")
     add("--test-split", metavar="LIST", default=none, help="list to measure on (default: test, if it exists)")
     add("--unlabelled", choices=("error", "negative"), default="error", help="images without annotation file")
@@ -2079,7 +2079,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--backbone-weights", metavar="KIND", default="caffe", help="caffe, imagenet or a file of either")
     add("--init-from", metavar="FILE", default=none, help="start from a checkpoint, also of other classes")
     add("--freeze-blocks", metavar="N", type=int, choices=range(6), default=none, help="VGG blocks to freeze")
-    add("--anchors", metavar="FILE", type=anchor_file, default=none, help="anchor sizes by tools/anchors.py")
+    add("--anchors", choices=("auto", "fit", "paper"), default="auto",
+        help="fit them to the training boxes; auto: to a folder's that the paper's do not reach")
 
     add = parser.add_argument_group("augmentation, as probabilities").add_argument
     add("--zoom-out", type=unit_interval, default=none, help="SSD zoom-out, up to 4 times")
@@ -2105,15 +2106,17 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser.set_defaults(**RECIPES[recipe])
     last = Path(given.output_dir) / "checkpoints" / "last.pth" if given.resume else None
     if path := last or getattr(given, "evaluate", getattr(given, "init_from", None)):
-        saved = load_checkpoint(path, resumable=given.resume)["args"]
+        checkpoint = load_checkpoint(path, resumable=given.resume)
         is_elsewhere = hasattr(given, "data") and not given.resume
-        parser.set_defaults(**{k: v for k, v in saved.items() if not (is_elsewhere and k in DATA_FLAGS)})
+        saved = {k: v for k, v in checkpoint["args"].items() if not (is_elsewhere and k in DATA_FLAGS)}
+        sizes = {} if given.resume else {"anchors": checkpoint["config"]["anchor_sizes"]}
+        parser.set_defaults(**saved | sizes)
     args = parser.parse_args(argv)
     args.pretrained = args.pretrained and not args.init_from
     if args.init_from and hasattr(given, "recipe"):
         parser.error("--init-from takes its run's recipe: set what differs by its own flag")
-    if bool(args.predict) != bool(args.weights):
-        parser.error("--predict and --weights go together")
+    if args.weights and not args.predict:
+        parser.error("--weights is for --predict")
     if args.pretrained and args.width != 1:
         parser.error(f"--width {args.width:g} has no ImageNet weights: add --no-pretrained")
     is_trained = bool(args.pretrained or args.init_from)
@@ -2146,7 +2149,10 @@ def print_header(args: Namespace, data: DataSplits, model: SSD300, amp_dtype: to
 def prepare_device(args: Namespace, device: torch.device) -> torch.dtype | None:
     """Set up torch and OpenCV for a device, fill the flags that it decides; returns the autocast dtype."""
     if not (is_cuda := device.type == "cuda"):
-        keep_freed_memory()
+        with contextlib.suppress(OSError, AttributeError):  # glibc alone
+            mallopt = ctypes.CDLL(None).mallopt  # fresh pages cost about a quarter of a CPU training step
+            mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep freed memory
     else:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
         torch.backends.cudnn.benchmark = True  # the shapes stay the same
@@ -2179,31 +2185,6 @@ def make_loaders(args: Namespace, data: DataSplits, state: TrainState) -> tuple:
     return make_loader(train, batch_sampler=sampler, **options), val_loader
 
 
-def measure(args: Namespace, records: list[Record], classes: Sequence[str], model: SSD300, *, checkpoint: str,
-            split: str) -> tuple[dict, dict]:
-    """Measure a model on records, print the table, draw; returns (evaluation.json, `evaluate`'s result)."""
-    amp_dtype = pick_amp_dtype(model.anchors.device, args.amp)
-    score_thresh = SCORE_THRESH if args.score_thresh is None else args.score_thresh
-    settings = {"score_thresh": score_thresh, "nms_iou_thresh": args.nms_iou}
-    result = evaluate(model, plain_loader(args, records, model), amp_dtype=amp_dtype, **settings)
-    rows = [{k: row[k] for k in ("ap_area", "ap11", "ap75", "num_gt")} for row in result["classes"].values()]
-    numbers = {
-        "checkpoint": checkpoint, "data": args.data, "split": split, "num_images": len(records),
-        "precision": str(amp_dtype or torch.float32)[6:], "detection": settings,
-        **{key: result[key] for key in ("map_area", "map11", "map75")},
-        "per_class": dict(zip(classes, rows, strict=True)),
-    }
-    plots = Path(args.output_dir) / "plots"
-    (plots / "evaluation").mkdir(parents=True, exist_ok=True)
-    write_json(plots / "evaluation" / "evaluation.json", numbers)
-    print(class_table(result, classes))
-    print(f"Test mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point); mAP@.75: "
-          f"{result['map75']:.4f} (area)")
-    save_figure(plot_predictions(records, result["detections"], classes, Path(checkpoint).name),
-                plots / "predictions.png")
-    return numbers, result
-
-
 def resume_state(state: TrainState, classes: Sequence[str], checkpoints: Path) -> None:
     """Bring a state back to where last.pth left it; InputError for other classes or another network."""
     saved = load_checkpoint(checkpoints / "last.pth", resumable=True)
@@ -2232,28 +2213,40 @@ def start_from(state: TrainState, path: PathLike, classes: Sequence[str]) -> Non
     print(f"start    {path}: {what}")
 
 
-def evaluate_checkpoint(args: Namespace) -> tuple[dict, list[Record], SSD300, dict, dict]:
-    """Measure args.evaluate on the test list; returns (checkpoint, records, model, numbers, result)."""
+def evaluate_checkpoint(args: Namespace) -> tuple[dict, list[Record], dict, dict]:
+    """Measure args.evaluate on the test list; returns (checkpoint, records, evaluation.json, result)."""
     device = pick_device(args.device)
-    prepare_device(args, device)
+    amp_dtype = prepare_device(args, device)
     checkpoint = load_checkpoint(args.evaluate)
     classes = checkpoint["classes"]
     (root, *_), lists = find_data(args.data, args.data_root, "", "", args.test_split)  # no other list
     if not (split := lists["test"]):
         raise InputError(f"{args.data} has no test list: name one with --test-split")
     annotations = read_annotations(root, split, unlabelled=args.unlabelled)
-    found = sorted({name for _, _, objects in annotations.values() for name, _, _ in objects})
-    unknown = [name for name in found if name not in classes]
-    if found and len(unknown) == len(found):
-        raise InputError(f"{args.data}, list {split} has the classes {', '.join(found)}; the model knows "
-                         f"{', '.join(classes)}: name the data it was trained for with --data")
-    if unknown:
-        print(f"not known to the checkpoint, so left out: {', '.join(unknown)}")
-    records = read_records(root, split, classes, annotations=annotations, only_listed=True)
+    records = read_records(root, split, classes, annotations=annotations)
+    is_annotated = any(objects for _, _, objects in annotations.values())
+    if is_annotated and not any(len(record.labels) for record in records):
+        raise InputError(f"{args.data}, list {split}: nothing of {', '.join(classes)} (see --data)")
     model = model_from_checkpoint(checkpoint, args.evaluate, device)
-    print(f"{args.evaluate} on {args.data}, list {split}: {len(records)} images")
-    numbers, result = measure(args, records, classes, model, checkpoint=str(args.evaluate), split=split)
-    return checkpoint, records, model, numbers, result
+    report = Path(args.output_dir) / "plots" / "evaluation" / "evaluation.json"
+    print(f"{args.evaluate} on {args.data}, list {split}: {len(records)} images -> {report}")
+    score_thresh = SCORE_THRESH if args.score_thresh is None else args.score_thresh
+    settings = {"score_thresh": score_thresh, "nms_iou_thresh": args.nms_iou}
+    result = evaluate(model, plain_loader(args, records, model), amp_dtype=amp_dtype, **settings)
+    rows = [{k: row[k] for k in ("ap_area", "ap11", "ap75", "num_gt")} for row in result["classes"].values()]
+    numbers = {
+        "checkpoint": str(args.evaluate), "data": args.data, "split": split, "num_images": len(records),
+        "precision": str(amp_dtype or torch.float32)[6:], "detection": settings,
+        **{key: result[key] for key in ("map_area", "map11", "map75")},
+        "per_class": dict(zip(classes, rows, strict=True)),
+    }
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_json(report, numbers)
+    save_figure(plot_predictions(records, result["detections"], classes, Path(args.evaluate).name),
+                report.parent.parent / "predictions.png")
+    means = "Test mAP@.5: {map_area:.4f} (area), {map11:.4f} (11-point); mAP@.75: {map75:.4f} (area)"
+    print(class_table(result, classes), means.format(**numbers), sep="\n")
+    return checkpoint, records, numbers, result
 
 
 def finish_training(args: Namespace, data: DataSplits, checkpoints: Path) -> dict | None:
@@ -2264,7 +2257,7 @@ def finish_training(args: Namespace, data: DataSplits, checkpoints: Path) -> dic
     args.evaluate = str(checkpoints / f"ssd_{data.name}_final.pth")
     save_checkpoint(args.evaluate, final)
     if data.test:
-        final["test"] = evaluate_checkpoint(args)[3]
+        final["test"] = evaluate_checkpoint(args)[2]
         save_checkpoint(args.evaluate, final)
     print("" if data.test else "no test list, so no test mAP: see --test-split\n", args.evaluate, sep="")
     return final.get("test")
@@ -2276,12 +2269,19 @@ def run_training(args: Namespace) -> int:
     device = pick_device(args.device)
     amp_dtype = prepare_device(args, device)
     checkpoints, plots = Path(args.output_dir) / "checkpoints", Path(args.output_dir) / "plots"
-    names = ("data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed",
-             "unlabelled")
-    data = from_first_process(lambda: load_data(args.data, **{name: getattr(args, name) for name in names}))
-    state, config = build_state(args, len(data.classes), device, amp_dtype)
+    if args.resume and (checkpoints / "run.json").is_file():
+        saved = json.loads((checkpoints / "run.json").read_text(encoding="utf-8"))
+        if "wall_s" in saved and saved["flags"]["epochs"] == args.epochs:
+            print(f"the run in {checkpoints} is finished: to train further see --epochs and --init-from")
+            return 0
+    sources = {name: getattr(args, name) for name in (*DATA_FLAGS, "data_root", "seed")}
+    data = from_first_process(lambda: load_data(**sources))
+    boxes = np.concatenate([record.boxes for record in data.train])
+    sizes = choose_anchors(args.anchors, boxes, is_voc=data.name == "pascal_voc")
+    state, config = build_state(args, len(data.classes), device, amp_dtype, sizes)
     if args.resume:
         resume_state(state, data.classes, checkpoints)
+        began -= sum(row["seconds"] for row in state.history)  # of the parts before
     elif args.init_from:
         start_from(state, args.init_from, data.classes)
     loaders = make_loaders(args, data, state)
@@ -2325,19 +2325,27 @@ def run_training(args: Namespace) -> int:
 
 def run_prediction(args: Namespace) -> int:
     """Detect in images: write a drawn copy of each and predictions.json; returns the exit code."""
-    detector = load_detector(args.weights, args.device, args.amp)
-    found = detector.predict(args.predict, score_thresh=args.score_thresh, nms_iou_thresh=args.nms_iou)
+    trained = sorted(Path(args.output_dir, "checkpoints").glob("*_final.pth"), key=os.path.getmtime)
+    if not (weights := args.weights or (trained or [None])[-1]):
+        raise InputError(f"no final checkpoint in {args.output_dir}/checkpoints: name one with --weights")
+    print(f"weights  {weights}")
+    detector = load_detector(weights, args.device, args.amp)
+    settings = {"nms_iou_thresh": args.nms_iou}
+    found = detector.predict(args.predict, score_thresh=args.score_thresh, **settings)
     folder, taken = Path(args.output_dir) / "plots" / "predictions", []
     folder.mkdir(parents=True, exist_ok=True)
     for path, one in zip(args.predict, found, strict=True):
         names = (f"{Path(path).stem}{f'_{n}' if n else ''}.png" for n in itertools.count())
         taken.append(next(name for name in names if name not in taken))
-        target = folder / taken[-1]
-        one.draw(path).save(target)
-        listed = ", ".join(f"{name} {score:.2f}" for name, score in zip(one.names, one.scores, strict=True))
-        print(f"{path}: {listed or 'nothing found'} -> {target}")
-    results = dict(zip(args.predict, [one.to_dict() for one in found], strict=True))
-    write_json(folder / "predictions.json", results)
+        one.draw(path).save(folder / taken[-1])
+        text = ", ".join(f"{name} {count}" for name, count in collections.Counter(one.names).items())
+        if not one.names:
+            weak = detector.predict(path, score_thresh=0.0, max_detections=1, **settings)
+            text = "nothing found, at best " + ", ".join(map("{} {:.2f}".format, weak.names, weak.scores))
+        print(f"{path}: {text} -> {folder / taken[-1]}")
+    results = [one.to_dict() for one in found]
+    write_json(folder / "predictions.json", dict(zip(args.predict, results, strict=True)))
+    print(folder / "predictions.json")
     return 0
 
 
@@ -2346,8 +2354,8 @@ def advise(error: Exception) -> str | None:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return "out of memory: lower --batch-size or --workers, or set --no-cache"
     if "DataLoader" in str(error):
-        return ("a loader process died or hangs, mostly for want of memory or a container's /dev/shm: lower "
-                "--workers or --batch-size, or start it with --ipc=host; --workers 0 shows any other cause")
+        return ("a loader process died or hangs, mostly for want of memory or /dev/shm: lower --workers or "
+                "--batch-size, or start a container with --ipc=host; --workers 0 shows another cause")
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({str(error).strip().splitlines()[0][:160]}): set --no-compile"
 

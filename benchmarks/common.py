@@ -14,7 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cv2
 import torch
 import torchvision
 from PIL import Image
@@ -52,14 +51,8 @@ def make_speed_parser(doc, *, rounds):
 def begin(args):
     """Set up torch and OpenCV as training does; returns (device, DataSplits with nothing held out)."""
     torch.set_num_threads(args.threads)
-    cv2.setNumThreads(0)
-    torch.manual_seed(0)
     device = ssd.pick_device(args.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    else:
-        ssd.keep_freed_memory()
+    ssd.prepare_device(argparse.Namespace(seed=0, workers=0, compile=False, amp="off"), device)
     data = ssd.load_data(args.data, data_root=args.data_root, train_split=args.train_split, val_fraction=0)
     return device, data
 
@@ -230,8 +223,8 @@ def measure(run, splits=()):
     root = ssd.find_data(used["data"], used["data_root"], *lists)[0][0]
     saved = ssd.load_checkpoint(run["checkpoint"])
     classes = saved["classes"]
-    records = [record for split in splits or [run["test"]["split"]]
-               for record in ssd.read_records(root, split, classes, only_listed=True)]
+    splits = splits or [run["test"]["split"]]
+    records = [record for split in splits for record in ssd.read_records(root, split, classes)]
     model = ssd.model_from_checkpoint(saved, run["checkpoint"], ssd.pick_device(used["device"]))
     dataset = ssd.VocDataset(records, ssd.build_transform(train=False), model.anchors.cpu())
     loader = ssd.make_loader(dataset, batch_size=8, workers=used["workers"])

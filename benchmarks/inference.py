@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 
 import common
+import numpy as np
 import torch
 import torchvision
 from common import ROOT, ssd

@@ -4,7 +4,6 @@ import itertools
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -111,12 +110,6 @@ def test_auto_fits_where_the_paper_s_anchors_do_not_reach_and_never_for_voc(tmp_
     assert ssd.choose_anchors("paper", boxes) == ssd.ANCHOR_SIZES
     assert ssd.choose_anchors(fitted, reached) == fitted  # of a saved run
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(("pixels", "is_told"), [(7.9, True), (8.1, False)])
-def test_objects_too_small_to_be_seen_are_told(pixels, is_told, capsys):
-    ssd.choose_anchors("paper", boxes_of([(0.3, 0.3), (pixels / 300, pixels / 450)]))
-    assert ("50.0%" in capsys.readouterr().err) == is_told
 
 
 def test_many_boxes_are_thinned_out(monkeypatch):

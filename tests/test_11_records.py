@@ -195,6 +195,15 @@ def test_weights_alone_cannot_be_resumed(tmp_path, checkpoint):
     assert ssd.load_checkpoint(path, resumable=True)["train_state"] == {}
 
 
+def test_json_has_a_line_an_object_and_keeps_every_text(tmp_path):
+    objects = [{"name": "a [b]  {c}", "box": [1.5, 2, 3, 4]}, {"name": "d\n", "box": [1.5, 2]}]
+    content = {"objects": objects, "flags": {f"flag {number}": "x" * 20 for number in range(20)}}
+    ssd.write_json(tmp_path / "a.json", content)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == content
+    assert '  { "name": "d\\n", "box": [ 1.5, 2 ] }\n' in text
+
+
 def test_weights_of_another_network_are_one_line_that_names_the_file(checkpoint):
     checkpoint["model"].popitem()
     assert "x.pth" in input_error(ssd.model_from_checkpoint, checkpoint, "x.pth")

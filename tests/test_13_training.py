@@ -782,10 +782,10 @@ def test_heads_of_shared_classes_are_kept_and_others_begin_anew(tiny_run, make_v
         assert torch.equal(state.model.state_dict()[name], saved[name])
 
 
-def test_other_anchors_get_new_heads(tiny_run, tmp_path, capsys, no_pictures):
+def test_other_anchors_get_new_heads(tiny_run, tmp_path, capsys, monkeypatch, no_pictures):
     sizes = [[[0.1 * (k + 1), 0.1] for k, _ in enumerate(pairs)] for pairs in ssd.ANCHOR_SIZES]
-    (tmp_path / "anchors.json").write_text(json.dumps(sizes))
-    state = start_of(tmp_path, "--init-from", tiny_run.final, "--anchors", tmp_path / "anchors.json")
+    monkeypatch.setattr(ssd, "fit_anchor_sizes", lambda boxes: sizes)
+    state = start_of(tmp_path, "--init-from", tiny_run.final, "--anchors", "fit")
     assert "new heads" in capsys.readouterr().out
     saved = ssd.load_checkpoint(tiny_run.final)["model"]
     for name, value in state.model.state_dict().items():

@@ -255,6 +255,17 @@ def test_a_folder_in_place_of_a_picture_is_one_line_that_names_it(detector, tmp_
         detector.predict(tmp_path)
 
 
+def test_supervision_gets_the_same_objects():
+    supervision = pytest.importorskip("supervision")
+    boxes = np.array([[1, 2, 30, 40], [5, 6, 7, 8]], np.float32)
+    given = ssd.Detections(boxes, [2, 1], ["dog", "cat"], [0.9, 0.5]).to_supervision()
+    assert isinstance(given, supervision.Detections)
+    assert given.xyxy.tolist() == boxes.tolist()
+    assert (given.confidence.tolist(), given.class_id.tolist()) == ([0.9, 0.5], [2, 1])
+    assert given.data["class_name"].tolist() == ["dog", "cat"]
+    assert len(ssd.Detections(np.zeros((0, 4), np.float32), [], [], []).to_supervision()) == 0
+
+
 @pytest.mark.parametrize("name", ["none.pth", "deep/er/none", "none"])
 def test_a_missing_checkpoint_is_one_line(tmp_path, name):
     with pytest.raises(ssd.InputError, match="no such file"):

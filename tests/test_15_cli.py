@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def interrupt(*args, **more):
 def names_read():
     """Return what the module reads as args.NAME, or by getattr(args, name) of the names in a tuple."""
     tree = ast.parse(inspect.getsource(ssd))
-    read = set()
+    read = set(ssd.DATA_FLAGS)  # for load_data
     functions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     for node in (inner for function in functions for inner in ast.walk(function)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
@@ -188,7 +189,6 @@ def test_a_typo_in_a_flag_is_refused_by_name(capsys):
 
 
 @pytest.mark.parametrize(("argv", "named"), [
-    (["--predict", "b.jpg"], ["--predict", "--weights"]),
     (["--weights", "a.pth"], ["--predict", "--weights"]),
     (["--width", ".5"], ["--width", "--no-pretrained"]),
     (["--data", "shapes", "--pretrained"], ["--width", "--no-pretrained"]),
@@ -303,7 +303,7 @@ def test_voc_without_a_network_names_the_flags_that_help(fails, tmp_path, monkey
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     message = fails(["--data-root", tmp_path, "--output-dir", tmp_path / "out"])
     assert "no route to host" in message
-    assert all(flag in message for flag in ("--data PATH", "--data-root", "--data shapes"))
+    assert all(flag in message for flag in ("--data", "--data-root"))
 
 
 def test_weights_without_a_network_name_the_flags_that_help(fails, tiny_voc, flags_of, tmp_path, monkeypatch):
@@ -359,7 +359,7 @@ def test_resuming_a_run_of_other_classes_is_one_line(fails, tiny_run, make_voc, 
     other = make_voc(tmp_path / "other", {"train": 2, "val": 1, "test": 1}, empty_every=0)
     for path in (other / "Annotations").iterdir():
         path.write_text(path.read_text().replace("round", "wheel"))
-    message = fails(["--resume", "--output-dir", tiny_run.output, "--data", other, *HERE])
+    message = fails(["--resume", "--epochs", "3", "--output-dir", tiny_run.output, "--data", other, *HERE])
     assert "angular, round" in message
     assert "--init-from" in message
 
@@ -448,7 +448,7 @@ def test_a_disk_that_is_full_for_a_while_costs_warnings_and_not_the_run(
     assert ssd.main(flags_of(tiny_run.data, tmp_path)) == 0
     assert due == []
     said = capsys.readouterr().err
-    assert "best.pth was not written, the next save tries again" in said
+    assert "best.pth waits for the next save" in said
     assert "No space left" in said
     same_run(tmp_path, tiny_run.output)
 
@@ -533,6 +533,34 @@ def test_evaluating_the_final_checkpoint_repeats_what_training_printed(tiny_run,
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_finished_run_is_not_resumed(tiny_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(tiny_run.output, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert ssd.main(["--resume", "--output-dir", str(out), *HERE]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "is finished" in line
+    assert "--init-from" in line
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_resumed_run_reports_the_time_of_all_its_parts(tiny_run, tmp_path, capsys, no_pictures):
+    out = tmp_path / "out"
+    shutil.copytree(tiny_run.output, out)
+    last = ssd.load_checkpoint(out / "checkpoints" / "last.pth")
+    last["train_state"]["history"][0]["seconds"] = 5000.0
+    ssd.save_checkpoint(out / "checkpoints" / "last.pth", last)
+    assert ssd.main(["--resume", "--epochs", "3", "--output-dir", str(out), *HERE]) == 0
+    assert json.loads((out / "checkpoints" / "run.json").read_text())["wall_s"] > 5000
+    assert "wall time 1:23:" in capsys.readouterr().out
+
+
+def test_classes_may_stand_in_a_file(tmp_path):
+    (tmp_path / "names.txt").write_text("\ufeffred, ripe\n\ncat\ncat\n", encoding="utf-8")
+    assert ssd.class_list(str(tmp_path / "names.txt")) == ("red, ripe", "cat")
+    assert ssd.class_list("red, ripe,cat") == ("red", "ripe", "cat")
+
+
 def test_flags_beat_how_a_run_was_measured(tiny_run, tmp_path, no_pictures):
     argv = ["--evaluate", str(tiny_run.final), "--output-dir", str(tmp_path), *HERE]
     assert ssd.main([*argv, "--nms-iou", ".6", "--score-thresh", ".1"]) == 0
@@ -555,7 +583,6 @@ def test_data_of_other_classes_is_measured_for_those_it_shares(tiny_run, make_vo
     for path in annotations:
         path.write_text(path.read_text().replace("angular", "box"))
     message = fails(argv)
-    assert "box, wheel" in message
     assert "angular, round" in message
     assert "--data" in message
 
@@ -569,12 +596,38 @@ def test_predicting_writes_a_picture_each_and_one_report(tiny_run, tmp_path, cap
         assert ssd.main(["--predict", *images, *flags, *more]) == 0
         assert {p.name for p in folder.iterdir()} == {"test_0.png", "test_1.png", "predictions.json"}
         report = json.loads((folder / "predictions.json").read_text())
-        for path, line in zip(images, capsys.readouterr().out.splitlines(), strict=True):
+        first, *lines, last = capsys.readouterr().out.splitlines()
+        assert first == f"weights  {tiny_run.final}"
+        assert last == str(folder / "predictions.json")
+        for path, line in zip(images, lines, strict=True):
             with Image.open(path) as image:
                 assert png(folder / f"{Path(path).stem}.png").shape[1::-1] == image.size
             settings = {"score_thresh": thresh, "nms_iou_thresh": 0.3 if more else 0.45}
             assert report[path] == detector.predict(path, **settings).to_dict()
             assert line.startswith(f"{path}: ")
+
+
+def test_without_weights_the_newest_final_checkpoint_predicts(tiny_run, tmp_path, fails, capfd):
+    image = str(tiny_run.data / "JPEGImages" / "test_0.jpg")
+    argv = ["--predict", image, "--output-dir", str(tmp_path), *HERE]
+    assert "--weights" in fails(argv)
+    (tmp_path / "checkpoints").mkdir()
+    for age, name in enumerate(("ssd_new_final.pth", "ssd_old_final.pth", "last.pth")):
+        path = tmp_path / "checkpoints" / name
+        shutil.copy(tiny_run.final, path)
+        os.utime(path, (1e9 - age, 1e9 - age))
+    (tmp_path / "checkpoints" / "last.pth").touch()
+    assert ssd.main(argv) == 0
+    assert f"weights  {tmp_path / 'checkpoints' / 'ssd_new_final.pth'}" in capfd.readouterr().out
+
+
+def test_what_is_found_is_counted_by_class(tiny_run, tmp_path, capsys, no_pictures):
+    image = str(tiny_run.data / "JPEGImages" / "test_0.jpg")
+    flags = ["--weights", str(tiny_run.final), "--output-dir", str(tmp_path), "--score-thresh", ".01", *HERE]
+    assert ssd.main(["--predict", image, *flags]) == 0
+    names = ssd.load_detector(tiny_run.final, "cpu").predict(image, score_thresh=0.01).names
+    counted = {f"{name} {names.count(name)}" for name in names}
+    assert set(capsys.readouterr().out.splitlines()[1].split(": ")[1].split(" -> ")[0].split(", ")) == counted
 
 
 def test_files_of_the_same_name_keep_pictures_of_their_own(tiny_run, tmp_path, capsys):
@@ -585,8 +638,8 @@ def test_files_of_the_same_name_keep_pictures_of_their_own(tiny_run, tmp_path, c
     flags = ["--weights", str(tiny_run.final), "--output-dir", str(tmp_path), "--score-thresh", "1", *HERE]
     assert ssd.main(["--predict", *map(str, images), *flags]) == 0
     folder, targets = tmp_path / "plots" / "predictions", set()
-    for path, line in zip(images, capsys.readouterr().out.splitlines(), strict=True):
-        source, target = line.split(": nothing found -> ")
+    for path, line in zip(images, capsys.readouterr().out.splitlines()[1:-1], strict=True):
+        source, target = re.fullmatch(r"(.*): nothing found, at best (?:angular|round) \d\.\d\d -> (.*)", line).groups()
         assert source == str(path)
         targets.add(Path(target))
     assert targets == set(folder.glob("*.png"))

@@ -200,7 +200,7 @@ def test_command_prints_and_writes_the_figures_of_real_detections(tiny_run, tmp_
     folder = tmp_path / "plots" / "evaluation"
     written = json.loads((folder / "coco.json").read_text())
     args = ssd.parse_args(["--evaluate", str(tiny_run.final), *flags, "--output-dir", str(tmp_path / "b")])
-    checkpoint, records, _, _, result = ssd.evaluate_checkpoint(args)
+    checkpoint, records, _, result = ssd.evaluate_checkpoint(args)
     assert len(result["detections"]["labels"]) > 100
     classes = checkpoint["classes"]
     figures = assert_equals_pycocotools(result["detections"], ssd.truth_of(records), len(classes))

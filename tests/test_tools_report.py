@@ -99,7 +99,7 @@ def test_the_page_says_what_was_recorded(tiny_run, run):
     shown = page.text.split("settings of the recipe")[0].rpartition("setting\n")[2]
     assert "epochs\n2\n" in shown  # given
     assert "momentum" not in shown  # left alone
-    words = ("weight decay\n0.05\n", "batch norm\non\n", "anchors\nnot set\n", "CPU cores\n")
+    words = ("weight decay\n0.05\n", "batch norm\non\n", "anchors\nauto\n", "CPU cores\n")
     for text in (*words, "data\nTiny Set\n"):
         assert text in page.text
     assert "weight_decay" not in page.text

@@ -649,7 +649,7 @@ def mistakes_page(errors, records, found, objects, title):
 def run(args):
     """Evaluate the checkpoint, analyze, print, draw and write by the flags."""
     coco.import_pycocotools()  # before the work
-    checkpoint, records, _, evaluation, result = ssd.evaluate_checkpoint(args)
+    checkpoint, records, evaluation, result = ssd.evaluate_checkpoint(args)
     classes = checkpoint["classes"]
     numbers, found, objects = analyze(result, records, classes)
     print(f"\n{tables(numbers)}\n")

@@ -31,7 +31,7 @@ import ssd_object_detection as ssd  # noqa: E402
 VERSION = 3  # of audit.json
 STOPS = (
     "image missing", "image unreadable", "annotation missing", "annotation unreadable",
-    "image and annotation differ in size", "unknown class", "boxes of a list written otherwise",
+    "image and annotation differ in size", "boxes of a list written otherwise",
     "image in two lists", "no object to train on",
 )
 LEAK = "same pixels in two lists"
@@ -44,13 +44,14 @@ KINDS = dict.fromkeys(STOPS, "stops a training") | {  # what is found: what come
     "image without annotation": "used as one without objects",
     "annotation without a size": "the image's own is used",
     "class names that differ by a slip": "kept apart",
-    "class not named by --classes": "left out",
+    "object of another class": "left out",
     "box reversed": "left out; corners swapped, or a width and height?",
     "box without area or outside": "left out",
     "same box and class twice": "one is left out",
     "box beyond the image": "clipped",
     "box under a pixel": "kept; are the coordinates fractions?",
     "object that no anchor overlaps by half": "kept; see --anchors",
+    "object under 8 pixels at 300x300": "kept, but hardly to be found: cut the images into tiles",
     "same pixels twice": "kept, in one list or without an object; part of a list may be held out",
 }
 # An object that a training keeps: file and number, class, normalised xyxy, which of train, val, test have it.
@@ -133,10 +134,10 @@ def inspect_all(root: Path, image_ids: list[str]) -> dict[str, dict]:
         return facts | dict(zip(ids, found, strict=True))
 
 
-def check_objects(annotation: tuple, path: str, classes, only_listed: bool, findings: dict) -> list[tuple]:
+def check_objects(annotation: tuple, path: str, classes, findings: dict) -> list[tuple]:
     """Return (place, class, normalised box) of the objects that `ssd.read_record` keeps, find the others.
 
-    annotation: (width, height, objects); path: its file; only_listed: objects of other classes are no fault.
+    annotation: (width, height, objects); path: its file.
     """
     width, height, objects = annotation
     kept = {}
@@ -145,7 +146,7 @@ def check_objects(annotation: tuple, path: str, classes, only_listed: bool, find
         raw = (xmin - 1, ymin - 1, xmax, ymax)  # 1-based and inclusive -> 0-based edges
         box = (max(raw[0], 0), max(raw[1], 0), min(xmax, width), min(ymax, height))
         if name not in classes:
-            findings["class not named by --classes" if only_listed else "unknown class"].append(place)
+            findings["object of another class"].append(place)
         elif xmax < xmin or ymax < ymin:
             findings["box reversed"].append(place)
         elif min(xmax - xmin, ymax - ymin, box[2] - box[0], box[3] - box[1]) <= 0:
@@ -188,7 +189,7 @@ def check_all(images: dict, facts: dict, classes, args: argparse.Namespace, find
         if one["stamps"][1] is None:
             kind = {"negative": "image without annotation", "error": "annotation missing"}[args.unlabelled]
             findings[kind].append(f"{path}: no such file (see --unlabelled)")
-        rows = check_objects(one["annotation"], path, classes, bool(args.classes), findings)
+        rows = check_objects(one["annotation"], path, classes, findings)
         objects += [Object(*row, lists) for row in rows]
     check_images(images, facts, findings)
     train_boxes = np.reshape([o.box for o in objects if "train" in o.lists], (-1, 4))
@@ -197,6 +198,8 @@ def check_all(images: dict, facts: dict, classes, args: argparse.Namespace, find
     best = ssd.best_anchor_iou(np.reshape([o.box for o in objects], (-1, 4)), sizes)
     findings["object that no anchor overlaps by half"] += [
         one.place for one, iou in zip(objects, best, strict=True) if iou < 0.5]
+    findings["object under 8 pixels at 300x300"] += [
+        one.place for one in objects if 300 * max(one.box[2:] - one.box[:2]) < 8]
     if not any("train" in o.lists for o in objects):
         findings["no object to train on"].append("the training list")
     return objects, best
@@ -212,7 +215,7 @@ def check_lists(listed: dict, lists: dict, classes, findings: dict) -> tuple:
         classes = classes or found
         for (root, role), annotations in listed.items():
             try:
-                ssd.read_records(root, lists[role], classes, annotations=annotations, only_listed=True)
+                ssd.read_records(root, lists[role], classes, annotations=annotations)
             except ssd.InputError as error:
                 findings["boxes of a list written otherwise"].append(str(error))
     counts = Counter(name for _, _, objects in train.values() for name, _, _ in objects)

@@ -118,7 +118,7 @@ def by_name(figures, classes):
 def run(args):
     """Evaluate the checkpoint; print COCO's figures and write coco.json."""
     import_pycocotools()  # before the work
-    checkpoint, records, _, numbers, result = ssd.evaluate_checkpoint(args)
+    checkpoint, records, numbers, result = ssd.evaluate_checkpoint(args)
     classes = checkpoint["classes"]
     figures = by_name(coco_figures(result["detections"], ssd.truth_of(records), len(classes)), classes)
     print(f"\n{table(figures)}")

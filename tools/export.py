@@ -295,7 +295,7 @@ def run_lists(checkpoint, data=None, test_split=None, max_images=None):
     (root, *_), lists = ssd.find_data(data or saved["data"], "data", *lists)
     if not lists["test"]:
         raise InputError(f"{root} has no test list to measure the mAP on: name one with --test-split")
-    read = functools.partial(ssd.read_records, root, classes=checkpoint["classes"], only_listed=True)
+    read = functools.partial(ssd.read_records, root, classes=checkpoint["classes"])
     test = read(lists["test"])
     test = ssd.spread(test, max_images or len(test))
     if not any(len(record.labels) for record in test):

@@ -94,7 +94,7 @@ def parse_args(argv=None):
 
 def write_checkpoint(folder, args):
     """Measure the checkpoint args.evaluate on the test list and write its detections into the folder."""
-    checkpoint, records, _, numbers, result = ssd.evaluate_checkpoint(args)
+    checkpoint, records, numbers, result = ssd.evaluate_checkpoint(args)
     write_devkit_files(folder, numbers["split"], result["detections"], records, checkpoint["classes"])
 
 
@@ -107,7 +107,7 @@ def score_files(folder, args):
         raise ssd.InputError(f"{args.data} has no test list: name one with --test-split")
     is_voc = args.data in ("voc2007", "voc0712")
     classes = args.classes or (ssd.VOC_CLASSES if is_voc else ssd.annotated_classes(ssd.read_annotations(root, split)))
-    records = ssd.read_records(root, split, classes, only_listed=True)
+    records = ssd.read_records(root, split, classes)
     detections = read_devkit_files(folder, split, records, classes)
     print(f"{folder} on {args.data}, list {split}: {len(records)} images")
     result = ssd.score_detections(detections, records, len(classes))
