@@ -121,8 +121,8 @@ LOADER_SECONDS = 300.0  # without a batch, and the run ends
 SAVE_SECONDS = 20.0  # least time between two saves: a full-width checkpoint takes a second to write
 RUN_PARTS = ("run.json", "evaluation", "predictions")  # beside .pth, .png ...: what a new run moves aside
 MAX_SKIPPED_STEPS = 3  # in a row, for a gradient that is not finite, before a run stops
-PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324", "#808000",
-           "#000075")
+PALETTE = ("#f0690f", "#1e0f96", "#2d96b4", "#b40f00", "#9678ff", "#2d5aa5", "#b4695a", "#8700ff", "#4b000f",
+           "#3c0f4b")  # far apart also to the colour-blind, and from white
 
 
 class InputError(Exception):

@@ -10,7 +10,7 @@ from PIL import Image, ImageColor
 
 import ssd_object_detection as ssd
 
-RED = (230, 25, 75)  # the first colour of the palette
+RED = ImageColor.getrgb(ssd.PALETTE[0])
 
 
 def row(epoch, **more):
@@ -181,7 +181,7 @@ def edges(pixels, box, color):
 
 def test_a_box_is_drawn_in_its_colour_along_all_four_edges_on_a_copy():
     image = Image.new("RGB", (200, 150))
-    pixels = np.asarray(ssd.draw_boxes(image, np.array([[30, 40, 160, 120]]), [""], ["#e6194b"]))
+    pixels = np.asarray(ssd.draw_boxes(image, np.array([[30, 40, 160, 120]]), [""], ssd.PALETTE[:1]))
     assert all(edge.all() for edge in edges(pixels, (30, 40, 160, 120), RED))
     assert (pixels[50:115, 40:155] == 0).all()
     assert (pixels[:38] == 0).all()
@@ -200,7 +200,7 @@ def test_a_line_grows_with_the_image():
 def test_captions_are_written_in_white_on_the_colour():
     def drawn(caption):
         image = Image.new("RGB", (300, 200))
-        return np.asarray(ssd.draw_boxes(image, np.array([[50, 50, 200, 150]]), [caption], ["#e6194b"]))
+        return np.asarray(ssd.draw_boxes(image, np.array([[50, 50, 200, 150]]), [caption], ssd.PALETTE[:1]))
 
     plain, captioned = drawn(""), drawn("dog 0.9")
     is_red = [(pixels == RED).all(axis=2).sum() for pixels in (plain, captioned)]
@@ -221,10 +221,43 @@ def test_boxes_and_captions_of_different_number_are_refused():
         ssd.draw_boxes(Image.new("RGB", (50, 50)), np.array([[1, 1, 9, 9]]), [], [])
 
 
-def test_colours_repeat_after_the_palette_and_can_be_told_apart():
-    assert ssd.color_of(1) == ssd.color_of(1 + len(ssd.PALETTE))
-    assert len({ImageColor.getrgb(ssd.color_of(k)) for k in range(1, 11)}) == 10
-    assert ImageColor.getrgb(ssd.color_of(1)) == RED
+# Linear RGB as people without red, green or blue cones see it (Machado et al. 2009, table 1, severity 1).
+COLOUR_BLIND = {
+    "nobody": np.eye(3),
+    "protan": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deutan": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritan": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+
+
+def lab(linear):
+    """Return CIE L*a*b* of linear RGB (N, 3), D65."""
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = linear.clip(0, 1) @ np.transpose(to_xyz) / [0.9505, 1, 1.089]
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+    return np.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), axis=1)
+
+
+@pytest.mark.parametrize("eye", COLOUR_BLIND)
+def test_colours_can_be_told_apart_from_one_another_and_from_white(eye):
+    assert ssd.color_of(1) == ssd.color_of(1 + len(ssd.PALETTE)) == ssd.PALETTE[0]
+    colors = np.array([ImageColor.getrgb(color) for color in (*ssd.PALETTE, "white")]) / 255
+    linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+    seen = lab(linear @ np.transpose(COLOUR_BLIND[eye]))
+    distance = np.linalg.norm(seen[:, None] - seen, axis=2)[np.triu_indices(len(seen), 1)]
+    assert distance.min() > 20  # 2.3 is just noticeable
+    assert (1.05 / (linear[:-1] @ [0.2126, 0.7152, 0.0722] + 0.05)).min() > 3  # white captions on it: WCAG, large
+
+
+def test_captions_of_white_boxes_are_black_and_within_them():
+    image = Image.new("RGB", (300, 200), (120, 120, 120))
+    plain, drawn = (np.asarray(ssd.draw_boxes(image, np.array([[50, 50, 200, 150]]), [text], ["white"]))
+                    for text in ("", "dog"))
+    ys, xs = np.nonzero((plain != drawn).any(axis=2))
+    assert ys.min() > 100
+    assert ys.max() <= 150
+    assert xs.min() >= 50
+    assert (drawn[ys, xs] < 60).any()  # letters
 
 
 def test_a_spread_starts_at_the_first_ends_at_the_last_and_repeats_none():
@@ -236,8 +269,8 @@ def test_a_spread_starts_at_the_first_ends_at_the_last_and_repeats_none():
 def caption_area(corner, size=(300, 200), caption="triangle 0.99"):
     """Return the extent (height, width) of what a caption paints at a tiny box."""
     x, y = corner
-    blank, drawn = (np.asarray(ssd.draw_boxes(Image.new("RGB", size), np.array([[x, y, x, y]]), [text], ["#e6194b"]))
-                    for text in ("", caption))
+    image, box = Image.new("RGB", size), np.array([[x, y, x, y]])
+    blank, drawn = (np.asarray(ssd.draw_boxes(image, box, [text], ssd.PALETTE[:1])) for text in ("", caption))
     ys, xs = np.nonzero((drawn != blank).any(axis=2))
     return np.ptp(ys) + 1, np.ptp(xs) + 1
 
