@@ -352,7 +352,7 @@ def read_split(root: PathLike, split: str) -> list[str]:
     """
     path = Path(root) / "ImageSets" / "Main" / f"{split}.txt"
     annotated = sorted(Path(root).glob("Annotations/*.xml"))
-    if split == "train" and annotated and not path.parent.is_dir():
+    if split == "train" and annotated and not any(path.parent.glob("*.txt")):
         print(f"{root} has no lists: all its annotated images are trained on")
         return [file.stem for file in annotated]
     if not path.is_file():
@@ -558,9 +558,9 @@ def find_data(data: str, data_root: PathLike, train_split: str | None, val_split
             runpy.run_path(str(script))["generate"](roots[0])
         if not roots[0].is_dir():
             raise InputError(f"--data: no folder {roots[0].absolute()}, and not voc2007, voc0712 or shapes")
-        children = list(roots[0].iterdir())
-        if len(children) == 1 and (children[0] / "ImageSets").is_dir():  # VOCdevkit with VOC2007 alone
-            roots = children
+        inner = [folder.parent for folder in roots[0].glob("*/ImageSets")]
+        if len(inner) == 1:  # VOCdevkit with VOC2007 alone
+            roots = inner
         there = {path.stem for path in (roots[0] / "ImageSets" / "Main").glob("*.txt")}
         if "train" in there or "trainval" not in there:
             lists["train"] = "train"
