@@ -1844,7 +1844,7 @@ def fit(state: TrainState, loaders: tuple, args: Namespace, *, loss: Callable, a
 def choose_anchors(mode: str | Sequence, boxes: np.ndarray, *, is_voc: bool = False) -> Sequence:
     """Return the anchor sizes that --anchors means for training boxes (N, 4); sizes of a saved run stay."""
     if not isinstance(mode, str):
-        return mode
+        return mode or ANCHOR_SIZES
     boxes = boxes[:: len(boxes) // 4000 + 1]  # enough
     sizes, reach = ANCHOR_SIZES, np.mean(best_anchor_iou(boxes) >= 0.5)
     if mode == "fit" or (mode == "auto" and not is_voc and reach < LEAST_REACH):

@@ -109,6 +109,7 @@ def test_auto_fits_where_the_paper_s_anchors_do_not_reach_and_never_for_voc(tmp_
     assert ssd.choose_anchors("auto", boxes, is_voc=True) == ssd.ANCHOR_SIZES
     assert ssd.choose_anchors("paper", boxes) == ssd.ANCHOR_SIZES
     assert ssd.choose_anchors(fitted, reached) == fitted  # of a saved run
+    assert ssd.choose_anchors(None, boxes) == ssd.ANCHOR_SIZES  # of one before anchors were fitted
     assert capsys.readouterr().out == ""
 
 
