@@ -2277,7 +2277,7 @@ def run_training(args: Namespace) -> int:
     sources = {name: getattr(args, name) for name in (*DATA_FLAGS, "data_root", "seed")}
     data = from_first_process(lambda: load_data(**sources))
     boxes = np.concatenate([record.boxes for record in data.train])
-    sizes = choose_anchors(args.anchors, boxes, is_voc=data.name == "pascal_voc")
+    sizes = choose_anchors(args.anchors, boxes, is_voc={*data.classes} == {*VOC_CLASSES})
     state, config = build_state(args, len(data.classes), device, amp_dtype, sizes)
     if args.resume:
         resume_state(state, data.classes, checkpoints)

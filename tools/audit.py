@@ -193,7 +193,7 @@ def check_all(images: dict, facts: dict, classes, args: argparse.Namespace, find
         objects += [Object(*row, lists) for row in rows]
     check_images(images, facts, findings)
     train_boxes = np.reshape([o.box for o in objects if "train" in o.lists], (-1, 4))
-    is_voc = args.data in ("voc2007", "voc0712")
+    is_voc = {*classes} == {*ssd.VOC_CLASSES}
     sizes = ssd.choose_anchors(args.anchors, train_boxes, is_voc=is_voc) if len(train_boxes) else ssd.ANCHOR_SIZES
     best = ssd.best_anchor_iou(np.reshape([o.box for o in objects], (-1, 4)), sizes)
     findings["object that no anchor overlaps by half"] += [
