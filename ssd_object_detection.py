@@ -331,9 +331,8 @@ class DataSplits:
 @functools.lru_cache(maxsize=64)
 def _files_of(folder, changed):
     """Return {(stem, ending): path} of a folder, whatever case and Unicode form; `changed` is its time."""
-    parts = [os.path.splitext(name) for name in os.listdir(folder)]
     return {(unicodedata.normalize("NFC", stem), end.lower()): os.path.join(folder, stem + end)
-            for stem, end in parts}
+            for stem, end in map(os.path.splitext, os.listdir(folder))}
 
 
 def find_file(root: PathLike, kind: str, image_id: str) -> str | None:
@@ -672,9 +671,8 @@ class VocDataset(torch.utils.data.Dataset):
 class EpochBatchSampler(torch.utils.data.Sampler):
     """Yield the batches of (index, epoch) of each of `epochs`, in an order by (seed, epoch) alone.
 
-    One pass goes through all epochs: the next one is loaded while this one is validated. An epoch's last,
-    smaller batch is dropped (batch norm, static shapes) unless it is the only one. Of several processes each
-    yields its part of the same batches: every world-th image from its rank on.
+    One pass goes through all epochs, so that one is loaded while the last is validated. A smaller batch at an
+    end is dropped unless it is the only one. Several processes have every world-th image each, from its rank.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int = 0, *, epochs: Sequence[int] = (0,),
@@ -709,8 +707,8 @@ def fit_shared_memory(workers: int, batch_bytes: int) -> tuple[int, int]:
     room = int(min(4 * workers, 0.45 * free / batch_bytes - 3))
     prefetch, fewer = max(1, room // workers), max(0, min(workers, room))
     if room < 4 * workers:
-        print(f"warning: /dev/shm has {free / 2**20:.0f} MB: {fewer} loader processes of {prefetch} batches, "
-              f"not {workers} of 4; run the container with --ipc=host or --shm-size=8g", file=sys.stderr)
+        what = f"{fewer} loader processes of {prefetch} batches, not {workers} of 4 (--ipc=host, --shm-size)"
+        print(f"warning: /dev/shm has {free / 2**20:.0f} MB, so {what}", file=sys.stderr)
     return fewer, prefetch
 
 
@@ -1256,12 +1254,9 @@ def f1_curve(row: dict) -> tuple[np.ndarray, np.ndarray]:
 
 def best_thresholds(classes: dict[int, dict], class_names: Sequence[str]) -> dict[str, float]:
     """Return {name: the score of best F1 (ties: the highest)} of `evaluate_voc`'s classes that have one."""
-    thresholds = {}
-    for name, row in zip(class_names, classes.values(), strict=True):
-        scores, f1 = f1_curve(row)
-        if row["num_gt"] and len(scores):
-            thresholds[name] = float(scores[f1.argmax()])
-    return thresholds
+    rows = zip(class_names, classes.values(), strict=True)
+    curves = {name: f1_curve(row) for name, row in rows if row["num_gt"] and len(row["scores"])}
+    return {name: float(scores[f1.argmax()]) for name, (scores, f1) in curves.items()}
 
 
 def to_voc_pixels(boxes_px: np.ndarray) -> np.ndarray:
@@ -1418,13 +1413,10 @@ def save_checkpoint(path: PathLike, checkpoint: dict, previous: Path | None = No
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, at most every SAVE_SECONDS; what is due sooner waits in memory as a copy.
-
-    So does what could not be written (a full disk). base: what every checkpoint holds beside its own content.
-    """
+    """Writes checkpoints, at most every SAVE_SECONDS; what is due sooner, or failed, waits as a copy."""
 
     def __init__(self, folder: Path, base: dict):
-        self.folder, self.base = folder, base
+        self.folder, self.base = folder, base  # what every checkpoint holds beside its own content
         self.waiting, self.flushed_at = {}, -math.inf
 
     def put(self, checkpoints: dict[str, dict]) -> None:
@@ -1690,11 +1682,12 @@ class TrainState:
     best_map: float = -1.0
     best_epoch: int = 0
     history: list[dict] = field(default_factory=list)  # the rows of metrics.jsonl
+    log: list[dict] = field(default_factory=list)  # the rows of steps.jsonl
 
     def state_dict(self) -> dict:
         """Return tensors and plain values only; the averaged weights are kept beside it."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        plain = ("epoch", "step", "best_map", "best_epoch", "history")
+        plain = ("epoch", "step", "best_map", "best_epoch", "history", "log")
         return parts | {name: getattr(self, name) for name in plain}
 
     def load_state_dict(self, state: dict, averaged: dict) -> None:
@@ -1712,8 +1705,8 @@ class TrainState:
             raise InputError(f"the run to resume is of another network or optimizer: {problem}") from None
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)  # a flag beats the saved run
-        for name in ("epoch", "step", "best_map", "best_epoch", "history"):
-            setattr(self, name, state[name])
+        for name in ("epoch", "step", "best_map", "best_epoch", "history", "log"):
+            setattr(self, name, state.get(name, []))
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
                 if value.shape == parameter.shape:  # a fused step needs the memory order of the parameter
@@ -1783,6 +1776,11 @@ def train_one_epoch(state: TrainState, loader: DataLoader, batches: Iterator, lo
             for name, value in losses.items():
                 totals[name] += value
             bar.set_postfix_str(f"loss {totals['loss'] / (number - skipped):.3f} lr {lr:.1e}", refresh=False)
+            if args.log_every and state.step % args.log_every == 0:
+                rate = number * sampler.batch_size / (time.perf_counter() - start)
+                state.log.append({"step": state.step, **losses, "lr": lr, "images_per_s": rate})
+                if bar.disable:
+                    print(*(f"{name} {value:.6g}" for name, value in state.log[-1].items()), flush=True)
         ready = time.perf_counter()
     seconds = time.perf_counter() - start
     sums = torch.tensor(list(totals.values()), device=state.model.anchors.device)
@@ -1831,7 +1829,9 @@ def fit(state: TrainState, loaders: tuple, args: Namespace, *, loss: Callable, a
         if process_rank()[0] == 0:
             writer.put(checkpoints)
             with contextlib.suppress(OSError):  # a full disk: the rows are in last.pth too
-                write_json(writer.folder / "metrics.jsonl", state.history, lines=True)
+                for name, rows in {"metrics.jsonl": state.history, "steps.jsonl": state.log}.items():
+                    if rows:
+                        write_json(writer.folder / name, rows, lines=True)
             val = f"  val {row['val_loss']:.3f}  mAP {row['val_map_area']:.4f}" if "val_loss" in row else ""
             parts = f"cls {row['train_loss_cls']:.3f} box {row['train_loss_box']:.3f}"
             skipped = f"  skipped {row['skipped']} steps" if row["skipped"] else ""
@@ -1965,8 +1965,8 @@ def load_detector(path: PathLike, device: str = "auto", precision: str = "auto")
     checkpoint = load_checkpoint(path)
     picked = pick_device(device)
     model = model_from_checkpoint(checkpoint, path, picked)
-    amp_dtype = pick_amp_dtype(picked, precision)
-    return Detector(model, checkpoint["classes"], amp_dtype, checkpoint.get("score_thresh"))
+    thresholds = checkpoint.get("score_thresh")
+    return Detector(model, checkpoint["classes"], pick_amp_dtype(picked, precision), thresholds)
 
 
 # ---- 15. Command line ----
@@ -2035,6 +2035,7 @@ def _add_training_flags(parser, switch=argparse.BooleanOptionalAction, none=argp
     add("--warmup-epochs", type=natural_float, default=none, help="linear warm-up before the schedule")
     add("--patience", type=natural_int, default=30, help="validations without a better mAP to stop after")
     add("--eval-interval", type=positive_int, default=1, help="epochs between validations")
+    add("--log-every", metavar="N", type=natural_int, default=0, help="steps between rows of steps.jsonl")
     add("--seed", type=natural_int, default=0, help="of weights, order, augmentation and the held-out share")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
@@ -2134,8 +2135,8 @@ def print_header(args: Namespace, data: DataSplits, model: SSD300, amp_dtype: to
     objects = sum(len(record.labels) for record in data.train)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = {
-        "SSD300": ", ".join(f"{name} {env[name]}" for name in ("python", "torch", "torchvision")),
-        "device": f"{env['device']}, {str(amp_dtype or torch.float32)[6:]}, loader processes: {args.workers}",
+        "device": f"{env['device']}, {str(amp_dtype or torch.float32)[6:]}, torch {env['torch']}, "
+                  f"loader processes: {args.workers}",
         "data": f"{args.data}: {counts}; {objects} training objects, {len(data.classes)} classes",
         "network": f"width {args.width:g}, batch norm {'on' if args.batch_norm else 'off'}, "
                    f"{f'from {args.backbone_weights} weights' if args.pretrained else 'from scratch'}; "
@@ -2332,20 +2333,19 @@ def run_prediction(args: Namespace) -> int:
     detector = load_detector(weights, args.device, args.amp)
     settings = {"nms_iou_thresh": args.nms_iou}
     found = detector.predict(args.predict, score_thresh=args.score_thresh, **settings)
-    folder, taken = Path(args.output_dir) / "plots" / "predictions", []
-    folder.mkdir(parents=True, exist_ok=True)
+    out, taken = Path(args.output_dir) / "plots" / "predictions", []
+    out.mkdir(parents=True, exist_ok=True)
     for path, one in zip(args.predict, found, strict=True):
         names = (f"{Path(path).stem}{f'_{n}' if n else ''}.png" for n in itertools.count())
         taken.append(next(name for name in names if name not in taken))
-        one.draw(path).save(folder / taken[-1])
+        one.draw(path).save(out / taken[-1])
         text = ", ".join(f"{name} {count}" for name, count in collections.Counter(one.names).items())
         if not one.names:
             weak = detector.predict(path, score_thresh=0.0, max_detections=1, **settings)
             text = "nothing found, at best " + ", ".join(map("{} {:.2f}".format, weak.names, weak.scores))
-        print(f"{path}: {text} -> {folder / taken[-1]}")
-    results = [one.to_dict() for one in found]
-    write_json(folder / "predictions.json", dict(zip(args.predict, results, strict=True)))
-    print(folder / "predictions.json")
+        print(f"{path}: {text} -> {out / taken[-1]}")
+    write_json(out / "predictions.json", dict(zip(args.predict, map(Detections.to_dict, found), strict=True)))
+    print(out / "predictions.json")
     return 0
 
 

@@ -533,6 +533,26 @@ def test_evaluating_the_final_checkpoint_repeats_what_training_printed(tiny_run,
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_steps_are_logged_and_printed_and_a_resumed_run_keeps_them(
+    tiny_voc, flags_of, tmp_path, capsys, no_pictures
+):
+    flags = flags_of(tiny_voc, tmp_path, "--log-every", "1")
+    assert ssd.main([*flags, "--epochs", "1"]) == 0
+    path = tmp_path / "checkpoints" / "steps.jsonl"
+    first = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in first] == [1, 2]
+    metrics = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+    assert np.mean([row["loss"] for row in first]) == pytest.approx(metrics[0]["train_loss"], rel=1e-5)
+    assert first[-1]["lr"] == metrics[0]["lr"]
+    assert first[0].keys() == {"step", "loss", "loss_cls", "loss_box", "lr", "images_per_s"}
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in printed] == ["1", "2"]
+    assert ssd.main(["--resume", "--epochs", "2", "--log-every", "2", "--output-dir", str(tmp_path), *HERE]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[:2] == first
+    assert [row["step"] for row in rows[2:]] == [4]
+
+
 def test_a_finished_run_is_not_resumed(tiny_run, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(tiny_run.output, out)
