@@ -120,7 +120,7 @@ def test_names_cannot_break_the_page(run):
 def test_records_of_another_run_are_left_alone(tiny_run, tmp_path):
     folder = shutil.copytree(tiny_run.output, tmp_path / "run")
     history = folder / "checkpoints" / "metrics.jsonl"
-    rows = report.read_history(history)
+    rows = report.read_rows(history, "epoch")
     assert len(rows) == 2
     for row in rows:
         row["train_loss"] += 1e-9
@@ -144,7 +144,7 @@ def test_missing_and_damaged_records_cost_their_section_only(tiny_run, tmp_path,
     page = Page(report.page(run))
     assert "Results" in page.headings
     assert run["environment"] == {}
-    assert len(report.read_history(folder / "checkpoints" / "metrics.jsonl")) == (1 if damage == "cut" else 0)
+    assert len(report.read_rows(folder / "checkpoints" / "metrics.jsonl", "epoch")) == (1 if damage == "cut" else 0)
 
 
 def test_the_analysis_and_its_pictures_are_shown_if_they_are_of_this_measurement(tiny_run, tmp_path):
@@ -221,6 +221,30 @@ def test_the_chosen_checkpoint_is_the_final_one_else_the_best(tiny_run, tmp_path
         (folder / "checkpoints" / name).unlink()
     with pytest.raises(ssd.InputError, match="no checkpoint of a run"):
         report.find_checkpoint(folder)
+
+
+def test_tensorboard_gets_the_records_and_pictures(tiny_run, tmp_path, capsys, monkeypatch):
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = shutil.copytree(tiny_run.output, tmp_path / "run")
+    step = {"step": 3, "loss": 1.5, "lr": None}
+    (folder / "checkpoints" / "steps.jsonl").write_text(json.dumps(step) + "\n")
+    for _ in range(2):  # the second time in place of the first
+        assert report.main([str(folder), "--tensorboard"]) == 0
+        target = folder / "checkpoints" / "tensorboard"
+        assert f"--logdir {target}" in capsys.readouterr().out
+    events = loader.EventAccumulator(str(target)).Reload()
+    rows = report.read_rows(folder / "checkpoints" / "metrics.jsonl", "epoch")
+    written = [(event.step, event.value) for event in events.Scalars("epoch/train_loss")]
+    assert written == [(row["epoch"], pytest.approx(row["train_loss"])) for row in rows]
+    assert [(event.step, event.value) for event in events.Scalars("step/loss")] == [(3, 1.5)]
+    assert {"loss", "predictions", "augmentations"} <= set(events.Tags()["images"])
+    assert "step/lr" not in events.Tags()["scalars"]
+    assert report.main([str(tmp_path), "--tensorboard"]) == 2
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert report.main([str(folder), "--tensorboard"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "metrics.jsonl" in first
+    assert "pip install tensorboard" in second
 
 
 def test_mistakes_are_one_line(tiny_run, tmp_path, capsys):

@@ -3,6 +3,7 @@
     python tools/report.py                           # the run of this folder -> plots/report.html
     python tools/report.py RUN --output report.html  # RUN is what --output-dir was, or a checkpoint
     python tools/report.py RUN RUN [RUN ...]         # what differs -> plots/comparison.html of the first one
+    python tools/report.py RUN --tensorboard         # event files for TensorBoard -> checkpoints/tensorboard
 
 The page needs no network. What was not recorded is left out or called not recorded. tools/export.py takes the
 words of its model card from here.
@@ -15,10 +16,12 @@ import html
 import io
 import json
 import math
+import shutil
 import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -79,14 +82,14 @@ def read_json(path):
     return content if isinstance(content, dict) else {}
 
 
-def read_history(path):
-    """Return the rows of a metrics.jsonl that can be read."""
+def read_rows(path, key):
+    """Return the rows of a metrics.jsonl or steps.jsonl that can be read and have a number at key."""
     rows = []
     with contextlib.suppress(OSError):
         for line in Path(path).read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and is_number(row.get("epoch"))]
+    return [row for row in rows if isinstance(row, dict) and is_number(row.get(key))]
 
 
 def find_checkpoint(source):
@@ -144,7 +147,7 @@ def read_run(source, plots=None):
     evaluation = read_json(plots / "evaluation" / "evaluation.json")
     test, extra = read_measurement(checkpoint, source, evaluation)
     val = checkpoint.get("metrics") or {}
-    history = read_history(source.parent / "metrics.jsonl")
+    history = read_rows(source.parent / "metrics.jsonl", "epoch")
     # The same epoch with the same loss to the last digit: the files are of the run that wrote the checkpoint.
     is_same = any(all(row.get(key) == val.get(key) for key in ("epoch", "train_loss")) for row in history)
     record = read_json(source.parent / "run.json") if is_same else {}
@@ -571,6 +574,29 @@ def comparison(runs):
                     f"<nav>{links}</nav>{content}")
 
 
+def write_tensorboard(folder):
+    """Write the event files of a run's folder from its records and pictures; returns where. InputError."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs another package: pip install tensorboard") from None
+    target = folder / "checkpoints" / "tensorboard"
+    rows = read_rows(folder / "checkpoints" / "metrics.jsonl", "epoch")
+    if not rows:
+        raise InputError(f"{folder}: no metrics.jsonl of a run in {folder / 'checkpoints'}")
+    shutil.rmtree(target, ignore_errors=True)  # the rows are all there each time
+    with SummaryWriter(target) as board:
+        for key, kind in (("epoch", rows), ("step", read_rows(folder / "checkpoints" / "steps.jsonl", "step"))):
+            for row in kind:
+                for name in filter(lambda name, row=row: is_number(row[name]), row):
+                    board.add_scalar(f"{key}/{name}", row[name], row[key])
+        for path in sorted((folder / "plots").glob("*.png")):
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            board.add_image(path.stem, pixels, rows[-1]["epoch"], dataformats="HWC")
+    return target
+
+
 def main(argv=None):
     """Run the command line; returns the exit code: 0 done, 2 a mistake to mend."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -578,8 +604,14 @@ def main(argv=None):
                         help="a run's --output-dir, or one of its checkpoints (default: this folder)")
     parser.add_argument("--output", metavar="FILE",
                         help="default: report.html, of several comparison.html, in the first run's plots")
+    parser.add_argument("--tensorboard", action="store_true",
+                        help="write RUN/checkpoints/tensorboard instead, also while the run goes on")
     args = parser.parse_args(argv)
     try:
+        if args.tensorboard:
+            folders = [str(write_tensorboard(Path(source))) for source in args.runs]
+            print(*folders, f"look at them: tensorboard --logdir {folders[0]}", sep="\n")
+            return 0
         runs = [read_run(find_checkpoint(source)) for source in args.runs]
         plots = runs[0]["source"].resolve().parent.parent / "plots"
         path = Path(args.output or plots / ("report.html" if len(runs) == 1 else "comparison.html"))
