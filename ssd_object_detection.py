@@ -29,6 +29,7 @@ import contextlib
 import copy
 import ctypes
 import datetime
+import difflib
 import functools
 import http.client
 import io
@@ -433,12 +434,13 @@ def read_annotations(root: PathLike, split: str, *, unlabelled: str = "error") -
 
 
 def annotated_classes(annotations: dict[str, tuple]) -> tuple[str, ...]:
-    """Return the class names of annotations in alphabetical order; tell those that differ by case or an s."""
+    """Return the class names of annotations in order; tell those that differ by case, an s, or a letter."""
     counts = collections.Counter(name for _, _, objects in annotations.values() for name, _, _ in objects)
-    forms = collections.defaultdict(list)
-    for name in sorted(counts):
-        forms[name.casefold().removesuffix("s")].append(f"{name} ({counts[name]})")
-    if slips := [" and ".join(names) for names in forms.values() if len(names) > 1]:
+    slips = [f"{a} ({counts[a]}) and {b} ({counts[b]})" for a, b in itertools.combinations(sorted(counts), 2)
+             if a.casefold().removesuffix("s") == b.casefold().removesuffix("s")
+             or (not 0.1 < counts[a] / counts[b] < 10 and not re.search(r"\d", a + b)
+                 and difflib.SequenceMatcher(None, a, b).ratio() >= 0.75)]  # a letter of four, of a rare name
+    if slips:
         print(f"warning: one class or two? {'; '.join(slips)}: see --classes", file=sys.stderr)
     return tuple(sorted(counts))
 
@@ -1608,8 +1610,6 @@ def plot_predictions(records: list[Record], detections: dict, classes: Sequence[
 
 
 # ---- 13. Training ----
-
-# From here on `args` is the namespace of the command line.
 
 def pick_device(name: str = "auto") -> torch.device:
     """Return the torch.device of a name; "auto" is the first GPU, else the CPU. InputError if absent."""

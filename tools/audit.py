@@ -10,7 +10,6 @@ plots/data.png. The next audit reads only files whose time or size changed. Exit
 import argparse
 import concurrent.futures
 import contextlib
-import difflib
 import hashlib
 import io
 import json
@@ -218,11 +217,6 @@ def check_lists(listed: dict, lists: dict, classes, findings: dict) -> tuple:
                 ssd.read_records(root, lists[role], classes, annotations=annotations)
             except ssd.InputError as error:
                 findings["boxes of a list written otherwise"].append(str(error))
-    counts = Counter(name for _, _, objects in train.values() for name, _, _ in objects)
-    for rare in found:
-        others = [name for name in found if counts[name] >= 10 * counts[rare] and not re.search(r"\d", name)]
-        for name in difflib.get_close_matches(rare, others, cutoff=0.75):  # a letter of four
-            slips.append(f"{rare} ({counts[rare]}) and {name} ({counts[name]}), ten times as frequent")
     return classes
 
 
