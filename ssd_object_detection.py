@@ -98,7 +98,7 @@ STRIDES = (8, 16, 16, 32, 64, 128)  # pixels between neighbouring cells of each 
 ANCHOR_SCALES = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)
 ASPECT_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))  # w/h; each brings its inverse
 VARIANCES = (0.1, 0.2)  # centre, size: the authors' released Caffe code
-LEAST_REACH = 0.95  # of --anchors auto: the share of boxes that an anchor should overlap by half
+LEAST_REACH = 0.98  # of --anchors auto: the share of boxes that an anchor should overlap by half
 MAX_LOG_SIZE = math.log(1000 / 16)  # decode clamps log(w/anchor_w) here: exp() is finite in any precision
 
 VGG16_BLOCKS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)  # VGG Table 1, column D
