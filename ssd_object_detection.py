@@ -2139,7 +2139,7 @@ def print_header(args: Namespace, data: DataSplits, model: SSD300, amp_dtype: to
                   f"loader processes: {args.workers}",
         "data": f"{args.data}: {counts}; {objects} training objects, {len(data.classes)} classes",
         "network": f"width {args.width:g}, batch norm {'on' if args.batch_norm else 'off'}, "
-                   f"{f'from {args.backbone_weights} weights' if args.pretrained else 'from scratch'}; "
+                   f"start: {args.init_from or (args.backbone_weights if args.pretrained else 'random')}; "
                    f"{trained:,} trained parameters, {len(model.anchors):,} anchors",
         "recipe": f"{args.recipe}: {args.epochs} epochs, batch size {args.batch_size}, {args.optimizer}, lr "
                   f"{args.lr:g}, weight decay {args.weight_decay:g}, {args.loss} loss, seed {args.seed}",
