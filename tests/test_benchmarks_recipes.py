@@ -56,6 +56,8 @@ def test_a_run_that_was_stopped_goes_on_and_other_flags_begin_anew(tiny_voc, fla
     assert [whole["seconds"] > 0, whole["images"]] == [True, pytest.approx(16, abs=4)]
     last = tmp_path / "checkpoints" / "last.pth"
     (tmp_path / "checkpoints" / "previous.pth").replace(last)  # as if it had ended after the first epoch
+    record = json.loads((tmp_path / "checkpoints" / "run.json").read_text())
+    (tmp_path / "checkpoints" / "run.json").write_text(json.dumps({"flags": record["flags"]}))
     run = common.train([*flags, "--epochs", "2"], tmp_path, stdout=subprocess.DEVNULL)
     assert run["flags"]["resume"]
     assert run["test"]["map_area"] == whole["test"]["map_area"]

@@ -223,7 +223,7 @@ def test_what_a_training_mends_is_noted_with_file_and_object(findings, tmp_path,
     boxes += [("cat", (1, 1, 20, 15 - n / 9)) for n in range(1, 41)]  # less than a tenth is left out
     boxes.append(("cat", (5, 9, 9, 5)))
     root = write_voc(tmp_path, {"a": boxes})
-    code, found = findings(root)
+    code, found = findings(root, "--anchors", "paper")
     assert code == 0
     path = root / "Annotations" / "a.xml"
     assert found == {
