@@ -351,8 +351,8 @@ def read_split(root: PathLike, split: str) -> list[str]:
     list of one class (id and -1, 0 or 1), and for text that is neither UTF-8 nor UTF-16.
     """
     path = Path(root) / "ImageSets" / "Main" / f"{split}.txt"
-    annotated = sorted(Path(root).glob("Annotations/*.xml"))
-    if split == "train" and annotated and not any(path.parent.glob("*.txt")):
+    is_bare = split == "train" and not any(path.parent.glob("*.txt"))
+    if is_bare and (annotated := sorted(Path(root).glob("Annotations/*.xml"))):
         print(f"{root} has no lists: all its annotated images are trained on")
         return [file.stem for file in annotated]
     if not path.is_file():
@@ -1393,7 +1393,7 @@ def write_json(path: PathLike, content: object, *, lines: bool = False) -> None:
     """Write JSON, whole or not at all; lines: a row of content a line. NaN, unknown to JSON, becomes null."""
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     text = "".join(json.dumps(row) + "\n" for row in content) if lines else json.dumps(content, indent=1)
-    for innermost in (r"\[[^][{}]*\]", r"\{[^{}]*\}"):  # a box a line, then an object a line
+    for innermost in () if lines else (r"\[[^][{}]*\]", r"\{[^{}]*\}"):  # a box a line, then an object
         text = re.sub(innermost, lambda m: re.sub(r"\n *", " ", m[0]) if len(m[0]) < 300 else m[0], text)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -2110,8 +2110,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         checkpoint = load_checkpoint(path, resumable=given.resume)
         is_elsewhere = hasattr(given, "data") and not given.resume
         saved = {k: v for k, v in checkpoint["args"].items() if not (is_elsewhere and k in DATA_FLAGS)}
-        sizes = {} if given.resume else {"anchors": checkpoint["config"]["anchor_sizes"]}
-        parser.set_defaults(**saved | sizes)
+        parser.set_defaults(**saved | {"anchors": checkpoint["config"]["anchor_sizes"]})
     args = parser.parse_args(argv)
     args.pretrained = args.pretrained and not args.init_from
     if args.init_from and hasattr(given, "recipe"):

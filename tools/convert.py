@@ -18,7 +18,6 @@ import re
 import shutil
 import sys
 import unicodedata
-import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import ssd_object_detection as ssd  # noqa: E402
+from tools.shapes import write_annotation  # noqa: E402
 
 STAMP = "convert.json"  # in OUT: {source: [list, image id]}
 
@@ -310,22 +310,10 @@ def write_picture(out, image_id, picture):
         target.symlink_to(picture.path)
     except OSError:
         shutil.copyfile(picture.path, target)
-
-    def add(parent, values):
-        for tag, value in values.items():
-            ElementTree.SubElement(parent, tag).text = str(value)
-
-    root = ElementTree.Element("annotation")
-    add(root, {"filename": target.name})
-    size = {"width": picture.width, "height": picture.height, "depth": 3}
-    add(ElementTree.SubElement(root, "size"), size)
-    for name, box, is_difficult in picture.objects:
-        node = ElementTree.SubElement(root, "object")
-        add(node, {"name": name, "difficult": int(is_difficult)})
-        corners = [f"{value:.8g}" for value in ssd.to_voc_pixels(box)[0]]
-        tags = ("xmin", "ymin", "xmax", "ymax")
-        add(ElementTree.SubElement(node, "bndbox"), dict(zip(tags, corners, strict=True)))
-    ElementTree.ElementTree(root).write(out / "Annotations" / f"{image_id}.xml", encoding="utf-8")
+    objects = [(name, [f"{value:.8g}" for value in ssd.to_voc_pixels(box)[0]], is_difficult)
+               for name, box, is_difficult in picture.objects]
+    shape = picture.height, picture.width, 3
+    write_annotation(out / "Annotations" / f"{image_id}.xml", target.name, shape, objects)
 
 
 def describe(split, pictures):

@@ -113,7 +113,7 @@ def score_files(folder, args):
     result = ssd.score_detections(detections, records, len(classes))
     keys = ("ap_area", "ap11", "ap75", "num_gt")
     rows = zip(classes, result["classes"].values(), strict=True)
-    numbers = {  # the keys of the module's `measure`
+    numbers = {  # the keys of `ssd.evaluate_checkpoint`'s
         "detections": str(folder), "data": args.data, "split": split, "num_images": len(records),
         "precision": None, "detection": None, **{key: result[key] for key in ("map_area", "map11", "map75")},
         "per_class": {name: {key: row[key] for key in keys} for name, row in rows},

@@ -105,16 +105,19 @@ def draw_image(rng):
 
 
 def write_annotation(path, filename, shape, objects):
-    """Write a VOC XML file; shape is (H, W, 3), objects are (name, [xmin, ymin, xmax, ymax]), 1-based inclusive."""
+    """Write a VOC XML file; shape is (H, W, 3), objects are (name, [xmin, ymin, xmax, ymax]), 1-based inclusive.
+
+    A third entry of an object, true: it is difficult.
+    """
     root = ElementTree.Element("annotation")
     ElementTree.SubElement(root, "filename").text = filename
     size = ElementTree.SubElement(root, "size")
     for tag, value in zip(("height", "width", "depth"), shape, strict=True):
         ElementTree.SubElement(size, tag).text = str(value)
-    for name, box in objects:
+    for name, box, *is_difficult in objects:
         node = ElementTree.SubElement(root, "object")
         ElementTree.SubElement(node, "name").text = name
-        ElementTree.SubElement(node, "difficult").text = "0"
+        ElementTree.SubElement(node, "difficult").text = str(int(any(is_difficult)))
         corners = ElementTree.SubElement(node, "bndbox")
         for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
             ElementTree.SubElement(corners, tag).text = str(value)
