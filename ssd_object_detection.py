@@ -105,8 +105,7 @@ VGG16_BLOCKS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)  # VGG
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # torchvision VGG16_Weights.IMAGENET1K_V1
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CAFFE_MEAN = (123.68 / 255, 116.779 / 255, 103.939 / 255)  # torchvision VGG16_Weights.IMAGENET1K_FEATURES
-CAFFE_STD = (1 / 255, 1 / 255, 1 / 255)
-CAFFE_SCALE = 6.0  # root mean square of these weights' conv5_3 on VOC2007 images
+CAFFE_SCALE = 6.0  # root mean square of these weights' conv5_3 on VOC2007 images, not normalised further
 L2_NORM_SCALE = 20.0  # ParseNet section 3.2, SSD section 3.1
 
 FOCAL_GAMMA = 1.0  # Differs from paper: with its 2 (Focal loss section 5.1) mAP is lower (docs/recipes.md)
@@ -742,11 +741,8 @@ class SSDZoomOut(A.DualTransform):
     # Differs from paper: image and canvas shrink together to at most twice the network's resolution, which
     # saves half the pipeline's time; and the photometric steps come later.
     _targets = BOX_GEOMETRY
-
-    def __init__(self, max_ratio: float = 4.0, p: float = 0.5):
-        super().__init__(p=p)
-        self.max_ratio = max_ratio
-        self.fill = [round(255 * mean) for mean in IMAGENET_MEAN]
+    max_ratio = 4.0
+    fill = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
     def get_params_dependent_on_data(self, params, data):
         height, width = params["shape"][:2]
@@ -782,10 +778,7 @@ class SSDCrop(A.DualTransform):
 
     _targets = BOX_GEOMETRY
     min_ious = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # None: the whole image
-
-    def __init__(self, min_scale: float = 0.3, trials: int = 50, p: float = 1.0):
-        super().__init__(p=p)
-        self.min_scale, self.trials = min_scale, trials
+    min_scale, trials = 0.3, 50
 
     def get_params_dependent_on_data(self, params, data):
         height, width = params["shape"][:2]
@@ -798,8 +791,7 @@ class SSDCrop(A.DualTransform):
         size = np.maximum(1, np.round([width, height] * scale))
         corner = np.floor(([width, height] - size + 1) * drawn[:, 2:])
         patches = np.concatenate((corner, corner + size), axis=1)  # (trials, 4)
-        aspect = size[:, 0] / size[:, 1]
-        fits = (aspect >= 0.5) & (aspect <= 2)
+        fits = np.abs(np.log2(size[:, 0] / size[:, 1])) <= 1
         boxes = np.asarray(data["bboxes"], dtype=np.float64)[:, :4].reshape(-1, 4) * ([width, height] * 2)
         if len(boxes):
             fits &= self.centre_inside(boxes, patches[:, None]).any(axis=1)
@@ -921,8 +913,11 @@ class SSD300(nn.Module):
         super().__init__()
         self.num_classes, self.batch_norm = num_classes, batch_norm
         self.frozen_blocks = 0
-        ch = functools.partial(self.channels, width=width)
         conv = functools.partial(_conv, batch_norm=batch_norm)
+
+        def ch(full):  # a multiple of 8
+            return max(8, round(full * width / 8) * 8)
+
         self.blocks = nn.ModuleList()
         c_in = 3
         for block in VGG16_BLOCKS:
@@ -944,20 +939,9 @@ class SSD300(nn.Module):
         self.cls_heads = nn.ModuleList(nn.Conv2d(c, n * (num_classes + 1), 3, padding=1) for c, n in pairs)
         self.box_heads = nn.ModuleList(nn.Conv2d(c, n * 4, 3, padding=1) for c, n in pairs)
         self.register_buffer("anchors", make_anchors(anchor_sizes))
-        self.register_buffer("mean", torch.empty(1, 3, 1, 1))
-        self.register_buffer("std", torch.empty(1, 3, 1, 1))
-        self.set_normalisation(IMAGENET_MEAN, IMAGENET_STD)
+        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
         self._initialise(prior_prob)
-
-    @staticmethod
-    def channels(full: int, width: float) -> int:
-        """Return a channel count at a width: a multiple of 8, at least 8."""
-        return max(8, round(full * width / 8) * 8)
-
-    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Set what images are normalised by, red, green, blue, as fractions of 255; a checkpoint keeps it."""
-        self.mean.copy_(torch.tensor(mean).mul(255).view(1, 3, 1, 1))
-        self.std.copy_(torch.tensor(std).mul(255).view(1, 3, 1, 1))
 
     @torch.no_grad()
     def _initialise(self, prior_prob):
@@ -1038,6 +1022,7 @@ def fetch_backbone(source: str = "caffe", *, batch_norm: bool = False) -> dict:
         raise InputError(f"{weights.url} failed ({error}): see --backbone-weights, --no-pretrained") from None
 
 
+@torch.no_grad()
 def load_backbone(model: SSD300, state: dict) -> None:
     """Copy ImageNet weights, a state dict of torchvision's vgg16 or vgg16_bn, into a full-width SSD300.
 
@@ -1056,20 +1041,38 @@ def load_backbone(model: SSD300, state: dict) -> None:
     has_classifier = fc[0] is not None and not fc[0].isnan().any()  # torchvision fills Caffe's with NaN
     is_caffe = not has_classifier and not model.batch_norm
     if is_caffe:
-        model.set_normalisation(CAFFE_MEAN, [CAFFE_SCALE * std for std in CAFFE_STD])
-    with torch.no_grad():
-        for target, source in zip(own, given, strict=True):
-            target.copy_(source)
-            # Caffe's features are divided, so that new layers see numbers around 1: with ReLU it is enough to
-            # divide the images and the biases.
-            if is_caffe and target.ndim == 1:
-                target.div_(CAFFE_SCALE)
-        if has_classifier:
-            fc6, fc7 = (layer for layer in model.fc if isinstance(layer, nn.Conv2d))
-            fc6.weight.copy_(fc[0].view(4096, 512, 7, 7)[::4, :, ::3, ::3])
-            fc6.bias.copy_(fc[1][::4])
-            fc7.weight.copy_(fc[2][::4, ::4, None, None])
-            fc7.bias.copy_(fc[3][::4])
+        model.mean.copy_(255 * torch.tensor(CAFFE_MEAN).view(1, 3, 1, 1))
+        model.std.fill_(CAFFE_SCALE)
+    for target, source in zip(own, given, strict=True):
+        target.copy_(source)
+        # Caffe's features are divided, so that new layers see numbers around 1: with ReLU it is enough to
+        # divide the images and the biases.
+        if is_caffe and target.ndim == 1:
+            target.div_(CAFFE_SCALE)
+    if has_classifier:
+        fc6, fc7 = (layer for layer in model.fc if isinstance(layer, nn.Conv2d))
+        fc6.weight.copy_(fc[0].view(4096, 512, 7, 7)[::4, :, ::3, ::3])
+        fc6.bias.copy_(fc[1][::4])
+        fc7.weight.copy_(fc[2][::4, ::4, None, None])
+        fc7.bias.copy_(fc[3][::4])
+
+
+@torch.no_grad()
+def load_narrow_backbone(model: SSD300, state: dict) -> None:
+    """Start the VGG blocks of a narrower SSD300 from the largest filters of ImageNet weights.
+
+    state: as `load_backbone` takes it, of a network without batch norm. Of each layer those filters are kept
+    whose norm over the channels kept before is largest, scaled to the spread of He's initialisation.
+    """
+    full = SSD300(1)
+    load_backbone(full, state)
+    model.mean, model.std = full.mean, full.std
+    layers = ([m for m in net.blocks.modules() if isinstance(m, nn.Conv2d)] for net in (model, full))
+    kept = slice(None)
+    for own, other in zip(*layers, strict=True):
+        weight = other.weight[:, kept]
+        kept = weight.flatten(1).norm(dim=1).topk(own.out_channels).indices.sort().values
+        own.weight.copy_(weight[kept] * (own.weight.std() / weight[kept].std()))
 
 
 def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
@@ -1468,11 +1471,10 @@ def model_from_checkpoint(checkpoint: dict, path: PathLike = "checkpoint", devic
 def environment(device: str | torch.device) -> dict:
     """Return what a result depends on beside the flags: versions, machine, device; plain values."""
     is_cuda = torch.device(device).type == "cuda"
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "torchvision": torchvision.__version__, "albumentations": A.__version__, "cpu_count": os.cpu_count(),
-        "platform": platform.platform(), "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
-        "command": " ".join(sys.argv), "started": datetime.datetime.now().isoformat(timespec="seconds"),
+    return {module.__name__: module.__version__ for module in (torch, torchvision, np, A)} | {
+        "python": platform.python_version(), "platform": platform.platform(), "cpu_count": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if is_cuda else "cpu", "command": " ".join(sys.argv),
+        "started": datetime.datetime.now().isoformat(timespec="seconds"),
     }
 
 
@@ -1862,16 +1864,17 @@ def build_state(args: Namespace, num_classes: int, device: torch.device, amp_dty
     model = SSD300(**config, prior_prob=FOCAL_PRIOR if args.loss == "focal" else None)
     rank, world = process_rank()
     if args.pretrained and not args.resume and rank == 0:
-        load_backbone(model, fetch_backbone(args.backbone_weights, batch_norm=args.batch_norm))
+        load = load_backbone if args.width == 1 else load_narrow_backbone
+        load(model, fetch_backbone(args.backbone_weights, batch_norm=args.batch_norm and args.width == 1))
     # In channels_last order a CPU's float32 backward pass takes 1.3 to 1.7 times as long.
     is_plain = device.type == "cpu" and amp_dtype is None
     model.to(device, memory_format=torch.contiguous_format if is_plain else torch.channels_last)
     model.freeze_blocks(args.freeze_blocks)
-    if world > 1 and device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # there is no such layer for CPUs
+    if is_synced := args.batch_norm and world > 1 and device.type == "cuda":  # CPUs have no such layer
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # torch.compile cannot trace its kernels
     # CUDA graphs: loader processes beside it slow down the launching of 500 kernels a step.
     mode = "reduce-overhead" if device.type == "cuda" and world == 1 else None
-    network = torch.compile(model, dynamic=False, mode=mode) if args.compile else model
+    network = torch.compile(model, dynamic=False, mode=mode) if args.compile and not is_synced else model
     if world > 1:
         network = nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
@@ -2098,8 +2101,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Return all flags: those given, then those of the run to resume or evaluate, then the recipe's."""
     parser = build_parser()
     given, _ = parser.parse_known_args(argv)
-    if [] in vars(given).values():  # argparse's reading of --flag=--
-        parser.error("a flag needs a value, not --")
     if sum((hasattr(given, "predict"), hasattr(given, "evaluate"), given.resume)) > 1:
         parser.error("--evaluate, --predict and --resume exclude one another")
     recipe = getattr(given, "recipe", "shapes" if getattr(given, "data", "") == "shapes" else "voc")
@@ -2117,11 +2118,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         parser.error("--init-from takes its run's recipe: set what differs by its own flag")
     if args.weights and not args.predict:
         parser.error("--weights is for --predict")
-    if args.pretrained and args.width != 1:
+    if args.pretrained and args.width > 1:
         parser.error(f"--width {args.width:g} has no ImageNet weights: add --no-pretrained")
-    is_trained = bool(args.pretrained or args.init_from)
+    is_trained = bool((args.pretrained and args.width == 1) or args.init_from)
     if args.freeze_blocks and not is_trained and hasattr(given, "freeze_blocks"):
-        parser.error("--freeze-blocks needs pretrained weights: frozen random ones never learn")
+        parser.error("--freeze-blocks needs trained weights of this width: other ones have to learn")
     args.freeze_blocks *= is_trained  # a recipe's number is for trained ones
     return args
 

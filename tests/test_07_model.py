@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -51,10 +52,10 @@ def test_outputs_have_one_row_an_anchor_and_one_column_a_class(images, width, ba
 
 
 def test_width_scales_channels_to_multiples_of_eight():
-    assert ssd.SSD300.channels(512, 1.0) == 512
-    assert ssd.SSD300.channels(64, 0.25) == 16
-    assert ssd.SSD300.channels(64, 0.01) == 8
-    assert ssd.SSD300.channels(256, 0.3) == 80  # 76.8
+    for width, counts in ((0.25, (16, 32, 64, 128, 128)), (0.01, (8, 8, 8, 8, 8)),
+                          (0.3, (16, 40, 80, 152, 152))):  # 19.2, 38.4, 76.8, 153.6
+        blocks = ssd.SSD300(1, width=width).blocks
+        assert tuple(block[0].out_channels for block in blocks) == counts
 
 
 def test_uint8_and_float_images_give_the_same(images):
@@ -386,6 +387,61 @@ def test_weights_with_batch_norm_and_those_of_full_width_fit_only_their_own_netw
     for wrong in (vgg16_features(narrow(batch_norm=True), batch_norm=True), ssd.fetch_backbone(vgg16_file)):
         with pytest.raises(ssd.InputError, match="do not fit"):
             ssd.load_backbone(model, wrong)
+
+
+def convolutions(model):
+    return [module for module in model.blocks.modules() if isinstance(module, nn.Conv2d)]
+
+
+@pytest.fixture(scope="module")
+def random_filters(full):
+    """Weights as the Caffe network's, of random filters whose sizes differ."""
+    generator = torch.Generator().manual_seed(5)
+    state = vgg16_features(full)
+    for name, value in state.items():
+        if value.ndim == 4:
+            sizes = 1 + torch.rand(len(value), 1, 1, 1, generator=generator)
+            state[name] = 0.01 * torch.randn(value.shape, generator=generator) * sizes
+    return state
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_a_narrow_network_starts_from_the_largest_filters(random_filters, batch_norm):
+    model, before = narrow(batch_norm=batch_norm), narrow(batch_norm=batch_norm)
+    ssd.load_narrow_backbone(model, random_filters)
+    given = [value.numpy() for value in random_filters.values() if value.ndim == 4]
+    kept = [0, 1, 2]
+    for own, old, filters in zip(convolutions(model), convolutions(before), given, strict=True):
+        rows = [filters[row][kept] for row in range(len(filters))]
+        order = sorted(range(len(rows)), key=lambda row: -float(np.square(rows[row]).sum()))
+        kept = sorted(order[: own.out_channels])
+        expected = np.stack([rows[row] for row in kept])
+        found = own.weight.detach().numpy()
+        factor = found.std() / expected.std()
+        np.testing.assert_allclose(found, expected * factor, rtol=1e-4, atol=1e-6)
+        assert found.std(ddof=1) == pytest.approx(old.weight.std().item(), rel=1e-4)  # He's
+        assert not own.bias.any()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(before.state_dict()[name], value)}
+    assert changed == {name for name, _ in model.named_parameters() if name.startswith("blocks.")
+                       and model.state_dict()[name].ndim == 4} | {"mean", "std"}
+    expected = [(255 - 123.68) / 6, (0 - 116.779) / 6, (127.5 - 103.939) / 6]
+    assert normalised(model.eval(), [255.0, 0.0, 127.5]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_narrow_network_starts_from_weights_with_a_classifier_too(vgg16_file):
+    model = narrow()
+    before = model.mean.clone()
+    ssd.load_narrow_backbone(model, ssd.fetch_backbone(vgg16_file))
+    assert torch.equal(model.mean, before)
+
+
+def test_a_narrow_network_does_not_start_from_weights_of_another_network():
+    model = narrow()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for wrong in ({}, vgg16_features(model), vgg16_features(ssd.SSD300(1, batch_norm=True), batch_norm=True)):
+        with pytest.raises(ssd.InputError, match="do not fit"):
+            ssd.load_narrow_backbone(model, wrong)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(("source", "batch_norm", "weights"), [

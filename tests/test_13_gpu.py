@@ -118,6 +118,21 @@ def test_a_step_reads_numbers_from_the_device_in_one_place(monkeypatch, loss, op
     assert {parameter.grad.device for parameter in state.model.parameters()} == {device}
 
 
+@pytest.mark.parametrize(("batch_norm", "world"), [(True, 2), (False, 2), (True, 1)])
+def test_several_gpus_share_the_statistics_of_batch_norm_uncompiled(monkeypatch, batch_norm, world):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *device, **options: module)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or model)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda network, devices: network)
+    monkeypatch.setattr(ssd, "process_rank", lambda: (0, world))
+    flags = [*FLAGS, "--compile", "--batch-norm" if batch_norm else "--no-batch-norm"]
+    model = ssd.build_state(ssd.parse_args(flags), 2, CUDA, None)[0].model
+    kinds = {type(part) for part in model.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)}
+    is_shared = batch_norm and world == 2
+    assert kinds == ({torch.nn.SyncBatchNorm if is_shared else torch.nn.BatchNorm2d} if batch_norm else set())
+    assert len(compiled) == (not is_shared)
+
+
 # ---- without a GPU: compiling, but for the code that a compiler would write ----
 
 

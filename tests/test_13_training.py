@@ -112,6 +112,22 @@ def assert_equal(ours, theirs):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize(("width", "batch_norm", "loader", "fetched"), [
+    ("1", True, "load_backbone", True), ("1", False, "load_backbone", False),
+    (".25", True, "load_narrow_backbone", False), (".25", False, "load_narrow_backbone", False),
+])
+def test_a_narrow_network_starts_from_the_weights_without_batch_norm(
+    monkeypatch, width, batch_norm, loader, fetched
+):
+    calls = []
+    for name in ("load_backbone", "load_narrow_backbone"):
+        monkeypatch.setattr(ssd, name, lambda model, state, name=name: calls.append((name, state)))
+    monkeypatch.setattr(ssd, "fetch_backbone", lambda source, batch_norm: (source, batch_norm))
+    switch = "--batch-norm" if batch_norm else "--no-batch-norm"
+    tiny_state("--width", width, "--pretrained", "--backbone-weights", "a.pth", switch)
+    assert calls == [(loader, ("a.pth", fetched))]
+
+
 # ---- learning rate ----
 
 
