@@ -119,7 +119,7 @@ DRAW_SCORE_THRESH = 0.4  # detections below it are left out of pictures
 FORMAT_VERSION = 3  # of a checkpoint
 LOADER_SECONDS = 300.0  # without a batch, and the run ends
 SAVE_SECONDS = 20.0  # least time between two saves: a full-width checkpoint takes a second to write
-RUN_PARTS = ("run.json", "evaluation", "predictions")  # beside .pth, .png ...: what a new run moves aside
+RUN_FILES = (".pth", ".json", ".jsonl", ".csv", ".png", ".html", "evaluation", "predictions", "tensorboard")
 MAX_SKIPPED_STEPS = 3  # in a row, for a gradient that is not finite, before a run stops
 PALETTE = ("#f0690f", "#1e0f96", "#2d96b4", "#b40f00", "#9678ff", "#2d5aa5", "#b4695a", "#8700ff", "#4b000f",
            "#3c0f4b")  # far apart also to the colour-blind, and from white
@@ -1059,10 +1059,9 @@ def load_backbone(model: SSD300, state: dict) -> None:
 
 @torch.no_grad()
 def load_narrow_backbone(model: SSD300, state: dict) -> None:
-    """Start the VGG blocks of a narrower SSD300 from the largest filters of ImageNet weights.
+    """Start a narrower SSD300's VGG blocks from ImageNet weights, see `load_backbone`, without batch norm.
 
-    state: as `load_backbone` takes it, of a network without batch norm. Of each layer those filters are kept
-    whose norm over the channels kept before is largest, scaled to the spread of He's initialisation.
+    Each layer keeps the filters whose norm over the channels kept before is largest, at He's spread.
     """
     full = SSD300(1)
     load_backbone(full, state)
@@ -1479,7 +1478,7 @@ def environment(device: str | torch.device) -> dict:
 
 
 def prepare_folders(checkpoints: Path, plots: Path, *, keep: bool) -> None:
-    """Make a run's folders; unless keep is true an earlier run's files move to earlier-TIME in each."""
+    """Make a run's folders; unless keep is true an earlier run's RUN_FILES move to earlier-TIME in each."""
     name = f"earlier-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     is_over = not keep and any(checkpoints.glob("*.pth"))
     for folder in (checkpoints, plots):
@@ -1487,7 +1486,7 @@ def prepare_folders(checkpoints: Path, plots: Path, *, keep: bool) -> None:
         for path in list(folder.iterdir()):
             if path.suffix == ".tmp":  # of a run that was killed while it wrote
                 path.unlink()
-            elif is_over and (path.suffix in (".pth", ".jsonl", ".csv", ".png") or path.name in RUN_PARTS):
+            elif is_over and {path.suffix, path.name} & {*RUN_FILES}:
                 (folder / name).mkdir(exist_ok=True)
                 path.rename(folder / name / path.name)
     if is_over:
@@ -1985,11 +1984,12 @@ RECIPES = {
 }
 RECIPES["scratch"] = RECIPES["voc"] | {"pretrained": False, "batch_norm": True, "lr": 2e-3}
 RECIPES["small"] = RECIPES["scratch"] | {  # minutes on two CPU cores for a few hundred images
-    "width": 0.125, "batch_size": 4, "lr": 3e-3, "epochs": 28, "zoom_out": 0.2, "crop": 0.6,
+    "pretrained": True, "width": 0.125, "batch_size": 4, "lr": 3e-3, "epochs": 28, "zoom_out": 0.2,
+    "crop": 0.6,
 }
 RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
     "width": 0.0625, "lr": 5e-3, "epochs": 10, "zoom_out": 0.0, "crop": 0.3, "color": 0.1, "shadow": 0.1,
-    "noise": 0.1,
+    "noise": 0.1, "pretrained": False,
 }
 RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
     "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "loss": "multibox", "schedule": "step",

@@ -24,10 +24,9 @@ import common
 import numpy as np
 from common import ssd
 
-# Flags of all runs of a set. `python tools/anchors.py --data PATH` makes plots/anchors.json.
-SETS = {
-    "bccd": "--recipe small --anchors plots/anchors.json --val-fraction 0",
-    "bccd-narrow": "--recipe small --epochs 12 --val-fraction 0",
+SETS = {  # flags of all runs of a set
+    "bccd": "--recipe small --anchors fit --val-fraction 0",
+    "bccd-narrow": "--recipe small --no-pretrained --anchors paper --epochs 12 --val-fraction 0",
     "shapes": "",
     "voc-small": "--recipe scratch --width .125 --epochs 12 --batch-size 8 "
                  "--train-split train --test-split val --val-fraction 0",
@@ -38,8 +37,9 @@ SETS = {
 VARIANTS = {
     "base": "",
     "multibox": "--loss multibox",
-    "suggested anchors": "--anchors plots/anchors.json",
-    "suggested anchors, mining": "--anchors plots/anchors.json --loss multibox",
+    "fitted anchors": "--anchors fit",
+    "fitted anchors, mining": "--anchors fit --loss multibox",
+    "random start": "--no-pretrained",
     "zoom-out .5": "--zoom-out .5",
     "weight decay .01": "--weight-decay .01",
     "paper": "--recipe paper",  # for the sets of VOC at full width: it replaces the whole recipe

@@ -47,8 +47,8 @@ def write_voc(root, splits=None, seed=0, empty_every=4):
 def tiny_flags(data, output, *more):
     """Return the command line of a training run of two epochs that takes a few seconds on a CPU."""
     return ["--data", str(data), "--output-dir", str(output), "--val-split", "val", "--recipe", "small",
-            "--width", ".0625", "--epochs", "2", "--batch-size", "4", "--lr", ".005", "--workers", "0",
-            "--device", "cpu", "--amp", "off", "--score-thresh", ".001", *more]
+            "--no-pretrained", "--width", ".0625", "--epochs", "2", "--batch-size", "4", "--lr", ".005",
+            "--workers", "0", "--device", "cpu", "--amp", "off", "--score-thresh", ".001", *more]
 
 
 @pytest.fixture(scope="session")

@@ -390,13 +390,13 @@ def test_files_of_an_earlier_run_are_moved_aside_whole(tmp_path, capsys):
     (checkpoints / "README.md").write_text("stays")
     (checkpoints / ".last.pth.123.tmp").write_text("of a run that was killed")
     (plots / "evaluation").mkdir(parents=True)
-    for name in ("evaluation/mistakes.png", "loss.png", "anchors.json", "example.jpg"):
+    for name in ("evaluation/mistakes.png", "loss.png", "mistakes.html", "notes.txt", "example.jpg"):
         (plots / name).write_text(name)
     ssd.prepare_folders(checkpoints, plots, keep=False)
-    assert {p.name for p in plots.iterdir() if p.is_file()} == {"anchors.json", "example.jpg"}  # no result of a run
+    assert {p.name for p in plots.iterdir() if p.is_file()} == {"notes.txt", "example.jpg"}  # no result of a run
     (earlier,) = [p for p in plots.iterdir() if p.is_dir()]
     assert (earlier / "evaluation" / "mistakes.png").read_text() == "evaluation/mistakes.png"
-    assert (earlier / "loss.png").is_file()
+    assert {p.name for p in earlier.iterdir()} == {"evaluation", "loss.png", "mistakes.html"}
     assert (checkpoints / "README.md").read_text() == "stays"
     (aside,) = [p for p in checkpoints.iterdir() if p.is_dir()]
     assert {p.name: p.read_text() for p in aside.iterdir()} == contents

@@ -17,7 +17,8 @@ import ssd_object_detection as ssd
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-FLAGS = ["--recipe", "small", "--width", ".0625", "--no-compile", "--device", "cpu", "--amp", "off"]
+FLAGS = ["--recipe", "small", "--no-pretrained", "--width", ".0625", "--no-compile", "--device", "cpu",
+         "--amp", "off"]
 LOSSES = ("focal", "multibox")
 
 

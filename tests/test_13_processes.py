@@ -58,7 +58,8 @@ def gradients(batch):
     found = {}
     for loss in ("focal", "multibox"):
         torch.manual_seed(0)
-        args = ssd.parse_args(["--recipe", "small", "--width", ".0625", "--no-batch-norm", "--no-compile"])
+        args = ssd.parse_args(["--recipe", "small", "--no-pretrained", "--width", ".0625", "--no-batch-norm",
+                               "--no-compile"])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ssd, "SSD300", DoubleSSD300)
             state, _ = ssd.build_state(args, 3, CPU, None)

@@ -16,7 +16,7 @@ import against_torchvision
 import common
 import recipes
 
-FLAGS = "--recipe small --width .0625 --epochs 1 --batch-size 4 --workers 0 --device cpu --amp off"
+FLAGS = "--recipe small --no-pretrained --width .0625 --epochs 1 --batch-size 4 --workers 0 --device cpu --amp off"
 
 
 def line(variant, seed, value, **more):

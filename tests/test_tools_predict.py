@@ -259,13 +259,15 @@ def test_crops_are_the_objects_at_full_resolution(pointer, tmp_path):
 
 
 def test_photos_stay_jpeg_and_others_become_png(pointer, tmp_path):
-    names = ("a.jpg", "b.JPEG", "c.png", "d.bmp", "e.webp", "f.tif")
+    names = ("a.jpg", "b.JPEG", "c.png", "d.bmp", "e.webp", "f.tif", "g.jfif")
     for name in names:
         red_box((60, 40), (5, 5, 30, 30)).save(tmp_path / name)
-    assert predict.predict_files(pointer, [tmp_path / name for name in names], tmp_path / "out") == []
+    found = predict.find_inputs([tmp_path])
+    assert [path.name for path in found] == list(names)
+    assert predict.predict_files(pointer, found, tmp_path / "out") == []
     kinds = {path.name: Image.open(path).format for path in (tmp_path / "out").glob("*.*g")}
     assert kinds == {"a.jpg": "JPEG", "b.jpg": "JPEG", "c.png": "PNG", "d.png": "PNG", "e.png": "PNG",
-                     "f.png": "PNG"}
+                     "f.png": "PNG", "g.jpg": "JPEG"}
 
 
 def test_unreadable_files_are_returned_and_the_others_done(pointer, tmp_path):

@@ -277,8 +277,7 @@ def example_images(data, count=16):
     voc = "data/VOCdevkit/VOC2007"
     known = {"shapes": "data/shapes", "voc2007": voc, "voc0712": voc}
     folder = Path(known.get(data, data)) / "JPEGImages"
-    suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in suffixes)
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in ssd.IMAGE_SUFFIXES)
     if not paths:
         raise InputError(f"no image in {folder} to check the export with: name some with --images")
     return ssd.spread(paths, count)

@@ -44,8 +44,8 @@ import ssd_object_detection as ssd
 
 PAGED_SUFFIXES = {".gif", ".tif", ".tiff", ".webp", ".png"}  # of images that may have several frames
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"} | VIDEO_SUFFIXES
-TARGET_SUFFIXES = dict.fromkeys(VIDEO_SUFFIXES, ".mp4") | {".jpg": ".jpg", ".jpeg": ".jpg"}  # others: .png
+SUFFIXES = {*ssd.IMAGE_SUFFIXES} | VIDEO_SUFFIXES
+TARGET_SUFFIXES = dict.fromkeys(VIDEO_SUFFIXES, ".mp4") | dict.fromkeys((".jpg", ".jpeg", ".jfif"), ".jpg")
 FLIPS = {"off": (), "horizontal": ((3,),), "both": ((3,), (2,), (2, 3))}  # dimensions of (B, 3, H, W)
 BATCH_SIZE = 8
 RETRIES, RETRY_PAUSE = 30, 1.0  # of a stream that broke off; seconds
