@@ -1061,7 +1061,7 @@ def load_backbone(model: SSD300, state: dict) -> None:
 def load_narrow_backbone(model: SSD300, state: dict) -> None:
     """Start a narrower SSD300's VGG blocks from ImageNet weights, see `load_backbone`, without batch norm.
 
-    Each layer keeps the filters whose norm over the channels kept before is largest, at He's spread.
+    Each layer keeps the filters of largest norm, of them the channels kept before, at He's spread.
     """
     full = SSD300(1)
     load_backbone(full, state)
@@ -1070,7 +1070,7 @@ def load_narrow_backbone(model: SSD300, state: dict) -> None:
     kept = slice(None)
     for own, other in zip(*layers, strict=True):
         weight = other.weight[:, kept]
-        kept = weight.flatten(1).norm(dim=1).topk(own.out_channels).indices.sort().values
+        kept = other.weight.flatten(1).norm(dim=1).topk(own.out_channels).indices.sort().values
         own.weight.copy_(weight[kept] * (own.weight.std() / weight[kept].std()))
 
 

@@ -412,10 +412,9 @@ def test_a_narrow_network_starts_from_the_largest_filters(random_filters, batch_
     given = [value.numpy() for value in random_filters.values() if value.ndim == 4]
     kept = [0, 1, 2]
     for own, old, filters in zip(convolutions(model), convolutions(before), given, strict=True):
-        rows = [filters[row][kept] for row in range(len(filters))]
-        order = sorted(range(len(rows)), key=lambda row: -float(np.square(rows[row]).sum()))
-        kept = sorted(order[: own.out_channels])
-        expected = np.stack([rows[row] for row in kept])
+        order = sorted(range(len(filters)), key=lambda row: -float(np.square(filters[row]).sum()))
+        channels, kept = kept, sorted(order[: own.out_channels])
+        expected = np.stack([filters[row][channels] for row in kept])
         found = own.weight.detach().numpy()
         factor = found.std() / expected.std()
         np.testing.assert_allclose(found, expected * factor, rtol=1e-4, atol=1e-6)
