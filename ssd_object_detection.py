@@ -116,7 +116,7 @@ MAX_DETECTIONS = 200
 PRE_NMS_TOP_K = 1000  # Differs from paper: its code keeps 400 a class, too few for crowded images
 DRAW_SCORE_THRESH = 0.4  # detections below it are left out of pictures
 
-FORMAT_VERSION = 3  # of a checkpoint
+FORMAT_VERSION = 4  # of a checkpoint
 LOADER_SECONDS = 300.0  # without a batch, and the run ends
 SAVE_SECONDS = 20.0  # least time between two saves: a full-width checkpoint takes a second to write
 RUN_FILES = (".pth", ".json", ".jsonl", ".csv", ".png", ".html", "evaluation", "predictions", "tensorboard")
@@ -902,18 +902,19 @@ class SSD300(nn.Module):
 
     forward(images): images (B, 3, 300, 300) RGB, uint8 or float in 0..255, normalised inside. Returns float32
     cls_logits (B, A, K + 1), class 0 is background, and box_deltas (B, A, 4), what `encode` makes of boxes.
-    width multiplies every channel count; batch_norm puts one behind every convolution but the heads';
-    prior_prob is the heads' first foreground probability (Focal loss section 4.1), None: their bias is zero.
+    width multiplies every channel count; batch_norm is behind "none" of the convolutions, those after VGG's
+    blocks ("new"), or "all" but the heads'; prior_prob is the heads' first foreground probability (Focal loss
+    section 4.1), None: their bias is zero.
     """
 
     # Differs from paper: its maps have 38, 19, 10, 5, 3, 1 cells and 8,732 anchors. Here VGG's pooling rounds
     # down, conv5_3 feeds a head of its own, fc6 is not dilated, nothing pools before it.
-    def __init__(self, num_classes: int, *, width: float = 1.0, batch_norm: bool = False,
+    def __init__(self, num_classes: int, *, width: float = 1.0, batch_norm: str = "none",
                  prior_prob: float | None = None, anchor_sizes: Sequence = ANCHOR_SIZES):
         super().__init__()
         self.num_classes, self.batch_norm = num_classes, batch_norm
         self.frozen_blocks = 0
-        conv = functools.partial(_conv, batch_norm=batch_norm)
+        conv = functools.partial(_conv, batch_norm=batch_norm != "none")
 
         def ch(full):  # a multiple of 8
             return max(8, round(full * width / 8) * 8)
@@ -923,7 +924,7 @@ class SSD300(nn.Module):
         for block in VGG16_BLOCKS:
             layers = []
             for c_out in map(ch, block):
-                layers += conv(c_in, c_out)
+                layers += _conv(c_in, c_out, batch_norm=batch_norm == "all")
                 c_in = c_out
             self.blocks.append(nn.Sequential(*layers))
         self.l2_norm = L2Norm(ch(512))
@@ -1037,9 +1038,9 @@ def load_backbone(model: SSD300, state: dict) -> None:
     fc_shapes = [None] * 4 if fc[0] is None else [(4096, 25088), (4096,), (4096, 4096), (4096,)]
     if [getattr(v, "shape", None) for v in given + fc] != [v.shape for v in own] + fc_shapes:
         raise InputError(f"the backbone weights do not fit: {len(given)} tensors named features.*, not "
-                         f"{len(own)}, or other shapes; take torchvision's vgg16 (--batch-norm: vgg16_bn)")
+                         f"{len(own)}, or other shapes; take torchvision's vgg16 or vgg16_bn")
     has_classifier = fc[0] is not None and not fc[0].isnan().any()  # torchvision fills Caffe's with NaN
-    is_caffe = not has_classifier and not model.batch_norm
+    is_caffe = not has_classifier and model.batch_norm != "all"
     if is_caffe:
         model.mean.copy_(255 * torch.tensor(CAFFE_MEAN).view(1, 3, 1, 1))
         model.std.fill_(CAFFE_SCALE)
@@ -1864,16 +1865,15 @@ def build_state(args: Namespace, num_classes: int, device: torch.device, amp_dty
     rank, world = process_rank()
     if args.pretrained and not args.resume and rank == 0:
         load = load_backbone if args.width == 1 else load_narrow_backbone
-        load(model, fetch_backbone(args.backbone_weights, batch_norm=args.batch_norm and args.width == 1))
+        has_norm = (args.width, args.batch_norm) == (1, "all")
+        load(model, fetch_backbone(args.backbone_weights, batch_norm=has_norm))
     # In channels_last order a CPU's float32 backward pass takes 1.3 to 1.7 times as long.
     is_plain = device.type == "cpu" and amp_dtype is None
     model.to(device, memory_format=torch.contiguous_format if is_plain else torch.channels_last)
     model.freeze_blocks(args.freeze_blocks)
-    if is_synced := args.batch_norm and world > 1 and device.type == "cuda":  # CPUs have no such layer
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # torch.compile cannot trace its kernels
     # CUDA graphs: loader processes beside it slow down the launching of 500 kernels a step.
     mode = "reduce-overhead" if device.type == "cuda" and world == 1 else None
-    network = torch.compile(model, dynamic=False, mode=mode) if args.compile and not is_synced else model
+    network = torch.compile(model, dynamic=False, mode=mode) if args.compile else model
     if world > 1:
         network = nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
@@ -1976,13 +1976,13 @@ def load_detector(path: PathLike, device: str = "auto", precision: str = "auto")
 # What --recipe chooses; a flag given beside it wins. What is no flag stands here alone.
 RECIPES = {
     "voc": {  # ImageNet start, a GPU
-        "width": 1.0, "pretrained": True, "batch_norm": False, "freeze_blocks": 2, "batch_size": 32,
+        "width": 1.0, "pretrained": True, "batch_norm": "new", "freeze_blocks": 2, "batch_size": 32,
         "epochs": 100, "optimizer": "adamw", "lr": 1e-4, "momentum": 0.9, "weight_decay": 0.05,
         "loss": "focal", "warmup_epochs": 1.0, "schedule": "cosine", "clip_grad": 10.0, "ema_decay": 0.998,
         "zoom_out": 0.5, "crop": 1.0, "color": 0.5, "shadow": 0.2, "noise": 0.2, "blur": 0.1,
     },
 }
-RECIPES["scratch"] = RECIPES["voc"] | {"pretrained": False, "batch_norm": True, "lr": 2e-3}
+RECIPES["scratch"] = RECIPES["voc"] | {"pretrained": False, "batch_norm": "all", "lr": 2e-3}
 RECIPES["small"] = RECIPES["scratch"] | {  # minutes on two CPU cores for a few hundred images
     "pretrained": True, "width": 0.125, "batch_size": 4, "lr": 3e-3, "epochs": 28, "zoom_out": 0.2,
     "crop": 0.6,
@@ -1992,8 +1992,8 @@ RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
     "noise": 0.1, "pretrained": False,
 }
 RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
-    "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "loss": "multibox", "schedule": "step",
-    "warmup_epochs": 0.0, "clip_grad": 0.0, "ema_decay": 0.0, "shadow": 0.0, "noise": 0.0, "blur": 0.0,
+    "batch_norm": "none", "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "loss": "multibox", "blur": 0,
+    "schedule": "step", "warmup_epochs": 0, "clip_grad": 0, "ema_decay": 0, "shadow": 0, "noise": 0,
 }
 OPTIONAL_FLAGS = ("evaluate", "predict", "weights", "init_from", "classes", "train_split", "val_split",
                   "test_split", "workers", "compile", "score_thresh")  # None unless given
@@ -2078,7 +2078,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("network").add_argument
     add("--width", type=positive_float, default=none, help="factor on every channel count")
-    add("--batch-norm", action=switch, default=none, help="batch norm after every convolution")
+    add("--batch-norm", choices=("none", "new", "all"), default=none, help="new: in the layers after VGG's")
     add("--pretrained", action=switch, default=none, help="start from ImageNet VGG16 weights")
     add("--backbone-weights", metavar="KIND", default="caffe", help="caffe, imagenet or a file of either")
     add("--init-from", metavar="FILE", default=none, help="start from a checkpoint, also of other classes")
@@ -2138,7 +2138,7 @@ def print_header(args: Namespace, data: DataSplits, model: SSD300, amp_dtype: to
         "device": f"{env['device']}, {str(amp_dtype or torch.float32)[6:]}, torch {env['torch']}, "
                   f"loader processes: {args.workers}",
         "data": f"{args.data}: {counts}; {objects} training objects, {len(data.classes)} classes",
-        "network": f"width {args.width:g}, batch norm {'on' if args.batch_norm else 'off'}, "
+        "network": f"width {args.width:g}, batch norm: {args.batch_norm}, "
                    f"start: {args.init_from or (args.backbone_weights if args.pretrained else 'random')}; "
                    f"{trained:,} trained parameters, {len(model.anchors):,} anchors",
         "recipe": f"{args.recipe}: {args.epochs} epochs, batch size {args.batch_size}, {args.optimizer}, lr "

@@ -36,7 +36,7 @@ def test_feature_maps_have_the_documented_sizes(images):
     assert [m.shape[1] for m in maps] == [64, 64, 128, 64, 32, 32]
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("batch_norm", ["none", "new", "all"])
 @pytest.mark.parametrize("width", [0.125, 0.25])
 def test_outputs_have_one_row_an_anchor_and_one_column_a_class(images, width, batch_norm):
     model = narrow(num_classes=4, width=width, batch_norm=batch_norm).eval()
@@ -48,7 +48,7 @@ def test_outputs_have_one_row_an_anchor_and_one_column_a_class(images, width, ba
     assert torch.isfinite(cls_logits).all()
     assert cls_logits.std() > 0
     has_norm = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    assert has_norm == batch_norm
+    assert has_norm == (batch_norm != "none")
 
 
 def test_width_scales_channels_to_multiples_of_eight():
@@ -128,12 +128,13 @@ def test_full_width_has_the_parameters_of_the_formula(full):
     assert sum(p.numel() for p in full.parameters()) == parameters_by_formula(20)
 
 
-def test_batch_norm_follows_every_convolution_but_the_heads():
-    model = narrow(batch_norm=True)
+@pytest.mark.parametrize(("batch_norm", "left_out"), [("all", 0), ("new", 13), ("none", 21)])
+def test_batch_norm_follows_every_convolution_but_the_heads_or_all_after_vgg_s(batch_norm, left_out):
+    model = narrow(batch_norm=batch_norm)
     heads = {*model.cls_heads, *model.box_heads}
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m not in heads]
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m not in heads][left_out:]
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(convs) == 13 + 2 + 6
+    assert len(convs) == 13 + 2 + 6 - left_out
     assert [n.num_features for n in norms] == [c.out_channels for c in convs]
 
 
@@ -168,7 +169,7 @@ def test_anchors_are_those_of_make_anchors():
 
 
 def test_frozen_blocks_stay_and_the_rest_learns(images):
-    model = narrow(batch_norm=True).freeze_blocks(2).train()
+    model = narrow(batch_norm="all").freeze_blocks(2).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     cls_logits, box_deltas = model(images)
@@ -184,7 +185,7 @@ def test_frozen_blocks_stay_and_the_rest_learns(images):
 
 
 def test_frozen_blocks_stay_in_evaluation_mode_when_training_goes_on():
-    model = narrow(batch_norm=True).freeze_blocks(3)
+    model = narrow(batch_norm="all").freeze_blocks(3)
     model.eval()
     model.train()
     modes = [m.training for b in model.blocks for m in b.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -296,7 +297,7 @@ NAN_CLASSIFIER = {name: torch.tensor(math.nan).expand(shape) for name, shape in 
 
 
 def test_weights_with_batch_norm_but_no_classifier_keep_the_normalisation():
-    model = narrow(batch_norm=True)
+    model = narrow(batch_norm="all")
     before = model.mean.clone()
     ssd.load_backbone(model, vgg16_features(model, batch_norm=True))
     assert torch.equal(model.mean, before)
@@ -342,7 +343,7 @@ def test_the_features_of_weights_without_a_classifier_are_those_of_their_network
 def test_a_checkpoint_keeps_the_normalisation(tmp_path):
     model = narrow()
     ssd.load_backbone(model, vgg16_features(model))
-    config = {"num_classes": 3, "width": 0.125, "batch_norm": False, "anchor_sizes": ssd.ANCHOR_SIZES}
+    config = {"num_classes": 3, "width": 0.125, "batch_norm": "none", "anchor_sizes": ssd.ANCHOR_SIZES}
     content = {"model": model.state_dict(), "config": config, "classes": ["a", "b", "c"]}
     ssd.save_checkpoint(tmp_path / "a.pth", content)
     loaded = ssd.model_from_checkpoint(ssd.load_checkpoint(tmp_path / "a.pth"))
@@ -384,7 +385,7 @@ def test_a_classifier_of_another_shape_is_an_input_error():
 
 def test_weights_with_batch_norm_and_those_of_full_width_fit_only_their_own_network(vgg16_file):
     model = narrow()
-    for wrong in (vgg16_features(narrow(batch_norm=True), batch_norm=True), ssd.fetch_backbone(vgg16_file)):
+    for wrong in (vgg16_features(narrow(batch_norm="all"), batch_norm=True), ssd.fetch_backbone(vgg16_file)):
         with pytest.raises(ssd.InputError, match="do not fit"):
             ssd.load_backbone(model, wrong)
 
@@ -405,7 +406,7 @@ def random_filters(full):
     return state
 
 
-@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("batch_norm", ["none", "new", "all"])
 def test_a_narrow_network_starts_from_the_largest_filters(random_filters, batch_norm):
     model, before = narrow(batch_norm=batch_norm), narrow(batch_norm=batch_norm)
     ssd.load_narrow_backbone(model, random_filters)
@@ -437,7 +438,7 @@ def test_a_narrow_network_starts_from_weights_with_a_classifier_too(vgg16_file):
 def test_a_narrow_network_does_not_start_from_weights_of_another_network():
     model = narrow()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for wrong in ({}, vgg16_features(model), vgg16_features(ssd.SSD300(1, batch_norm=True), batch_norm=True)):
+    for wrong in ({}, vgg16_features(model), vgg16_features(ssd.SSD300(1, batch_norm="all"), batch_norm=True)):
         with pytest.raises(ssd.InputError, match="do not fit"):
             ssd.load_narrow_backbone(model, wrong)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -240,7 +240,7 @@ def test_a_narrow_network_learns_a_few_images_by_heart(tmp_path, loss):
     dataset = ssd.VocDataset(drawn_records(tmp_path), ssd.build_transform(train=False), ANCHORS)
     loader = ssd.make_loader(dataset, batch_size=3)
     torch.manual_seed(0)
-    model = ssd.SSD300(2, width=0.125, batch_norm=True, prior_prob=0.01 if loss == "focal" else None)
+    model = ssd.SSD300(2, width=0.125, batch_norm="all", prior_prob=0.01 if loss == "focal" else None)
     assert ssd.evaluate(model, loader)["map_area"] < 0.5  # else learning would prove nothing
     batch = next(iter(loader))
     targets = ssd.build_targets(batch, ANCHORS)

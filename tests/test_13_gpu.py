@@ -88,7 +88,7 @@ def test_the_fake_gpu_finds_what_it_is_for(fake_batch):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("batch_norm", ["none", "new", "all"])
 def test_network_targets_and_loss_stay_on_the_gpu_and_never_wait_for_it(fake_batch, loss, batch_norm):
     model = ssd.SSD300(2, width=0.0625, batch_norm=batch_norm)
     model.to(CUDA, memory_format=torch.channels_last).freeze_blocks(2)
@@ -119,21 +119,6 @@ def test_a_step_reads_numbers_from_the_device_in_one_place(monkeypatch, loss, op
     assert {parameter.grad.device for parameter in state.model.parameters()} == {device}
 
 
-@pytest.mark.parametrize(("batch_norm", "world"), [(True, 2), (False, 2), (True, 1)])
-def test_several_gpus_share_the_statistics_of_batch_norm_uncompiled(monkeypatch, batch_norm, world):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *device, **options: module)
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or model)
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda network, devices: network)
-    monkeypatch.setattr(ssd, "process_rank", lambda: (0, world))
-    flags = [*FLAGS, "--compile", "--batch-norm" if batch_norm else "--no-batch-norm"]
-    model = ssd.build_state(ssd.parse_args(flags), 2, CUDA, None)[0].model
-    kinds = {type(part) for part in model.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)}
-    is_shared = batch_norm and world == 2
-    assert kinds == ({torch.nn.SyncBatchNorm if is_shared else torch.nn.BatchNorm2d} if batch_norm else set())
-    assert len(compiled) == (not is_shared)
-
-
 # ---- without a GPU: compiling, but for the code that a compiler would write ----
 
 
@@ -146,7 +131,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("batch_norm", "frozen"), [(True, 2), (False, 0)])
+@pytest.mark.parametrize(("batch_norm", "frozen"), [("all", 2), ("new", 2), ("none", 0)])
 def test_the_network_is_one_graph_in_training_and_one_in_evaluation(fresh_compiler, batch_norm, frozen):
     torch.manual_seed(0)
     model = ssd.SSD300(2, width=0.0625, batch_norm=batch_norm).freeze_blocks(frozen)
@@ -240,7 +225,7 @@ def test_detections_are_the_cpu_s():
 @needs_gpu
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_steps_have_the_cpu_s_losses_and_weights(optimizer):
-    flags = ["--optimizer", optimizer, "--lr", "1e-3", "--no-batch-norm"]
+    flags = ["--optimizer", optimizer, "--lr", "1e-3", "--batch-norm", "none"]
     (state, args), (other, _) = make_state(CPU, *flags), make_state(CUDA, *flags)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for _ in range(3):
@@ -310,7 +295,7 @@ def test_a_step_waits_for_the_gpu_once(loss):
 def test_a_run_of_the_cpu_goes_on_on_the_gpu_as_it_would_there(
     tiny_voc, flags_of, tmp_path, no_pictures, optimizer
 ):
-    same = ["--optimizer", optimizer, "--lr", ".001", "--no-batch-norm"]
+    same = ["--optimizer", optimizer, "--lr", ".001", "--batch-norm", "none"]
     assert ssd.main(flags_of(tiny_voc, tmp_path, *same)) == 0
     checkpoints = tmp_path / "checkpoints"
     whole = ssd.load_checkpoint(checkpoints / "last.pth")["train_state"]

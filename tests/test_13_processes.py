@@ -58,8 +58,8 @@ def gradients(batch):
     found = {}
     for loss in ("focal", "multibox"):
         torch.manual_seed(0)
-        args = ssd.parse_args(["--recipe", "small", "--no-pretrained", "--width", ".0625", "--no-batch-norm",
-                               "--no-compile"])
+        args = ssd.parse_args(["--recipe", "small", "--no-pretrained", "--width", ".0625", "--no-compile",
+                               "--batch-norm", "none"])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ssd, "SSD300", DoubleSSD300)
             state, _ = ssd.build_state(args, 3, CPU, None)
@@ -104,7 +104,7 @@ def test_gradient_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path)
 
 
 def test_two_processes_train_as_one_does_and_each_resumes_the_other_s_run(tiny_voc, flags_of, tmp_path):
-    same = ("--no-batch-norm", "--optimizer", "sgd", "--lr", ".001")
+    same = ("--batch-norm", "none", "--optimizer", "sgd", "--lr", ".001")
     folders = {world: tmp_path / world for world in ("one", "two")}
     assert ssd.main(flags_of(tiny_voc, folders["one"], *same)) == 0
     printed = torchrun(MODULE, *flags_of(tiny_voc, folders["two"], *same), cwd=tmp_path)

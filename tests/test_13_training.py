@@ -113,8 +113,8 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize(("width", "batch_norm", "loader", "fetched"), [
-    ("1", True, "load_backbone", True), ("1", False, "load_backbone", False),
-    (".25", True, "load_narrow_backbone", False), (".25", False, "load_narrow_backbone", False),
+    ("1", "all", "load_backbone", True), ("1", "new", "load_backbone", False),
+    (".25", "all", "load_narrow_backbone", False), (".25", "none", "load_narrow_backbone", False),
 ])
 def test_a_narrow_network_starts_from_the_weights_without_batch_norm(
     monkeypatch, width, batch_norm, loader, fetched
@@ -123,8 +123,7 @@ def test_a_narrow_network_starts_from_the_weights_without_batch_norm(
     for name in ("load_backbone", "load_narrow_backbone"):
         monkeypatch.setattr(ssd, name, lambda model, state, name=name: calls.append((name, state)))
     monkeypatch.setattr(ssd, "fetch_backbone", lambda source, batch_norm: (source, batch_norm))
-    switch = "--batch-norm" if batch_norm else "--no-batch-norm"
-    tiny_state("--width", width, "--pretrained", "--backbone-weights", "a.pth", switch)
+    tiny_state("--width", width, "--pretrained", "--backbone-weights", "a.pth", "--batch-norm", batch_norm)
     assert calls == [(loader, ("a.pth", fetched))]
 
 
@@ -183,7 +182,7 @@ def test_weight_decay_falls_on_convolutions_and_not_on_biases_and_norms(name):
 
 
 @pytest.mark.parametrize("flags", [["--optimizer", "sgd"], ["--optimizer", "adamw"], ["--loss", "multibox"],
-                                   ["--no-batch-norm", "--optimizer", "sgd"]])
+                                   ["--batch-norm", "none", "--optimizer", "sgd"]])
 def test_steps_lower_the_loss_of_a_fixed_batch(batch, flags):
     state, args = tiny_state("--lr", ".002", *flags)
     losses = [take_step(state, args, batch) for _ in range(4)]

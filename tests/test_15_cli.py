@@ -117,7 +117,7 @@ def test_help_ends_well_and_prints_defaults(capsys):
 def test_voc_starts_from_imagenet_weights_whose_first_blocks_stay(data):
     args = ssd.parse_args(["--data", data])
     assert args.recipe == "voc"
-    assert (args.pretrained, args.width, args.batch_norm, args.optimizer) == (True, 1.0, False, "adamw")
+    assert (args.pretrained, args.width, args.batch_norm, args.optimizer) == (True, 1.0, "new", "adamw")
     assert (args.lr, args.momentum, args.weight_decay, args.batch_size) == (1e-4, 0.9, 0.05, 32)
     assert args.freeze_blocks == 2
     assert ssd.parse_args(["--data", data, "--no-pretrained"]).freeze_blocks == 0
@@ -128,7 +128,7 @@ def test_voc_starts_from_imagenet_weights_whose_first_blocks_stay(data):
 def test_shapes_trains_a_narrow_network_from_scratch():
     args = ssd.parse_args(["--data", "shapes"])
     assert (args.recipe, args.freeze_blocks) == ("shapes", 0)
-    assert (args.pretrained, args.batch_norm, args.optimizer) == (False, True, "adamw")
+    assert (args.pretrained, args.batch_norm, args.optimizer) == (False, "all", "adamw")
     assert args.width < 1
     assert args.epochs < 100
 
@@ -143,10 +143,10 @@ def test_the_paper_s_recipe_is_the_paper_s():
 
 @pytest.mark.parametrize("recipe", ssd.RECIPES)
 def test_a_flag_beats_the_recipe(recipe):
-    flags = ["--epochs", "3", "--lr", ".5", "--batch-norm", "--no-pretrained", "--optimizer", "sgd",
+    flags = ["--epochs", "3", "--lr", ".5", "--batch-norm", "all", "--no-pretrained", "--optimizer", "sgd",
              "--weight-decay", "0", "--test-split", "val", "--width", "1"]
     args = ssd.parse_args(["--recipe", recipe, *flags])
-    given = {"epochs": 3, "lr": 0.5, "batch_norm": True, "pretrained": False, "optimizer": "sgd",
+    given = {"epochs": 3, "lr": 0.5, "batch_norm": "all", "pretrained": False, "optimizer": "sgd",
              "weight_decay": 0.0, "test_split": "val", "width": 1.0}
     assert {name: getattr(args, name) for name in given} == given
     for name in ssd.RECIPES[recipe].keys() - given.keys() - {"freeze_blocks"}:
@@ -303,7 +303,7 @@ def test_weights_without_a_network_name_the_flags_that_help(fails, tiny_voc, fla
         raise OFFLINE
 
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
-    message = fails(flags_of(tiny_voc, tmp_path, "--width", "1", "--no-batch-norm", "--pretrained"))
+    message = fails(flags_of(tiny_voc, tmp_path, "--width", "1", "--batch-norm", "none", "--pretrained"))
     assert "no route to host" in message
     assert all(flag in message for flag in ("--backbone-weights", "--no-pretrained"))
 

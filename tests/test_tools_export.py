@@ -308,7 +308,7 @@ def test_the_lists_are_those_of_the_run_unless_others_are_named(tiny_run, make_v
 
 
 def test_batch_norm_is_folded(tiny_run, onnx_file):
-    assert ssd.load_checkpoint(tiny_run.final)["config"]["batch_norm"]
+    assert ssd.load_checkpoint(tiny_run.final)["config"]["batch_norm"] == "all"
     assert "BatchNormalization" not in {node.op_type for node in onnx.load(onnx_file).graph.node}
 
 
@@ -375,7 +375,7 @@ def test_the_card_s_program_loads_the_model_in_the_folder(hf_folder, tiny_run, t
 
 
 def test_a_model_with_anchors_of_its_own_comes_back(tiny_run, tmp_path):
-    config = {"num_classes": 2, "width": 0.0625, "batch_norm": False, "anchor_sizes": [[(0.1, 0.2)]] * 6}
+    config = {"num_classes": 2, "width": 0.0625, "batch_norm": "none", "anchor_sizes": [[(0.1, 0.2)]] * 6}
     model = ssd.SSD300(**config)
     checkpoint = {**ssd.load_checkpoint(tiny_run.final), "config": config, "model": model.state_dict()}
     ssd.save_checkpoint(tmp_path / "own.pth", checkpoint)
@@ -412,7 +412,7 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch):
     ({}, r"lacks config\.json and model\.safetensors"), ({"config.json": "{}"}, r"lacks model\.safetensors"),
     ({"config.json": "{", "model.safetensors": "x"}, "not a model of this module"),
     ({"config.json": "{}", "model.safetensors": "x"}, "not a model of this module"),
-    ({"config.json": '{"format_version": 2}', "model.safetensors": "x"}, "format 2, this program reads 3"),
+    ({"config.json": '{"format_version": 2}', "model.safetensors": "x"}, f"format 2, this program reads {ssd.FORMAT_VERSION}"),
 ])
 def test_a_folder_that_is_no_model_is_one_line(tmp_path, files, message):
     for name, content in files.items():

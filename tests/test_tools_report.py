@@ -99,7 +99,7 @@ def test_the_page_says_what_was_recorded(tiny_run, run):
     shown = page.text.split("settings of the recipe")[0].rpartition("setting\n")[2]
     assert "epochs\n2\n" in shown  # given
     assert "momentum" not in shown  # left alone
-    words = ("weight decay\n0.05\n", "batch norm\non\n", "anchors\nauto\n", "CPU cores\n")
+    words = ("weight decay\n0.05\n", "batch norm\nall\n", "anchors\nauto\n", "CPU cores\n")
     for text in (*words, "data\nTiny Set\n"):
         assert text in page.text
     assert "weight_decay" not in page.text
@@ -261,7 +261,7 @@ def two_runs(run):
     """A run and one that differs: in folder, rate, figures of a class, speed, and without validation loss."""
     other = copy.deepcopy(run)
     other["source"] = run["source"].parent.parent.parent / "other" / "checkpoints" / "best.pth"
-    other["flags"] |= {"lr": 0.0004, "batch_norm": not run["flags"]["batch_norm"], "output_dir": "other"}
+    other["flags"] |= {"lr": 0.0004, "batch_norm": "none", "output_dir": "other"}
     other["test"]["map_area"] = run["test"]["map_area"] + 0.0123
     other["test"]["per_class"]["round"]["ap_area"] = None
     other["wall_s"] = 754
@@ -283,7 +283,7 @@ def test_runs_side_by_side_show_what_differs(two_runs):
     assert figures["training, images/s (median)"][1] == "32.5"
     settings = report.compared_settings(two_runs, names)
     assert settings[0] == ("setting", "out", "other")
-    assert sorted(settings[1:]) == [("batch norm", "on", "off"), ("lr", "0.005", "0.0004")]
+    assert sorted(settings[1:]) == [("batch norm", "all", "none"), ("lr", "0.005", "0.0004")]
     classes = {row[0]: row[1:] for row in report.compared_classes(two_runs, names)}
     for name, values in classes.items():
         first = run["test"]["per_class"].get(name, {}).get("ap_area")

@@ -376,7 +376,7 @@ def front_matter(name, run, licence):
 def write_card(folder, name, run, *, licence=None, data_licence=None, onnx_check=None):
     """Write the model card README.md from a run's own records; what was not recorded is called so."""
     flags, config, classes = run["flags"], run["config"], run["classes"]
-    batch_norm = "with" if config["batch_norm"] else "without"
+    kinds = {"none": "without batch norm", "new": "batch norm in the new layers", "all": "with batch norm"}
     start = "from ImageNet weights" if flags["pretrained"] else "trained from scratch"
     chosen = "the last epoch was kept"
     if flags["val_split"]:
@@ -385,7 +385,7 @@ def write_card(folder, name, run, *, licence=None, data_licence=None, onnx_check
         chosen = f"a held-out {flags['val_fraction']:.0%} of the training list chose the epoch"
     parts = [
         front_matter(name, run, licence), f"# {name}",
-        f"SSD300 with a VGG16 backbone, width {config['width']:g}, {batch_norm} batch norm, {start}, for "
+        f"SSD300 with a VGG16 backbone, width {config['width']:g}, {kinds[config['batch_norm']]}, {start}, for "
         f"{len(classes)} classes: {', '.join(classes)}. Input: 300x300 pixels, RGB.",
         "## Use", USE,
     ]

@@ -444,9 +444,8 @@ def with_contents(parts):
 def page(run):
     """Return the HTML page of a run."""
     config = run["config"]
-    batch_norm = "on" if config["batch_norm"] else "off"
     summary = (f"{len(run['classes'])} classes: {', '.join(run['classes'])}. Width {config['width']:g}, "
-               f"batch norm {batch_norm}. {run['source'].name} {run['environment'].get('started', '')}")
+               f"batch norm: {config['batch_norm']}. {run['source'].name} {run['environment'].get('started', '')}")
     shown = "".join(f'<div class="tile"><b>{html.escape(value)}</b>{html.escape(what)}</div>'
                     for value, what in tiles(run))
     links, content = with_contents(sections(run))
