@@ -2114,8 +2114,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         parser.set_defaults(**saved | {"anchors": checkpoint["config"]["anchor_sizes"]})
     args = parser.parse_args(argv)
     args.pretrained = args.pretrained and not args.init_from
-    if args.init_from and hasattr(given, "recipe"):
-        parser.error("--init-from takes its run's recipe: set what differs by its own flag")
+    if args.init_from and {"recipe", "width", "batch_norm"} & vars(given).keys():
+        parser.error("--init-from keeps its run's recipe, width and batch norm: other flags may differ")
     if args.weights and not args.predict:
         parser.error("--weights is for --predict")
     if args.pretrained and args.width > 1:

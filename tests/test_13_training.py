@@ -818,11 +818,12 @@ def test_a_run_from_a_checkpoint_trains_and_resumes(tiny_run, tmp_path, no_pictu
     assert [row["epoch"] for row in rows_of(tmp_path / "checkpoints")] == [1, 2]
 
 
-def test_a_recipe_beside_a_checkpoint_to_start_from_is_refused(tiny_run, capsys):
+@pytest.mark.parametrize("flag", [("--recipe", "voc"), ("--width", ".5"), ("--batch-norm", "none")])
+def test_another_network_than_that_of_a_checkpoint_to_start_from_is_refused(tiny_run, capsys, flag):
     with pytest.raises(SystemExit) as caught:
-        ssd.main(["--init-from", str(tiny_run.final), "--recipe", "voc"])
+        ssd.main(["--init-from", str(tiny_run.final), *flag])
     assert caught.value.code == 2
-    assert "--init-from takes its run's recipe" in capsys.readouterr().err
+    assert "--init-from keeps its run's recipe, width and batch norm" in capsys.readouterr().err
 
 
 def test_blocks_of_a_checkpoint_may_be_frozen(tiny_run, tmp_path, no_pictures):
