@@ -412,7 +412,8 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch):
     ({}, r"lacks config\.json and model\.safetensors"), ({"config.json": "{}"}, r"lacks model\.safetensors"),
     ({"config.json": "{", "model.safetensors": "x"}, "not a model of this module"),
     ({"config.json": "{}", "model.safetensors": "x"}, "not a model of this module"),
-    ({"config.json": '{"format_version": 2}', "model.safetensors": "x"}, f"format 2, this program reads {ssd.FORMAT_VERSION}"),
+    ({"config.json": '{"format_version": 2}', "model.safetensors": "x"},
+     f"format 2, this program reads {ssd.FORMAT_VERSION}"),
 ])
 def test_a_folder_that_is_no_model_is_one_line(tmp_path, files, message):
     for name, content in files.items():
