@@ -1470,11 +1470,10 @@ def model_from_checkpoint(checkpoint: dict, path: PathLike = "checkpoint", devic
 
 def environment(device: str | torch.device) -> dict:
     """Return what a result depends on beside the flags: versions, machine, device; plain values."""
-    is_cuda = torch.device(device).type == "cuda"
     return {module.__name__: module.__version__ for module in (torch, torchvision, np, A)} | {
         "python": platform.python_version(), "platform": platform.platform(), "cpu_count": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if is_cuda else "cpu", "command": " ".join(sys.argv),
-        "started": datetime.datetime.now().isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
+        "command": " ".join(sys.argv), "started": datetime.datetime.now().isoformat(timespec="seconds"),
     }
 
 
@@ -1864,9 +1863,8 @@ def build_state(args: Namespace, num_classes: int, device: torch.device, amp_dty
     model = SSD300(**config, prior_prob=FOCAL_PRIOR if args.loss == "focal" else None)
     rank, world = process_rank()
     if args.pretrained and not args.resume and rank == 0:
-        load = load_backbone if args.width == 1 else load_narrow_backbone
-        has_norm = (args.width, args.batch_norm) == (1, "all")
-        load(model, fetch_backbone(args.backbone_weights, batch_norm=has_norm))
+        state = fetch_backbone(args.backbone_weights, batch_norm=(args.width, args.batch_norm) == (1, "all"))
+        (load_backbone if args.width == 1 else load_narrow_backbone)(model, state)
     # In channels_last order a CPU's float32 backward pass takes 1.3 to 1.7 times as long.
     is_plain = device.type == "cpu" and amp_dtype is None
     model.to(device, memory_format=torch.contiguous_format if is_plain else torch.channels_last)
@@ -2101,6 +2099,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Return all flags: those given, then those of the run to resume or evaluate, then the recipe's."""
     parser = build_parser()
     given, _ = parser.parse_known_args(argv)
+    if [] in vars(given).values():  # argparse's reading of --flag=--
+        parser.error("a flag needs a value, not --")
     if sum((hasattr(given, "predict"), hasattr(given, "evaluate"), given.resume)) > 1:
         parser.error("--evaluate, --predict and --resume exclude one another")
     recipe = getattr(given, "recipe", "shapes" if getattr(given, "data", "") == "shapes" else "voc")

@@ -367,6 +367,10 @@ def test_zoom_out_enlarges_the_canvas_up_to_its_limit():
     assert ratios.max() <= 4.02
     assert ratios.min() < 1.3
     assert ratios.max() > 3.7
+    limited = ssd.SSDZoomOut(p=1)
+    limited.max_ratio = 2
+    largest = (shapes(limited, 50) / [30, 40]).max()
+    assert 1.7 < largest <= 2
 
 
 def test_zoom_out_places_the_image_anywhere_on_the_canvas():
