@@ -51,6 +51,7 @@ import unicodedata
 import urllib.request
 import xml.etree.ElementTree as ElementTree
 import zipfile
+import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -74,10 +75,9 @@ from tqdm import tqdm
 # ---- 1. Constants ----
 
 PathLike = str | Path
-VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
-    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)
+VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+               "tvmonitor")
 VOC_ARCHIVES = torchvision.datasets.voc.DATASET_YEAR_DICT  # of "2007", "2007-test", "2012": filename, MD5
 DOWNLOAD_SECONDS = 30.0  # without a byte, and the next address is tried
 VOC_URLS = (  # the second and third are copies, which the MD5 vouches for
@@ -276,11 +276,10 @@ def open_image(source: PathLike | Image.Image | np.ndarray,
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source)
     try:
-        is_open = isinstance(source, Image.Image)
-        with contextlib.nullcontext(source) if is_open else Image.open(source) as stored:
-            image = ImageOps.exif_transpose(stored)
-            if image.size != size == stored.size:
-                image = stored.copy()
+        with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as raw:
+            image = ImageOps.exif_transpose(raw)
+            if image.size != size == raw.size:
+                image = raw.copy()
     except Exception as error:  # whatever a broken file makes Pillow raise
         problem = " ".join(str(error).split())[:120]
         raise InputError(f"{source}: not readable as an image ({problem})") from None
@@ -418,7 +417,7 @@ def parse_annotation(path: PathLike) -> tuple[int, int, list[tuple[str, list[flo
 
 def read_annotations(root: PathLike, split: str, *, unlabelled: str = "error") -> dict[str, tuple]:
     """Return {image id: `parse_annotation`} of a list; unlabelled "negative": no annotation, no objects."""
-    annotations = {}
+    annotations, unclear = {}, []
     for image_id in read_split(root, split):
         image, path = (find_file(root, kind, image_id) for kind in ("JPEGImages", "Annotations"))
         if image is None:
@@ -426,9 +425,15 @@ def read_annotations(root: PathLike, split: str, *, unlabelled: str = "error") -
         is_negative = path is None and unlabelled == "negative"
         path = path or Path(root) / "Annotations" / f"{image_id}.xml"
         width, height, objects = (0, 0, []) if is_negative else parse_annotation(path)
+        with contextlib.suppress(Exception), Image.open(image) as stored:  # broken: told when it is read
+            turn = stored.getexif().get(0x0112, 1)  # 2 to 4: mirrored or half a turn; 5 to 8 swap the sides
+            unclear += [image] * bool(objects and 1 < turn < (5 if width != height and width * height else 9))
         if width < 1 or height < 1:
             width, height = open_image(image).size
         annotations[image_id] = width, height, objects
+    if unclear:
+        print(f"{root}, list {split}: images turned by EXIF whose annotations fit both readings, taken as "
+              f"upright: {len(unclear)}, as {unclear[0]} (see tools/audit.py)")
     return annotations
 
 
@@ -891,10 +896,8 @@ class L2Norm(nn.Module):
 def _conv(c_in, c_out, kernel=3, *, stride=1, padding=None, batch_norm=False):
     """Return the layers convolution, batch norm if asked for, ReLU; padding keeps the size unless given."""
     padding = kernel // 2 if padding is None else padding
-    layers = [nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=padding)]
-    if batch_norm:
-        layers.append(nn.BatchNorm2d(c_out))
-    return [*layers, nn.ReLU(inplace=True)]
+    norm = [nn.BatchNorm2d(c_out)] if batch_norm else []
+    return [nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=padding), *norm, nn.ReLU(inplace=True)]
 
 
 class SSD300(nn.Module):
@@ -1124,10 +1127,8 @@ def detection_loss(outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor
     cls_logits, box_deltas = outputs
     labels, box_targets = targets
     is_positive = labels > 0
-    if num_positive is None:
-        num_positive = is_positive.sum()
     # Differs from paper: its loss of a batch without objects is 0, and of one with few it is large.
-    divisor = num_positive.clamp(min=len(labels))
+    divisor = (is_positive.sum() if num_positive is None else num_positive).clamp(min=len(labels))
     if loss == "focal":
         per_anchor = focal_loss(cls_logits, labels, gamma=gamma)
     else:
@@ -1305,7 +1306,7 @@ def evaluate(model: SSD300, loader: DataLoader, *, amp_dtype: torch.dtype | None
     device = model.anchors.device
     records = loader.dataset.records
     sizes = np.array([[record.width, record.height] * 2 for record in records])
-    parts, losses = collections.defaultdict(list), collections.defaultdict(float)
+    parts, losses = [], collections.defaultdict(float)
     for batch in loader:
         batch = to_device(batch, device)
         with autocast(device, amp_dtype):
@@ -1316,11 +1317,9 @@ def evaluate(model: SSD300, loader: DataLoader, *, amp_dtype: torch.dtype | None
         found = detect(*outputs, model.anchors, **settings)
         boxes, labels, scores = (torch.cat(column).cpu().numpy() for column in zip(*found, strict=True))
         indices = np.repeat(batch["indices"].tolist(), [len(one[0]) for one in found])
-        parts["image_ids"].append(indices)
-        parts["labels"].append(labels)
-        parts["scores"].append(scores)
-        parts["boxes_px"].append(to_voc_pixels(boxes * sizes[indices]))
-    detections = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        boxes_px = to_voc_pixels(boxes * sizes[indices])
+        parts.append({"image_ids": indices, "labels": labels, "scores": scores, "boxes_px": boxes_px})
+    detections = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {**score_detections(detections, records, model.num_classes), **losses}
 
 
@@ -1449,9 +1448,8 @@ def load_checkpoint(path: PathLike, *, resumable: bool = False) -> dict:
     checkpoint = load_tensors(path, "a checkpoint")
     if not {"format_version", "model", "config", "classes"} <= set(checkpoint):
         raise InputError(f"{path}: not a checkpoint of this program (it lacks model, config or classes)")
-    if checkpoint["format_version"] != FORMAT_VERSION:
-        raise InputError("{}: of format {}, not {}: use the program's version that wrote it".format(
-            path, checkpoint["format_version"], FORMAT_VERSION))
+    if (found := checkpoint["format_version"]) != FORMAT_VERSION:
+        raise InputError(f"{path}: of format {found}, not {FORMAT_VERSION}: use the version that wrote it")
     if resumable and "train_state" not in checkpoint:
         raise InputError(f"{path}: holds weights but no training state; resume from a last.pth")
     return checkpoint
@@ -1756,8 +1754,7 @@ def train_one_epoch(state: TrainState, loader: DataLoader, batches: Iterator, lo
     limit = min(steps, 25 if state.scaler.is_enabled() else MAX_SKIPPED_STEPS)  # float16 seeks its scale
     state.model.train()
     totals = collections.defaultdict(float)
-    skipped = in_a_row = 0
-    waited = 0.0
+    skipped = in_a_row = waited = 0
     start = ready = time.perf_counter()
     bar = tqdm(itertools.islice(batches, steps), f"epoch {state.epoch + 1}/{args.epochs}", steps, leave=False,
                disable=not sys.stderr.isatty() or process_rank()[0] > 0)
@@ -1962,11 +1959,10 @@ class Detector:
 
 def load_detector(path: PathLike, device: str = "auto", precision: str = "auto") -> Detector:
     """Return the Detector of a checkpoint (.pth); device and precision as the flags --device and --amp."""
-    checkpoint = load_checkpoint(path)
+    saved = load_checkpoint(path)
     picked = pick_device(device)
-    model = model_from_checkpoint(checkpoint, path, picked)
-    thresholds = checkpoint.get("score_thresh")
-    return Detector(model, checkpoint["classes"], pick_amp_dtype(picked, precision), thresholds)
+    model = model_from_checkpoint(saved, path, picked)
+    return Detector(model, saved["classes"], pick_amp_dtype(picked, precision), saved.get("score_thresh"))
 
 
 # ---- 15. Command line ----
@@ -2186,11 +2182,13 @@ def make_loaders(args: Namespace, data: DataSplits, state: TrainState) -> tuple:
     return make_loader(train, batch_sampler=sampler, **options), val_loader
 
 
-def resume_state(state: TrainState, classes: Sequence[str], checkpoints: Path) -> None:
+def resume_state(state: TrainState, base: dict, checkpoints: Path) -> None:
     """Bring a state back to where last.pth left it; InputError for other classes or another network."""
     saved = load_checkpoint(checkpoints / "last.pth", resumable=True)
-    if list(saved["classes"]) != list(classes):
+    if saved["classes"] != base["classes"]:
         raise InputError(f"the run to resume has the classes {', '.join(saved['classes'])}: see --init-from")
+    if saved.get("digest") != base["digest"]:
+        print("warning: not the training images and boxes of before: see --init-from", file=sys.stderr)
     state.load_state_dict(saved["train_state"], saved["model"])
     if state.best_epoch > 0 and not from_first_process((checkpoints / "best.pth").is_file):
         state.best_map, state.best_epoch = -1.0, state.epoch  # what is best is to come
@@ -2278,17 +2276,19 @@ def run_training(args: Namespace) -> int:
     sources = {name: getattr(args, name) for name in (*DATA_FLAGS, "data_root", "seed")}
     data = from_first_process(lambda: load_data(**sources))
     boxes = np.concatenate([record.boxes for record in data.train])
+    digest = zlib.crc32(boxes, len(data.train))  # of the order too; it stays where the folder moves
     sizes = choose_anchors(args.anchors, boxes, is_voc={*data.classes} == {*VOC_CLASSES})
     state, config = build_state(args, len(data.classes), device, amp_dtype, sizes)
+    flags = {name: value for name, value in vars(args).items() if name not in MACHINE_FLAGS}
+    base = {"config": config, "classes": list(data.classes), "args": flags, "digest": digest}
     if args.resume:
-        resume_state(state, data.classes, checkpoints)
+        resume_state(state, base, checkpoints)
         began -= sum(row["seconds"] for row in state.history)  # of the parts before
     elif args.init_from:
         start_from(state, args.init_from, data.classes)
     loaders = make_loaders(args, data, state)
     print_header(args, data, state.model, amp_dtype)
-    flags = {name: value for name, value in vars(args).items() if name not in MACHINE_FLAGS}
-    writer = CheckpointWriter(checkpoints, {"config": config, "classes": list(data.classes), "args": flags})
+    writer = CheckpointWriter(checkpoints, base)
     record = {"flags": dict(vars(args)), "environment": environment(device), "classes": list(data.classes)}
     if is_first := process_rank()[0] == 0:
         prepare_folders(checkpoints, plots, keep=args.resume)

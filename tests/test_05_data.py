@@ -691,6 +691,23 @@ def test_a_turned_image_is_read_as_its_annotation_means_it(tmp_path):
         assert is_as_stored == (stored != upright)  # where both readings fit, it is upright
 
 
+def test_turned_images_whose_annotations_fit_both_readings_are_counted(tmp_path, capsys):
+    root = write_voc(tmp_path, {"plain": [CAT], "half": [CAT], "none": [], "quarter": [CAT], "sizeless": [CAT]})
+    exif = Image.Exif()
+    for name, tag, size in (("half", 3, (40, 30)), ("none", 3, (40, 30)), ("quarter", 6, (30, 40)),
+                            ("sizeless", 6, (30, 40))):
+        exif[0x0112] = tag
+        Image.new("RGB", size).save(root / "JPEGImages" / f"{name}.jpg", exif=exif)
+    path = root / "Annotations" / "sizeless.xml"
+    path.write_text(path.read_text().replace("<width>40", "<width>0"))
+    load(root)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "EXIF" in line]
+    assert "taken as upright: 2, as" in line
+    assert "half.jpg" in line
+    load(write_voc(tmp_path / "other", {"plain": [CAT]}))
+    assert "EXIF" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", [b"", b"nothing", "cut off"])
 def test_an_unreadable_image_is_an_input_error_that_names_it(tmp_path, content):
     root = write_voc(tmp_path, {"a": [CAT]})

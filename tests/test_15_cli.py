@@ -364,6 +364,20 @@ def test_resuming_a_run_of_other_classes_is_one_line(fails, tiny_run, make_voc, 
     assert "--init-from" in message
 
 
+def test_a_run_goes_on_with_its_data_elsewhere_and_tells_other_data(tiny_run, tmp_path, capsys, no_pictures):
+    other = tmp_path / "elsewhere"
+    shutil.copytree(tiny_run.data, other)
+    for epochs in ("3", "4"):
+        out = tmp_path / epochs
+        shutil.copytree(tiny_run.output, out)
+        flags = ["--resume", "--epochs", epochs, "--output-dir", str(out), "--data", str(other), *HERE]
+        assert ssd.main(flags) == 0
+        told = capsys.readouterr().err
+        assert ("not the training images and boxes of before" in told) == (epochs == "4")
+        path = other / "Annotations" / "train_0.xml"  # and now a box is another one
+        path.write_text(re.sub(r"<xmin>\d+", "<xmin>1", path.read_text(), count=1))
+
+
 # ---- Ctrl-C and SIGTERM ----
 
 
