@@ -613,7 +613,15 @@ def load_data(data: str, *, data_root: PathLike = "data", classes: Sequence[str]
     counts = collections.Counter(record.image_path for record in [*train, *val, *test])
     if shared := [path for path, count in counts.items() if count > 1]:
         raise InputError(f"{shared[0]} is in two of the lists, and {len(shared) - 1} more: see --val-split")
-    return DataSplits("pascal_voc" if is_voc else name, classes, train, val, test, lists)
+
+    def content(record):
+        return hash(Path(record.image_path).read_bytes())
+
+    empty = {content(record) for record in [*val, *test] if not len(record.labels)}  # blank frames
+    kept = [record for record in train if len(record.labels) or not empty or content(record) not in empty]
+    if len(kept) < len(train):
+        print(f"training images without objects that are measured on too, left out: {len(train) - len(kept)}")
+    return DataSplits("pascal_voc" if is_voc else name, classes, kept, val, test, lists)
 
 
 def usable_cores() -> int:
@@ -1968,27 +1976,21 @@ def load_detector(path: PathLike, device: str = "auto", precision: str = "auto")
 # ---- 15. Command line ----
 
 # What --recipe chooses; a flag given beside it wins. What is no flag stands here alone.
-RECIPES = {
-    "voc": {  # ImageNet start, a GPU
-        "width": 1.0, "pretrained": True, "batch_norm": "new", "freeze_blocks": 2, "batch_size": 32,
-        "epochs": 100, "optimizer": "adamw", "lr": 1e-4, "momentum": 0.9, "weight_decay": 0.05,
-        "loss": "focal", "warmup_epochs": 1.0, "schedule": "cosine", "clip_grad": 10.0, "ema_decay": 0.998,
-        "zoom_out": 0.5, "crop": 1.0, "color": 0.5, "shadow": 0.2, "noise": 0.2, "blur": 0.1,
-    },
-}
+RECIPES = {"voc": {  # ImageNet start, a GPU
+    "width": 1.0, "pretrained": True, "batch_norm": "new", "freeze_blocks": 2, "batch_size": 32,
+    "epochs": 100, "optimizer": "adamw", "lr": 1e-4, "momentum": 0.9, "weight_decay": 0.05, "loss": "focal",
+    "warmup_epochs": 1.0, "schedule": "cosine", "clip_grad": 10.0, "ema_decay": 0.998,
+    "zoom_out": 0.5, "crop": 1.0, "color": 0.5, "shadow": 0.2, "noise": 0.2, "blur": 0.1}}
 RECIPES["scratch"] = RECIPES["voc"] | {"pretrained": False, "batch_norm": "all", "lr": 2e-3}
 RECIPES["small"] = RECIPES["scratch"] | {  # minutes on two CPU cores for a few hundred images
     "pretrained": True, "width": 0.125, "batch_size": 4, "lr": 3e-3, "epochs": 28, "zoom_out": 0.2,
-    "crop": 0.6,
-}
+    "crop": 0.6}
 RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
-    "width": 0.0625, "lr": 5e-3, "epochs": 10, "zoom_out": 0.0, "crop": 0.3, "color": 0.1, "shadow": 0.1,
-    "noise": 0.1, "pretrained": False,
-}
+    "pretrained": False, "width": 0.0625, "lr": 5e-3, "epochs": 10, "zoom_out": 0.0, "crop": 0.3,
+    "color": 0.1, "shadow": 0.1, "noise": 0.1}
 RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
     "batch_norm": "none", "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "loss": "multibox", "blur": 0,
-    "schedule": "step", "warmup_epochs": 0, "clip_grad": 0, "ema_decay": 0, "shadow": 0, "noise": 0,
-}
+    "schedule": "step", "warmup_epochs": 0, "clip_grad": 0, "ema_decay": 0, "shadow": 0, "noise": 0}
 OPTIONAL_FLAGS = ("evaluate", "predict", "weights", "init_from", "classes", "train_split", "val_split",
                   "test_split", "workers", "compile", "score_thresh")  # None unless given
 DATA_FLAGS = ("data", "classes", "train_split", "val_split", "val_fraction", "test_split", "unlabelled")
@@ -2130,17 +2132,14 @@ def print_header(args: Namespace, data: DataSplits, model: SSD300, amp_dtype: to
                        for kind, split in data.lists.items() if getattr(data, kind))
     objects = sum(len(record.labels) for record in data.train)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows = {
-        "device": f"{env['device']}, {str(amp_dtype or torch.float32)[6:]}, torch {env['torch']}, "
-                  f"loader processes: {args.workers}",
-        "data": f"{args.data}: {counts}; {objects} training objects, {len(data.classes)} classes",
-        "network": f"width {args.width:g}, batch norm: {args.batch_norm}, "
-                   f"start: {args.init_from or (args.backbone_weights if args.pretrained else 'random')}; "
-                   f"{trained:,} trained parameters, {len(model.anchors):,} anchors",
-        "recipe": f"{args.recipe}: {args.epochs} epochs, batch size {args.batch_size}, {args.optimizer}, lr "
-                  f"{args.lr:g}, weight decay {args.weight_decay:g}, {args.loss} loss, seed {args.seed}",
-    }
-    print("\n".join(f"{name:<8} {text}" for name, text in rows.items()), flush=True)
+    print(f"device   {env['device']}, {str(amp_dtype or torch.float32)[6:]}, torch {env['torch']}, loader "
+          f"processes: {args.workers}\n"
+          f"data     {args.data}: {counts}; {objects} training objects, {len(data.classes)} classes\n"
+          f"network  width {args.width:g}, batch norm: {args.batch_norm}, start: "
+          f"{args.init_from or (args.backbone_weights if args.pretrained else 'random')}; "
+          f"{trained:,} trained parameters, {len(model.anchors):,} anchors\n"
+          f"recipe   {args.recipe}: {args.epochs} epochs, batch size {args.batch_size}, {args.optimizer}, lr "
+          f"{args.lr:g}, weight decay {args.weight_decay:g}, {args.loss} loss, seed {args.seed}", flush=True)
 
 
 def prepare_device(args: Namespace, device: torch.device) -> torch.dtype | None:

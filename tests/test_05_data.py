@@ -486,6 +486,21 @@ def test_an_image_in_two_lists_is_an_input_error_that_names_it(tmp_path, lists):
     assert f"{shared}.jpg is in two of the lists" in message
 
 
+def test_copies_of_blank_frames_that_are_measured_on_leave_training(tmp_path, capsys):
+    objects = {i: [CAT] if i in "ade" else [] for i in "abcdefg"}
+    root = write_voc(tmp_path, objects, train=["a", "b", "c", "g"], val=["d", "e"], test=["f"])
+    copies = {"b": "blank", "f": "blank", "c": "other", "g": "third", "a": "object", "d": "object"}
+    shades = {"blank": 1, "other": 90, "third": 180, "object": 250}
+    for name, kind in copies.items():
+        Image.new("RGB", (40, 30), (shades[kind],) * 3).save(root / "JPEGImages" / f"{name}.jpg")
+    data = load(root, val_split="val")
+    assert ids(data.train) == ["a", "c", "g"]  # an image with objects stays, as the audit says of it
+    assert [ids(data.val), ids(data.test)] == [["d", "e"], ["f"]]
+    assert "left out: 1\n" in capsys.readouterr().out
+    assert ids(load(root, val_split="val", test_split="").train) == ["a", "b", "c", "g"]
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_voc0712_trains_on_both_years_and_tests_on_2007(tmp_path):
     for year in (2007, 2012):
         root = tmp_path / "VOCdevkit" / f"VOC{year}"
