@@ -502,7 +502,7 @@ def download(urls: Sequence[str], path: Path, md5: str) -> None:
                 request = urllib.request.Request(url, headers={"Range": f"bytes={file.tell()}-"})
                 with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as answer:
                     if answer.status != 206:  # the server sends the whole file
-                        file.truncate(0)
+                        file.truncate(file.seek(0))
                     total = file.tell() + int(answer.headers.get("Content-Length", 0))
                     if shutil.disk_usage(path.parent).free < 2 * total:  # with what is in the archive
                         raise InputError(f"{path.parent}: no room for {2 * total / 1e9:.1f} GB (--data-root)")
@@ -564,7 +564,7 @@ def find_data(data: str, data_root: PathLike, train_split: str | None, val_split
         if not roots[0].is_dir():
             raise InputError(f"--data: no folder {roots[0].absolute()}, and not voc2007, voc0712 or shapes")
         inner = [folder.parent for folder in roots[0].glob("*/ImageSets")]
-        if len(inner) == 1:  # VOCdevkit with VOC2007 alone
+        if len(inner) == 1 and not (roots[0] / "JPEGImages").is_dir():  # VOCdevkit with VOC2007 alone
             roots = inner
         there = {path.stem for path in (roots[0] / "ImageSets" / "Main").glob("*.txt")}
         if "train" in there or "trainval" not in there:
@@ -574,7 +574,7 @@ def find_data(data: str, data_root: PathLike, train_split: str | None, val_split
         lists["test"] = "test" if "test" in there else ""
     given = {"train": train_split, "val": val_split, "test": test_split}
     lists |= {name: split for name, split in given.items() if split is not None}
-    for number, root in enumerate(roots):
+    for number, root in enumerate(roots if data in ("voc2007", "voc0712") else ()):
         for split in [lists["train"]] if number else lists.values():  # only the first year has a test list
             fetch_voc(root, split)
     return roots, lists
@@ -616,7 +616,6 @@ def load_data(data: str, *, data_root: PathLike = "data", classes: Sequence[str]
 
     def content(record):
         return hash(Path(record.image_path).read_bytes())
-
     empty = {content(record) for record in [*val, *test] if not len(record.labels)}  # blank frames
     kept = [record for record in train if len(record.labels) or not empty or content(record) not in empty]
     if len(kept) < len(train):
@@ -708,7 +707,7 @@ class EpochBatchSampler(torch.utils.data.Sampler):
 
 def _init_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process ends the run
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # torchrun's too: no loader that died
     sys.excepthook = lambda *error: None  # errors reach the main process; its end breaks pipes, no news
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -718,7 +717,7 @@ def fit_shared_memory(workers: int, batch_bytes: int) -> tuple[int, int]:
     """Return (loader processes, batches each prepares ahead) that /dev/shm holds, and say so if it is few."""
     # Training and validation each prepare batches there; a container's 64 MB would stop both for ever.
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
-    room = int(min(4 * workers, 0.45 * free / batch_bytes - 3))
+    room = int(min(4 * workers, 0.45 * free / batch_bytes / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 3))
     prefetch, fewer = max(1, room // workers), max(0, min(workers, room))
     if room < 4 * workers:
         what = f"{fewer} loader processes of {prefetch} batches, not {workers} of 4 (--ipc=host, --shm-size)"
@@ -1030,7 +1029,7 @@ def fetch_backbone(source: str = "caffe", *, batch_norm: bool = False) -> dict:
     weights = kinds.IMAGENET1K_V1 if batch_norm or source == "imagenet" else kinds.IMAGENET1K_FEATURES
     try:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise InputError(f"{weights.url} failed ({error}): see --backbone-weights, --no-pretrained") from None
 
 
@@ -1270,7 +1269,7 @@ def best_thresholds(classes: dict[int, dict], class_names: Sequence[str]) -> dic
     """Return {name: the score of best F1 (ties: the highest)} of `evaluate_voc`'s classes that have one."""
     rows = zip(class_names, classes.values(), strict=True)
     curves = {name: f1_curve(row) for name, row in rows if row["num_gt"] and len(row["scores"])}
-    return {name: float(scores[f1.argmax()]) for name, (scores, f1) in curves.items()}
+    return {name: float(scores[f1.argmax()]) for name, (scores, f1) in curves.items() if f1.any()}
 
 
 def to_voc_pixels(boxes_px: np.ndarray) -> np.ndarray:
@@ -1379,7 +1378,8 @@ def joined_processes(name: str) -> Iterator[str]:
         return
     if is_cuda := name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
+        with contextlib.suppress(RuntimeError):  # fewer GPUs than processes, as pick_device will say
+            torch.cuda.set_device(name)
     torch.distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=datetime.timedelta(hours=6))
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null if process_rank()[0] else sys.stdout):
         yield name
@@ -1688,14 +1688,15 @@ class TrainState:
     step: int = 0  # optimizer steps taken
     best_map: float = -1.0
     best_epoch: int = 0
+    in_a_row: int = 0  # steps skipped since the last good one; not saved
     history: list[dict] = field(default_factory=list)  # the rows of metrics.jsonl
     log: list[dict] = field(default_factory=list)  # the rows of steps.jsonl
+    plain = ("epoch", "step", "best_map", "best_epoch", "history", "log")  # what is saved as it is
 
     def state_dict(self) -> dict:
         """Return tensors and plain values only; the averaged weights are kept beside it."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        plain = ("epoch", "step", "best_map", "best_epoch", "history", "log")
-        return parts | {name: getattr(self, name) for name in plain}
+        return parts | {name: getattr(self, name) for name in self.plain}
 
     def load_state_dict(self, state: dict, averaged: dict) -> None:
         """Go back to a saved state and the average's weights; InputError if they are of another network."""
@@ -1704,7 +1705,7 @@ class TrainState:
         try:
             if state["optimizer"]["param_groups"][0].keys() != groups[0].keys():
                 raise ValueError(f"not of {type(self.optimizer).__name__}")
-            for name in ("model", "optimizer", "scaler"):
+            for name in filter(state.__getitem__, ("model", "optimizer", "scaler")):  # a scaler may be off
                 getattr(self, name).load_state_dict(state[name])
             self.ema.model.load_state_dict(averaged)
         except (KeyError, ValueError, RuntimeError) as error:
@@ -1712,8 +1713,8 @@ class TrainState:
             raise InputError(f"the run to resume is of another network or optimizer: {problem}") from None
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)  # a flag beats the saved run
-        for name in ("epoch", "step", "best_map", "best_epoch", "history", "log"):
-            setattr(self, name, state.get(name, []))
+        for name in self.plain:
+            setattr(self, name, state[name])
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
                 if value.shape == parameter.shape:  # a fused step needs the memory order of the parameter
@@ -1759,10 +1760,10 @@ def train_one_epoch(state: TrainState, loader: DataLoader, batches: Iterator, lo
     """
     records, sampler = loader.dataset.records, loader.batch_sampler
     steps = sampler.steps_per_epoch
-    limit = min(steps, 25 if state.scaler.is_enabled() else MAX_SKIPPED_STEPS)  # float16 seeks its scale
+    limit = 25 if state.scaler.is_enabled() else MAX_SKIPPED_STEPS  # float16 seeks its scale
     state.model.train()
-    totals = collections.defaultdict(float)
-    skipped = in_a_row = waited = 0
+    totals = dict.fromkeys(("loss", "loss_cls", "loss_box"), 0.0)
+    skipped = waited = 0
     start = ready = time.perf_counter()
     bar = tqdm(itertools.islice(batches, steps), f"epoch {state.epoch + 1}/{args.epochs}", steps, leave=False,
                disable=not sys.stderr.isatty() or process_rank()[0] > 0)
@@ -1771,14 +1772,14 @@ def train_one_epoch(state: TrainState, loader: DataLoader, batches: Iterator, lo
         lr = learning_rate(state.epoch * steps + number - 1, args, steps)
         losses = train_step(state, batch, loss, lr=lr, clip_grad=args.clip_grad, amp_dtype=amp_dtype)
         if losses is None:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
+            skipped, state.in_a_row = skipped + 1, state.in_a_row + 1
             names = ", ".join(records[i].image_id for i in batch["indices"])
             what = f"epoch {state.epoch + 1}, step {number}: the gradient is not finite; images: {names}"
-            if in_a_row == limit:
+            if state.in_a_row == limit:
                 raise InputError(f"{what}; {limit} in a row: lower --lr or set --amp off")
             print(f"warning: step skipped, {what}", file=sys.stderr)
         else:
-            in_a_row = 0
+            state.in_a_row = 0
             for name, value in losses.items():
                 totals[name] += value
             bar.set_postfix_str(f"loss {totals['loss'] / (number - skipped):.3f} lr {lr:.1e}", refresh=False)
@@ -1849,11 +1850,11 @@ def fit(state: TrainState, loaders: tuple, args: Namespace, *, loss: Callable, a
 
 def choose_anchors(mode: str | Sequence, boxes: np.ndarray, *, is_voc: bool = False) -> Sequence:
     """Return the anchor sizes that --anchors means for training boxes (N, 4); sizes of a saved run stay."""
-    if not isinstance(mode, str):
-        return mode or ANCHOR_SIZES
+    if not isinstance(mode, str) or mode == "paper" or (mode == "auto" and is_voc):
+        return ANCHOR_SIZES if isinstance(mode, str) else mode
     boxes = boxes[:: len(boxes) // 4000 + 1]  # enough
     sizes, reach = ANCHOR_SIZES, np.mean(best_anchor_iou(boxes) >= 0.5)
-    if mode == "fit" or (mode == "auto" and not is_voc and reach < LEAST_REACH):
+    if mode == "fit" or reach < LEAST_REACH:
         sizes = fit_anchor_sizes(boxes)
         fitted = np.mean(best_anchor_iou(boxes, sizes) >= 0.5)
         print(f"anchors  fitted: {fitted:.1%} of the training boxes are reached (IoU .5), before {reach:.1%}")
@@ -1982,9 +1983,8 @@ RECIPES = {"voc": {  # ImageNet start, a GPU
     "warmup_epochs": 1.0, "schedule": "cosine", "clip_grad": 10.0, "ema_decay": 0.998,
     "zoom_out": 0.5, "crop": 1.0, "color": 0.5, "shadow": 0.2, "noise": 0.2, "blur": 0.1}}
 RECIPES["scratch"] = RECIPES["voc"] | {"pretrained": False, "batch_norm": "all", "lr": 2e-3}
-RECIPES["small"] = RECIPES["scratch"] | {  # minutes on two CPU cores for a few hundred images
-    "pretrained": True, "width": 0.125, "batch_size": 4, "lr": 3e-3, "epochs": 28, "zoom_out": 0.2,
-    "crop": 0.6}
+RECIPES["small"] = RECIPES["scratch"] | {"pretrained": True, "width": 0.125, "batch_size": 4, "lr": 3e-3,
+    "epochs": 28, "zoom_out": 0.2, "crop": 0.6}  # minutes on two CPU cores for a few hundred images
 RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
     "pretrained": False, "width": 0.0625, "lr": 5e-3, "epochs": 10, "zoom_out": 0.0, "crop": 0.3,
     "color": 0.1, "shadow": 0.1, "noise": 0.1}
@@ -2076,7 +2076,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--width", type=positive_float, default=none, help="factor on every channel count")
     add("--batch-norm", choices=("none", "new", "all"), default=none, help="new: in the layers after VGG's")
     add("--pretrained", action=switch, default=none, help="start from ImageNet VGG16 weights")
-    add("--backbone-weights", metavar="KIND", default="caffe", help="caffe, imagenet or a file of either")
+    add("--backbone-weights", metavar="KIND", default="caffe", help="caffe, imagenet (batch norm all), file")
     add("--init-from", metavar="FILE", default=none, help="start from a checkpoint, also of other classes")
     add("--freeze-blocks", metavar="N", type=int, choices=range(6), default=none, help="VGG blocks to freeze")
     add("--anchors", choices=("auto", "fit", "paper"), default="auto",
@@ -2186,7 +2186,7 @@ def resume_state(state: TrainState, base: dict, checkpoints: Path) -> None:
     saved = load_checkpoint(checkpoints / "last.pth", resumable=True)
     if saved["classes"] != base["classes"]:
         raise InputError(f"the run to resume has the classes {', '.join(saved['classes'])}: see --init-from")
-    if saved.get("digest") != base["digest"]:
+    if saved.get("digest") != base["digest"]:  # of the boxes and their order, wherever the folder is
         print("warning: not the training images and boxes of before: see --init-from", file=sys.stderr)
     state.load_state_dict(saved["train_state"], saved["model"])
     if state.best_epoch > 0 and not from_first_process((checkpoints / "best.pth").is_file):
@@ -2274,12 +2274,12 @@ def run_training(args: Namespace) -> int:
             return 0
     sources = {name: getattr(args, name) for name in (*DATA_FLAGS, "data_root", "seed")}
     data = from_first_process(lambda: load_data(**sources))
+    args.val_split = data.lists["val"]  # which may have been found, for the run's records
     boxes = np.concatenate([record.boxes for record in data.train])
-    digest = zlib.crc32(boxes, len(data.train))  # of the order too; it stays where the folder moves
     sizes = choose_anchors(args.anchors, boxes, is_voc={*data.classes} == {*VOC_CLASSES})
     state, config = build_state(args, len(data.classes), device, amp_dtype, sizes)
-    flags = {name: value for name, value in vars(args).items() if name not in MACHINE_FLAGS}
-    base = {"config": config, "classes": list(data.classes), "args": flags, "digest": digest}
+    base = {"config": config, "classes": list(data.classes), "digest": zlib.crc32(boxes, len(data.train)),
+            "args": {name: value for name, value in vars(args).items() if name not in MACHINE_FLAGS}}
     if args.resume:
         resume_state(state, base, checkpoints)
         began -= sum(row["seconds"] for row in state.history)  # of the parts before
@@ -2302,8 +2302,8 @@ def run_training(args: Namespace) -> int:
         if time.monotonic() - drawn_at < least:
             return
         save_figure(plot_losses(state.history), plots / "loss.png")
-        found = evaluate(state.ema.model, gallery, amp_dtype=amp_dtype)["detections"]
-        save_figure(plot_predictions(shown, found, data.classes, f"After epoch {state.epoch}"),
+        result = evaluate(state.ema.model, gallery, amp_dtype=amp_dtype, nms_iou_thresh=args.nms_iou)
+        save_figure(plot_predictions(shown, result["detections"], data.classes, f"After epoch {state.epoch}"),
                     plots / "predictions.png")
         drawn_at = time.monotonic()
 

@@ -607,6 +607,14 @@ def test_an_archive_that_cannot_be_had_is_an_input_error_that_says_what_to_do(se
     assert ids(load_voc(server("good")).train) == ["a", "b"]  # nothing stands in the way of a better server
 
 
+def test_what_a_server_without_ranges_sends_is_not_added_to_what_is_there(server):
+    data = server("html")  # of which nothing is left: it is whole, and another file
+    (data / "x.tar.part").write_bytes(b"x" * 5000)
+    message = input_error(load_voc, data)
+    assert "another file" in message
+    assert "cut off" not in message
+
+
 def test_a_disk_without_room_is_an_input_error_before_the_download(server, monkeypatch):
     data = server("good")
     with monkeypatch.context() as patch:
@@ -655,6 +663,23 @@ def test_lists_that_voc_has_not_are_not_fetched(tmp_path, monkeypatch):
         assert "was not unpacked" in input_error(ssd.find_data, "voc2007", tmp_path, *asked)
         assert fetched == [f"VOC{kind}_06-Nov-2007.tar"]
         fetched.clear()
+
+
+def test_nothing_is_fetched_into_a_folder_of_one_s_own_whatever_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(ssd, "download", lambda *what: pytest.fail("fetched"))
+    root = write_voc(tmp_path / "VOCdevkit" / "VOC2007", {"a": [CAT], "b": [CAT]})
+    shutil.rmtree(root / "ImageSets")
+    assert ids(load(root).train) == ["a", "b"]
+    assert "no image list" in input_error(load, root, test_split="test")
+
+
+def test_a_folder_within_a_whole_one_is_not_looked_into(tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT]})
+    write_voc(tmp_path / "backup", {"b": [CAT]})
+    assert ids(load(root).train) == ["a"]
+    for name in ("JPEGImages", "Annotations", "ImageSets"):
+        shutil.rmtree(root / name)
+    assert ids(load(root).train) == ["b"]  # which is how VOCdevkit holds VOC2007
 
 
 def test_shapes_are_drawn_by_the_script_beside_the_module(tmp_path, monkeypatch):
@@ -997,8 +1022,10 @@ def test_cores_are_shared_by_the_processes_of_the_machine(monkeypatch):
 @pytest.mark.parametrize(("batches", "expected"), [
     (1000, (4, 4)), (40, (4, 3)), (18, (4, 1)), (12, (2, 1)), (7, (0, 1)), (0, (0, 1)),
 ])
-def test_loader_processes_fit_into_shared_memory(monkeypatch, capsys, batches, expected):
-    free = batches * 10_000_000
+@pytest.mark.parametrize("world", [1, 3])
+def test_loader_processes_fit_into_shared_memory(monkeypatch, capsys, batches, expected, world):
+    free = world * batches * 10_000_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))  # torchrun's processes share it
     monkeypatch.setattr(ssd.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
     assert ssd.fit_shared_memory(4, 10_000_000) == expected
     line = capsys.readouterr().err

@@ -271,9 +271,9 @@ def test_of_equal_f1_the_highest_score_is_the_threshold():
     assert ssd.best_thresholds(result, ("cat",)) == {"cat": 0.9}
 
 
-def test_a_class_of_which_nothing_is_right_takes_the_highest_score():
-    result = score([(0, 1, 0.8, FAR), (0, 1, 0.3, FAR)], [(0, 1, A_BOX, False)])
-    assert ssd.best_thresholds(result, ("cat",)) == {"cat": 0.8}
+def test_a_class_of_which_nothing_is_right_has_no_threshold():
+    result = score([(0, 1, 0.08, FAR), (0, 1, 0.03, FAR)], [(0, 1, A_BOX, False)])
+    assert ssd.best_thresholds(result, ("cat",)) == {}  # so prediction takes the usual one
 
 
 # -- The whole evaluation

@@ -424,6 +424,23 @@ def test_three_skipped_steps_in_a_row_end_the_epoch_and_name_the_images(records)
     assert ", ".join(records[i].image_id for i, _ in list(loader.batch_sampler)[2]) in message
 
 
+def test_skipped_steps_count_over_epochs_of_one_step(records):
+    state, args = tiny_state()
+    loader, loss = loader_of(records, len(records)), poisoning(args, 0, 1, 3, 4, 5)
+    rows = [train_once(state, loader, loss, args) for _ in range(5)]
+    assert [row["skipped"] for row in rows] == [1, 1, 0, 1, 1]
+    assert [math.isnan(row["train_loss"]) for row in rows] == [True, True, False, True, True]
+    with pytest.raises(ssd.InputError, match="3 in a row"):
+        train_once(state, loader, loss, args)
+
+
+def test_a_run_without_a_scaler_goes_on_with_one():
+    (old, _), (new, _) = tiny_state(), tiny_state(amp_dtype=torch.float16, seed=1)
+    new.load_state_dict(old.state_dict(), old.ema.model.state_dict())
+    assert_equal(everything(new), everything(old))
+    old.load_state_dict(new.state_dict(), new.ema.model.state_dict())
+
+
 def test_skipped_steps_with_good_ones_between_do_not_end_the_epoch(records):
     state, args = tiny_state()
     row = train_once(state, loader_of(records, 1), poisoning(args, 0, 1, 3, 4, 6, 7), args)

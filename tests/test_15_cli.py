@@ -402,14 +402,17 @@ def test_the_command_to_go_on_with_is_one_for_a_shell(tiny_run, tmp_path, monkey
 
 
 def start(flags):
-    """Start the real program."""
+    """Start the real program, in a process group of its own."""
     return subprocess.Popen([sys.executable, ssd.__file__, *flags], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-@pytest.mark.parametrize(("name", "workers"), [("SIGTERM", "1"), ("SIGINT", "0")])
+@pytest.mark.parametrize(("name", "workers", "send"), [
+    ("SIGTERM", "1", os.kill), ("SIGINT", "0", os.kill),
+    ("SIGTERM", "2", os.killpg), ("SIGINT", "1", os.killpg),  # to the loader processes too: torchrun, timeout, systemd
+])
 def test_a_signal_ends_a_real_run_after_a_save_and_the_command_it_prints_goes_on(
-    tiny_voc, flags_of, tmp_path, no_pictures, name, workers
+    tiny_voc, flags_of, tmp_path, no_pictures, name, workers, send
 ):
     checkpoints = tmp_path / "checkpoints"
     flags = ("--epochs", "9999", "--patience", "0", "--workers", workers, "--eval-interval", "9999")
@@ -418,7 +421,7 @@ def test_a_signal_ends_a_real_run_after_a_save_and_the_command_it_prints_goes_on
     while not rows.is_file() or len(rows.read_text().splitlines()) < 3:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    process.send_signal(getattr(signal, name))
+    send(process.pid, getattr(signal, name))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + getattr(signal, name), err
     assert "Traceback" not in out + err
