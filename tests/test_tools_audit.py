@@ -194,6 +194,23 @@ def test_an_image_of_several_frames_is_noted(ending, findings, tmp_path):
     assert ssd.open_image(path).getpixel((0, 0))[0] > 240  # the red one
 
 
+@pytest.mark.parametrize("ending", ["gif", "tif"])
+def test_an_image_cut_off_behind_its_first_frame_is_read_as_training_reads_it(ending, findings, tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT]})
+    path = root / "JPEGImages" / f"a.{ending}"
+    (root / "JPEGImages" / "a.jpg").unlink()
+    rng = np.random.default_rng(0)
+    frames = [Image.fromarray(rng.integers(0, 256, (*SIZE[::-1], 3), np.uint8)) for _ in range(3)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    whole, kinds = path.read_bytes(), set()
+    for length in range(200, len(whole), 211):
+        path.write_bytes(whole[:length])
+        code, found = findings(root)
+        assert code == ("image unreadable" in found)
+        kinds |= {*found}
+    assert kinds == {"image unreadable", "image of several frames"}
+
+
 def test_an_annotation_without_a_size_is_used_with_that_of_the_image(findings, tmp_path, capsys):
     root = write_voc(tmp_path, {"a": [CAT], "b": [("cat", (1, 1, 99, 15))]})
     path = root / "Annotations" / "b.xml"

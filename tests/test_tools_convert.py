@@ -405,6 +405,8 @@ def test_a_missing_picture_is_an_error(tmp_path, capsys):
     (tmp_path / "data.yaml").write_text("train: list.txt\nnames: [a]\n")
     line = fails(capsys, "yolo", tmp_path / "data.yaml", tmp_path / "out")
     assert f"{tmp_path / 'data.yaml'}: train: no file or folder {tmp_path / 'in' / 'none.png'}" in line
+    (tmp_path / "list.txt").write_bytes(b"in/caf\xe9.png\n")  # not UTF-8
+    assert "train: no file or folder" in fails(capsys, "yolo", tmp_path / "data.yaml", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -295,6 +295,10 @@ def test_the_lists_are_those_of_the_run_unless_others_are_named(tiny_run, make_v
         return [sorted({record.image_id.split("_")[0] for record in records}) for records in lists]
 
     assert names(*export.run_lists(checkpoint)) == [["val"], ["test"]]
+    bare = make_voc(tmp_path / "bare", {"val": 1, "test": 2}, empty_every=0)
+    (bare / "Annotations" / "test_1.xml").unlink()
+    negative = checkpoint | {"args": checkpoint["args"] | {"unlabelled": "negative"}}
+    assert len(export.run_lists(negative, str(bare))[1]) == 2
     calibration, test = export.run_lists(checkpoint, test_split="train", max_images=3)
     assert (names(calibration, test), len(test)) == ([["val"], ["train"]], 3)
     other = make_voc(tmp_path / "other", {"train": 2, "val": 2, "empty": 1}, empty_every=3)
@@ -328,6 +332,24 @@ def test_the_folder_detects_as_the_checkpoint_does(hf_folder, tiny_run, tiny_voc
     assert {p.name for p in hf_folder.iterdir()} == {"README.md", "config.json", "model.safetensors", "plots",
                                                      "ssd_object_detection.py"}
     assert (hf_folder / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_folder_becomes_a_checkpoint_that_is_measured_and_trained_further(
+    hf_folder, tiny_run, tmp_path, capsys, no_pictures
+):
+    path = tmp_path / "back.pth"
+    assert export.main(["pth", str(hf_folder), str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    back, first = ssd.load_checkpoint(path), ssd.load_checkpoint(tiny_run.final)
+    assert back["model"].keys() == first["model"].keys()
+    assert all(torch.equal(value, first["model"][name]) for name, value in back["model"].items())
+    assert [back[name] for name in ("classes", "score_thresh")] == [first["classes"], first["score_thresh"]]
+    flags = ["--data", str(tiny_run.data), "--device", "cpu", "--amp", "off", "--workers", "0", "--output-dir"]
+    assert ssd.main(["--evaluate", str(path), *flags, str(tmp_path / "a")]) == 0
+    measured = json.loads((tmp_path / "a" / "plots" / "evaluation" / "evaluation.json").read_text())
+    assert measured["map_area"] == first["test"]["map_area"]
+    assert ssd.main(["--init-from", str(path), "--epochs", "1", *flags, str(tmp_path / "b")]) == 0
+    assert "it knows angular, round" in capsys.readouterr().out
 
 
 def test_the_config_is_complete_and_names_no_folder_of_the_author(hf_folder, tiny_run, tiny_voc):
@@ -372,6 +394,30 @@ def test_the_card_s_program_loads_the_model_in_the_folder(hf_folder, tiny_run, t
     found = ssd.load_detector(tiny_run.final, "cpu", "off").predict(picture)
     assert len(found) > 0
     assert done.stdout.startswith(f"{found.names} {found.scores} ")
+
+
+def test_a_folder_of_something_else_is_refused_and_one_of_its_own_renewed(tiny_run, tmp_path, refused):
+    (tmp_path / "README.md").write_text("mine")
+    assert "not of this program" in refused("hf", tiny_run.final, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    for _ in range(2):
+        assert export.main(["hf", str(tiny_run.final), str(tmp_path / "out")]) == 0
+        assert not (tmp_path / "out" / "model.onnx").exists()
+        (tmp_path / "out" / "model.onnx").touch()  # of another model
+
+
+def test_a_model_trained_further_says_so_and_names_no_folder(tiny_run, tmp_path, no_pictures):
+    flags = ["--data", str(tiny_run.data), "--device", "cpu", "--amp", "off", "--workers", "0", "--epochs", "1"]
+    out = tmp_path / "secret"
+    assert ssd.main([f"--init-from={tiny_run.final}", *flags, "--output-dir", str(out)]) == 0
+    assert export.main(["hf", str(out / "checkpoints" / tiny_run.final.name), str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    assert f"trained further from {tiny_run.final.name}" in card
+    assert "list val chose the epoch" in card  # which no flag had named
+    assert "from scratch" not in card
+    for text in (card, (tmp_path / "hf" / "config.json").read_text(encoding="utf-8")):
+        assert str(tiny_run.output.parent) not in text
+        assert str(tmp_path) not in text
 
 
 def test_a_model_with_anchors_of_its_own_comes_back(tiny_run, tmp_path):

@@ -107,6 +107,15 @@ def test_the_page_says_what_was_recorded(tiny_run, run):
     assert page.text.count(f", {test['precision']}") == 4  # beside each figure of the test
 
 
+def test_files_of_this_machine_are_named_without_their_folders(run):
+    flags = run["flags"] | {"init_from": "/home/me/secret/a.pth", "backbone_weights": "/home/me/vgg.pth"}
+    settings = report.settings_of(flags)
+    assert (settings["init from"], settings["backbone weights"]) == ("a.pth", "vgg.pth")
+    told = "x.py --data /home/me/VOC2007/ --init-from=/home/me/secret/a.pth --lr 1e-3"
+    assert report.command({"environment": {"command": told}}) == (
+        "python x.py --data VOC2007/ --init-from=a.pth --lr 1e-3")
+
+
 def test_names_cannot_break_the_page(run):
     odd = copy.deepcopy(run)
     name = '<b>&"cat</b>'
@@ -228,8 +237,8 @@ def test_tensorboard_gets_the_records_and_pictures(tiny_run, tmp_path, capsys, m
     folder = shutil.copytree(tiny_run.output, tmp_path / "run")
     step = {"step": 3, "loss": 1.5, "lr": None}
     (folder / "checkpoints" / "steps.jsonl").write_text(json.dumps(step) + "\n")
-    for _ in range(2):  # the second time in place of the first
-        assert report.main([str(folder), "--tensorboard"]) == 0
+    for source in (folder, folder / "checkpoints" / "best.pth"):  # the second time in place of the first
+        assert report.main([str(source), "--tensorboard"]) == 0
         target = folder / "checkpoints" / "tensorboard"
         assert f"--logdir {target}" in capsys.readouterr().out
     events = loader.EventAccumulator(str(target)).Reload()
@@ -261,7 +270,7 @@ def two_runs(run):
     """A run and one that differs: in folder, rate, figures of a class, speed, and without validation loss."""
     other = copy.deepcopy(run)
     other["source"] = run["source"].parent.parent.parent / "other" / "checkpoints" / "best.pth"
-    other["flags"] |= {"lr": 0.0004, "batch_norm": "none", "output_dir": "other"}
+    other["flags"] |= {"lr": 0.0004, "batch_norm": "none"}
     other["test"]["map_area"] = run["test"]["map_area"] + 0.0123
     other["test"]["per_class"]["round"]["ap_area"] = None
     other["wall_s"] = 754

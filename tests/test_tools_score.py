@@ -47,6 +47,14 @@ def test_files_come_back_as_they_were(records, tmp_path):
     np.testing.assert_allclose(back["boxes_px"], detections["boxes_px"], rtol=1e-8)
 
 
+def test_names_of_images_may_have_blanks(tmp_path):
+    records = [ssd.Record("my image 2", "", 9, 9, np.array([[0, 0, 5, 5.0]]), np.array([1]), np.array([False]))]
+    found = {"image_ids": np.array([0]), "labels": np.array([1]), "scores": np.array([0.5]),
+             "boxes_px": np.array([[1.0, 1, 5, 5]])}
+    score.write_devkit_files(tmp_path, "test", found, records, ("cat",))
+    assert score.read_devkit_files(tmp_path, "test", records, ("cat",))["image_ids"].tolist() == [0]
+
+
 def test_empty_files_are_no_detections(records, tmp_path):
     score.write_devkit_files(tmp_path, "val", NOTHING, records, ("cat",))
     assert (tmp_path / "comp4_det_val_cat.txt").read_text() == ""
@@ -60,7 +68,7 @@ def test_empty_files_are_no_detections(records, tmp_path):
     ("line", "message"),
     [
         ("img_0 .9 1 1 10", "line 2: 'img_0 .9 1 1 10': not 'image score xmin ymin xmax ymax'"),
-        ("img_0 .9 1 1 10 10 1", "line 2: .*not 'image score"),
+        ("img_0 .9 1 1 10 10 1", "line 2: .*list test has no such image"),  # "img_0 .9" is none
         ("img_0 .9 1 1 10 nan", "line 2: .*not 'image score"),
         ("img_0 nan 1 1 10 10", "line 2: .*not 'image score"),
         ("img_0 .9 1 1 inf 10", "line 2: .*not 'image score"),
@@ -137,6 +145,16 @@ def test_classes_may_be_named(tiny_run, tmp_path, capsys):
     assert list(numbers["per_class"]) == ["round"]
     assert numbers["map_area"] == 0
     assert numbers["per_class"]["round"]["num_gt"] > 0
+
+
+def test_images_without_annotations_count_as_training_counts_them(make_voc, tmp_path):
+    data = make_voc(tmp_path / "data", {"test": 2}, empty_every=0)  # no training list is there, and none is needed
+    (data / "Annotations" / "test_1.xml").unlink()
+    for name in ("angular", "round"):
+        (tmp_path / f"comp4_det_test_{name}.txt").write_text("")
+    where = ["--data", data, "--test-split", "test", "--output-dir", tmp_path / "out"]
+    assert score.main([str(a) for a in (tmp_path, *where)]) == 2
+    run(tmp_path, *where, "--unlabelled", "negative")
 
 
 def test_errors_are_one_line(tiny_run, make_voc, tmp_path, capsys):

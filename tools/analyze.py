@@ -44,7 +44,6 @@ DESCRIPTIONS = {
 RELATIVE_EDGES = (0.0, *ssd.ANCHOR_SCALES[:5], math.inf)  # of the box's side over the image's
 NUM_BINS = 10  # of the reliability curve
 MAX_CONFUSION_CLASSES = 40  # a plot of more cannot be read
-LINE_STYLES = ("-", "--", "-.", ":")  # with the ten colours 40 lines that differ, also to the colour-blind
 MISTAKE_COLUMNS = ("image", "kind", "said", "true", "score", "iou", "x1", "y1", "x2", "y2")  # of mistakes.csv
 LOOSE_KINDS = ("localisation", "both")  # of training images seldom an error of the annotation
 SHEET_LENGTH = 100  # errors in mistakes.html
@@ -344,7 +343,7 @@ def plot_curves(curves, legend_title, **settings):
     figure = Figure(figsize=(8 + 2 * columns, 6), layout="constrained")
     axes = figure.subplots()
     for label, text, x, y in curves:
-        style = LINE_STYLES[(label - 1 + (label - 1) // len(ssd.PALETTE)) % len(LINE_STYLES)]
+        style = report.LINE_STYLES[(label - 1 + (label - 1) // len(ssd.PALETTE)) % len(report.LINE_STYLES)]
         axes.plot(x, y, style, color=ssd.color_of(label), label=text)
     axes.set(xlim=(0, 1.01), ylim=(0, 1.05), **settings)
     axes.grid(alpha=0.3)

@@ -74,7 +74,9 @@ def inspect_image(path: str, size: list | None) -> tuple[list | None, list]:
         faults.append(["image and annotation differ in size", str(error)])
     with Image.open(path) as image:
         orientation = image.getexif().get(0x0112, 1)
-        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo with a preview
+        frames = 2  # where they cannot be counted: the file is cut off behind the first
+        with contextlib.suppress(Exception):
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: with a preview
     if orientation in range(2, 9) and not faults:
         reading = "annotated upright" if size == upright else "annotated as stored"
         if size is None or orientation < 5 or upright[0] == upright[1]:  # half a turn, mirrored, a square

@@ -68,6 +68,23 @@ def to_figures(precision, recall):
     return {name: float(values.mean()) if len(values) else math.nan for name, values in valid.items()}
 
 
+def make_judge(detections, truth, num_classes):
+    """Return pycocotools' COCOeval of the arguments of `coco_figures`; it prints what it does."""
+    coco_class, judge_class = import_pycocotools()
+    images = np.unique(np.concatenate((truth["image_ids"], detections["image_ids"]))).astype(np.int64)
+    sides = []
+    for side in (truth, detections):
+        coco = coco_class()
+        coco.dataset = {
+            "images": [{"id": image} for image in images.tolist()],
+            "categories": [{"id": label} for label in range(1, num_classes + 1)],
+            "annotations": to_coco_rows(side),
+        }
+        coco.createIndex()
+        sides.append(coco)
+    return judge_class(*sides, "bbox")
+
+
 def coco_figures(detections, truth, num_classes):
     """Score detections with pycocotools; the arguments are those of `ssd.evaluate_voc`, in VOC pixels.
 
@@ -75,20 +92,8 @@ def coco_figures(detections, truth, num_classes):
     "ar10", "ar100", "ar_small", "ar_medium", "ar_large", "per_class": {label: the same twelve}}: floats, NaN
     where there is no ground truth. Raises InputError if pycocotools is not installed.
     """
-    coco_class, judge_class = import_pycocotools()
-    images = np.unique(np.concatenate((truth["image_ids"], detections["image_ids"]))).astype(np.int64)
-    sides = []
     with contextlib.redirect_stdout(io.StringIO()):
-        for side in (truth, detections):
-            coco = coco_class()
-            coco.dataset = {
-                "images": [{"id": image} for image in images.tolist()],
-                "categories": [{"id": label} for label in range(1, num_classes + 1)],
-                "annotations": to_coco_rows(side),
-            }
-            coco.createIndex()
-            sides.append(coco)
-        judge = judge_class(*sides, "bbox")
+        judge = make_judge(detections, truth, num_classes)
         judge.evaluate()
         judge.accumulate()
     precision, recall = judge.eval["precision"], judge.eval["recall"]

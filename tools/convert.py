@@ -155,7 +155,7 @@ def files_of(entry, folders):
         if path.is_dir():
             files += image_files(path.rglob("*"))
         else:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            lines = [line.strip() for line in path.read_text("utf-8-sig", errors="replace").splitlines()]
             files += [locate(line, [path.parent, *folders]) for line in lines if line]
     if not any(label_file(file).is_file() for file in files):
         missing = f", no {label_file(files[0])}" if files else ""
@@ -234,9 +234,8 @@ def read_pairs(folder, faults):
     for file in files:
         if path := annotations.get(file.stem):
             width, height, objects = ssd.parse_annotation(path)
-            is_sized = width > 0 and height > 0
             file = Path(os.path.abspath(file))
-            pictures.append(Picture(file, width, height) if is_sized else open_picture(file))
+            pictures.append(Picture(file, width, height) if min(width, height) > 0 else open_picture(file))
             for number, (name, (xmin, ymin, xmax, ymax), is_difficult) in enumerate(objects, start=1):
                 box = [xmin - 1, ymin - 1, xmax, ymax]  # 1-based and inclusive -> 0-based edges
                 pictures[-1].add(name, box, f"{path}: object {number}", faults, is_difficult)
@@ -376,7 +375,7 @@ def parse_args(argv=None):
     flat.add_argument("source", type=Path, metavar="FOLDER")
     flat.add_argument("--test-fraction", type=ssd.unit_interval, default=0.1, metavar="X",
                       help="the share drawn for the list test, without such folders")
-    flat.add_argument("--seed", type=int, default=0, help="of that draw")
+    flat.add_argument("--seed", type=ssd.natural_int, default=0, help="of that draw")
     flat.set_defaults(read=lambda args: read_flat(args.source, args.test_fraction, args.seed))
     for kind in (coco, yolo, flat):
         kind.add_argument("out", type=Path, metavar="OUT", help="the folder to write")

@@ -1,9 +1,10 @@
-"""Turn a checkpoint into files that other programs read: an ONNX model, or a folder for Hugging Face.
+"""Turn a checkpoint into an ONNX model, or into a folder for Hugging Face and back.
 
     python tools/export.py onnx checkpoints/ssd_shapes_final.pth          # beside it, checked on real images
     python tools/export.py onnx checkpoints/ssd_shapes_final.pth --int8   # smaller, refused if the mAP falls
     python tools/export.py hf checkpoints/ssd_shapes_final.pth exported/  # weights, config, model card, plots
     python tools/export.py hf checkpoints/ssd_shapes_final.pth exported/ --onnx --push OWNER/NAME
+    python tools/export.py pth OWNER/NAME model.pth                       # and back, to train or measure it
 
 The ONNX model takes images (B, 3, 300, 300), RGB, uint8 or float 0..255.
 It returns boxes (B, D, 4), normalised xyxy, scores (B, D) and labels (B, D), best first after non-maximum
@@ -294,7 +295,8 @@ def run_lists(checkpoint, data=None, test_split=None, max_images=None):
     (root, *_), lists = ssd.find_data(data or saved["data"], "data", *lists)
     if not lists["test"]:
         raise InputError(f"{root} has no test list to measure the mAP on: name one with --test-split")
-    read = functools.partial(ssd.read_records, root, classes=checkpoint["classes"])
+    options = {"classes": checkpoint["classes"], "unlabelled": saved.get("unlabelled", "error")}
+    read = functools.partial(ssd.read_records, root, **options)
     test = read(lists["test"])
     test = ssd.spread(test, max_images or len(test))
     if not any(len(record.labels) for record in test):
@@ -378,6 +380,8 @@ def write_card(folder, name, run, *, licence=None, data_licence=None, onnx_check
     flags, config, classes = run["flags"], run["config"], run["classes"]
     kinds = {"none": "without batch norm", "new": "batch norm in the new layers", "all": "with batch norm"}
     start = "from ImageNet weights" if flags["pretrained"] else "trained from scratch"
+    if flags.get("init_from"):
+        start = f"trained further from {Path(flags['init_from']).name}"
     chosen = "the last epoch was kept"
     if flags["val_split"]:
         chosen = f"list {flags['val_split']} chose the epoch"
@@ -411,7 +415,8 @@ def write_card(folder, name, run, *, licence=None, data_licence=None, onnx_check
 def write_config(path, checkpoint, run):
     """Write config.json: what `load_published` needs, the test numbers and the flags, no local folders."""
     flags = {**run["flags"], "data": report.data_name(run["flags"])}
-    flags["backbone_weights"] = Path(flags["backbone_weights"]).name
+    for name in ("backbone_weights", "init_from"):
+        flags[name] = flags.get(name) and Path(flags[name]).name
     test = {key: value for key, value in run["test"].items() if key != "checkpoint"}
     if test:
         test["data"] = report.data_name(test)
@@ -426,6 +431,9 @@ def write_config(path, checkpoint, run):
 def export_folder(checkpoint, model, run, folder, *, name, onnx_images=None, **licences):
     """Write the folder for Hugging Face; with images to check it on, model.onnx too."""
     safetensors = optional_import("safetensors.torch", "writing model.safetensors")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model.safetensors").is_file():
+        raise InputError(f"{folder} is there and not of this program: choose another folder to write")
+    (folder / "model.onnx").unlink(missing_ok=True)  # of an earlier export, maybe of another model
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.contiguous() for key, value in checkpoint["model"].items()}
 
@@ -481,27 +489,25 @@ def load_weights(source):
 def push(folder, repo, private=False):
     """Upload a folder to Hugging Face and return its address; InputError if that fails."""
     hub = optional_import("huggingface_hub", "--push")
+    if not hub.get_token():
+        raise InputError("--push: not logged in to Hugging Face: run `hf auth login`, or set HF_TOKEN")
     api = hub.HfApi()
     try:
         hub.utils.validate_repo_id(repo)
-        if not hub.get_token():
-            raise InputError("--push: not logged in to Hugging Face: run `hf auth login`, or set HF_TOKEN")
         api.create_repo(repo, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload the model")
         return done.commit_url
-    except InputError:
-        raise
     except Exception as error:  # a wrong name, no access, no network, a broken connection
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = {401: "the token is not valid: ", 403: "the token may not write there: "}.get(status, "")
-        raise InputError(f"--push {repo}: {reason}{str(error).strip().splitlines()[0][:200]}") from None
+        raise InputError(f"--push {repo}: {reason}{' '.join(str(error).split())[:200]}") from None
 
 
 # ---- command line ----
 
 
 def build_parser():
-    """Return the parser of the two commands."""
+    """Return the parser of the three commands."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     onnx = commands.add_parser("onnx", help="write an ONNX model")
@@ -533,6 +539,10 @@ def build_parser():
     add("--images", nargs="+", metavar="FILE", help="images to check it with (default: 16 of the run's data)")
     add("--push", metavar="OWNER/NAME", help="upload the folder to this Hugging Face repository")
     add("--private", action="store_true", help="make that repository private")
+    text = "write a checkpoint for --init-from, --evaluate and --predict"
+    add = commands.add_parser("pth", help=text).add_argument
+    add("checkpoint", metavar="SOURCE", help="a folder that hf wrote, or a Hugging Face id OWNER/NAME")
+    add("output", metavar="FILE")
     return parser
 
 
@@ -547,8 +557,7 @@ def run_onnx(args, checkpoint, model, source):
         images = args.images or example_images(checkpoint["args"]["data"])
         check = functools.partial(check_onnx, images=images)
     if args.int8:
-        pictures = (record.read() for record in calibration)
-        settings["calibration"] = (network_input(picture, args.input) for picture in pictures)
+        settings["calibration"] = (network_input(record.read(), args.input) for record in calibration)
     ending = "_half" * args.half + "_int8" * args.int8 + ".onnx"
     path = Path(args.output or source.with_name(source.stem + ending))
     print(export_onnx(checkpoint, model, path, check, **settings))
@@ -558,8 +567,12 @@ def run_onnx(args, checkpoint, model, source):
 def run_export(args):
     """Do what the command line asks for."""
     source = Path(args.checkpoint)
-    checkpoint = ssd.load_checkpoint(source)
+    checkpoint = load_weights(args.checkpoint) if args.command == "pth" else ssd.load_checkpoint(source)
     model = ssd.model_from_checkpoint(checkpoint, source)
+    if args.command == "pth":
+        ssd.save_checkpoint(args.output, checkpoint)
+        print(args.output)
+        return
     if args.command == "onnx":
         run_onnx(args, checkpoint, model, source)
         return

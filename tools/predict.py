@@ -33,7 +33,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -143,12 +143,12 @@ def find_inputs(arguments):
 
 
 def public_name(source):
-    """Return a source as text without the user and password that an address may hold."""
-    return re.sub(r"//[^/@]*@", "//", str(source))
+    """Return a source as text without the user and password, up to the last @, that an address may hold."""
+    return re.sub(r"//[^/?]*@", "//", str(source))
 
 
 def name_targets(paths, folder):
-    """Return {path or stream: path of its drawn copy in a folder}, all with different stems."""
+    """Return {path or stream: path of its drawn copy in a folder}, whose stems differ in more than case."""
     targets, taken = {}, set()
     for path in paths:
         if isinstance(path, Path):
@@ -157,18 +157,10 @@ def name_targets(paths, folder):
             named = Path(urllib.parse.urlsplit(path).path).stem
             base, suffix = f"camera_{path}" if path.isdigit() else named or "stream", ".mp4"
         numbered = (f"{base}_{number}" for number in itertools.count(1))
-        stem = next(stem for stem in itertools.chain([base], numbered) if stem not in taken)
-        taken.add(stem)
+        stem = next(stem for stem in itertools.chain([base], numbered) if stem.casefold() not in taken)
+        taken.add(stem.casefold())
         targets[path] = folder / (stem + suffix)
     return targets
-
-
-def boxes_as_stored(boxes_px, size, orientation):
-    """Return boxes (D, 4) of an upright image (W, H) in the pixels of its file, EXIF orientation 1 to 8."""
-    x, y = boxes_px[:, 0::2], boxes_px[:, 1::2]
-    x = size[0] - x[:, ::-1] if orientation in (2, 3, 6, 7) else x
-    y = size[1] - y[:, ::-1] if orientation in (3, 4, 7, 8) else y
-    return np.stack((y, x) if orientation > 4 else (x, y), axis=2).reshape(-1, 4)
 
 
 def write_crops(picture, found, target):
@@ -181,15 +173,12 @@ def write_crops(picture, found, target):
 
 
 def write_xml(path, picture, found, target):
-    """Write the objects of the image file `path` as VOC annotation, Annotations/*.xml beside `target`."""
-    with Image.open(path) as file:
-        shape = file.height, file.width, 3
-        orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
-    boxes = ssd.to_voc_pixels(boxes_as_stored(found.boxes_px, picture.size, orientation))
+    """Write the objects of an image, which is upright, as VOC annotation, Annotations/*.xml beside `target`."""
     folder = target.parent / "Annotations"
     folder.mkdir(exist_ok=True)
-    objects = list(zip(found.names, boxes.round().astype(int).tolist(), strict=True))
-    write_annotation(folder / f"{target.stem}.xml", path.name, shape, objects)
+    boxes = ssd.to_voc_pixels(found.boxes_px).round().astype(int).tolist()
+    objects = list(zip(found.names, boxes, strict=True))
+    write_annotation(folder / f"{target.stem}.xml", path.name, (picture.height, picture.width, 3), objects)
 
 
 # ---- videos, cameras and streams ----
@@ -200,7 +189,7 @@ def open_video(source):
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # no chatter about broken videos
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # nor about missing cameras
     if isinstance(source, Path):
-        video, problem = cv2.VideoCapture(str(source)), "not readable as a video"
+        video, problem = cv2.VideoCapture(str(source.absolute())), "not readable as a video"  # a:b is no URL
     elif source.isdigit():
         video, problem = cv2.VideoCapture(int(source)), "no such camera"
     else:
@@ -233,8 +222,9 @@ def video_output(path, fps, title):
     def write(picture, times=1):
         if not writer.isOpened() and not writer.open(str(path), codec, fps, picture.size):
             raise OSError(f"{path}: not writable as a video")
+        frame = cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR)
         for _ in range(times):
-            writer.write(cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
+            writer.write(frame)
         return True
 
     def show(picture, times=1):
@@ -259,24 +249,31 @@ def video_output(path, fps, title):
 def predict_video(detector, video, name, target, **settings):
     """Detect in all frames of a cv2.VideoCapture; returns {"fps", "frames": a dict each}.
 
-    The drawn frames go where `video_output` puts them. Raises InputError where a tenth or more of the frames
-    that the video announces cannot be read.
+    The drawn frames go where `video_output` puts them. Raises InputError where a tenth or more of what the
+    video announces, in frames and in seconds, cannot be read.
     """
-    total = num_frames(video)
+    total = num_frames(video)  # Matroska: seconds times rate, of a varying rate more frames than there are
     fps = video.get(cv2.CAP_PROP_FPS) or 25.0
+    reached = 0.0  # seconds
+
+    def timed_frames():
+        nonlocal reached
+        for frame in read_frames(video):
+            reached = max(reached, video.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+            yield frame
 
     def draw(pair):
         picture, found = pair
         return found.draw(picture), found.to_dict()
 
     frames = []
-    drawn = prefetch(draw, detect_all(detector, read_frames(video), **settings))
+    drawn = prefetch(draw, detect_all(detector, timed_frames(), **settings))
     with video_output(target, fps, name) as put:
         for picture, found in tqdm(drawn, name, total or None, disable=not sys.stderr.isatty()):
             frames.append(found)
             if not put(picture):
                 return {"fps": fps, "frames": frames}
-    if len(frames) <= 0.9 * total:
+    if max(len(frames), reached * fps) <= 0.9 * total:
         if target is not None:
             target.unlink(missing_ok=True)
         hint = "; download it first, its server may not serve parts of files" if "://" in name else ""
@@ -373,7 +370,8 @@ def predict_live(detector, frames, name, fps, target, *, show=False, **settings)
             rate = (len(ends) - 1) / (ends[-1] - ends[0]) if len(ends) > 1 else 0.0
             write_status(drawn, f"{rate:.1f} frames/s, {1000 * latencies[-1]:.0f} ms")
             print(json.dumps({"time": round(arrived_at, 3), **found.to_dict()}), file=log, flush=True)
-            times = max(1, round((ends[-1] - start) * fps) - num_written)
+            times = round((ends[-1] - start) * fps) - num_written
+            times = min(max(1, times), round(fps) or 1)  # a second at most: writing takes its time too
             num_written += times
             if not put(drawn, times):
                 break
@@ -440,7 +438,7 @@ def read_coco_ids(instances, paths, classes):
     """
     try:
         content = json.loads(Path(instances).read_text(encoding="utf-8-sig"))
-        used = {row["category_id"] for row in content["annotations"]}
+        used = {row["category_id"] for row in content.get("annotations", ())}  # a test list has none
         rows = sorted(content["categories"], key=lambda row: row["id"] in used)  # of equal names the used one
         category_ids = {" ".join(row["name"].split()): row["id"] for row in rows}
         known = collections.defaultdict(list)
@@ -495,10 +493,8 @@ def write_csv(path, report):
             table = csv.writer(file)
             table.writerow(("image", "class", "score", "x1", "y1", "x2", "y2"))
             for name, found in report.items():
-                images = {name: found}
-                if "frames" in found:
-                    images = {f"{name}#{number}": one for number, one in enumerate(found["frames"])}
-                for image, one in images.items():
+                frames = {f"{name}#{number}": one for number, one in enumerate(found.get("frames", ()))}
+                for image, one in (frames or {name: found}).items():
                     columns = one["names"], one["scores"], one["boxes_px"]
                     table.writerows((image, *row[:2], *row[2]) for row in zip(*columns, strict=True))
 
@@ -577,7 +573,8 @@ def predict_files(detector, paths, folder, *, show=False, save_crops=False, save
     targets = name_targets(paths, folder)
     is_image = {p: isinstance(p, Path) and p.suffix.lower() not in VIDEO_SUFFIXES for p in paths}
     images = [path for path in paths if is_image[path]]
-    report, detections, problems = {}, {}, []  # detections: {path: (size, Detections)} of images
+    report = dict.fromkeys(map(public_name, paths))  # in the order of the inputs
+    detections, problems = {}, []  # detections: {path: (size, Detections)} of images
     if coco_ids:
         asked = [name for name in detector.classes if detector.score_thresh[name] <= 1]
         ids = read_coco_ids(coco_ids, images, asked)
@@ -599,8 +596,7 @@ def predict_files(detector, paths, folder, *, show=False, save_crops=False, save
         for source in (path for path in paths if not is_image[path]):
             keep(source, predict_moving(detector, source, targets[source], show=show, **settings))
     finally:  # an interruption keeps what was found
-        names = [public_name(path) for path in paths]
-        done = {name: report[name] for name in names if name in report}
+        done = {name: found for name, found in report.items() if found}
         write_predictions(folder / "predictions.json", done)
         if save_coco:
             ssd.write_json(save_coco, coco_rows(detections, *ids) if coco_ids else

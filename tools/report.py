@@ -16,6 +16,7 @@ import html
 import io
 import json
 import math
+import re
 import shutil
 import statistics
 import sys
@@ -50,10 +51,9 @@ ERROR_KINDS = {  # those of tools/analyze.py
     "duplicate": "are on an object found already",
     "background": "are on nothing",
 }
-NO_SETTINGS = ("evaluate", "predict", "weights", "resume", "output_dir", "data_root")  # flags of other kinds
 ENVIRONMENT_NAMES = {"python": "Python", "torch": "PyTorch", "numpy": "NumPy", "cpu_count": "CPU cores",
                      "platform": "system"}  # others are called what their key is
-LINE_STYLES = ("-", "--", "-.", ":")
+LINE_STYLES = ("-", "--", "-.", ":")  # with the ten colours 40 lines that differ, also to the colour-blind
 FEW_OBJECTS = 50  # a class with fewer of them is called uncertain
 MAX_IMAGE_WIDTH = 1600  # pixels of an embedded image
 
@@ -172,7 +172,7 @@ def data_name(flags):
 def command(run):
     """Return the command that started the run, its absolute paths without their folders."""
     recorded = run["environment"].get("command") or "ssd_object_detection.py (flags not recorded)"
-    words = [Path(word).name if word.startswith("/") else word for word in str(recorded).split(" ")]
+    words = [re.sub(r"(^|=)/.*/(?=.)", r"\1", word) for word in str(recorded).split(" ")]
     return " ".join(("python", *words))
 
 
@@ -368,9 +368,9 @@ def setting_text(value):
 
 def settings_of(flags):
     """Return {name in words: value in words} of the flags that say how the run trained."""
-    flags = {**flags, "data": data_name(flags)}
-    names = [name for name in flags if name not in NO_SETTINGS]
-    return {name.replace("_", " "): setting_text(flags[name]) for name in names}
+    files = {name: Path(flags[name]).name for name in ("init_from", "backbone_weights") if flags.get(name)}
+    flags = {**flags, "data": data_name(flags), **files}  # no folders of the machine
+    return {name.replace("_", " "): setting_text(value) for name, value in flags.items()}
 
 
 def changed_settings(flags):
@@ -579,6 +579,8 @@ def write_tensorboard(folder):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("--tensorboard needs another package: pip install tensorboard") from None
+    if folder.is_file():  # a checkpoint
+        folder = folder.resolve().parents[1]
     target = folder / "checkpoints" / "tensorboard"
     rows = read_rows(folder / "checkpoints" / "metrics.jsonl", "epoch")
     if not rows:

@@ -39,7 +39,7 @@ def write_devkit_files(folder, split, detections, records, classes):
 
 def parse_line(line):
     """Return (image id, [score, xmin, ymin, xmax, ymax]) of a line; ValueError unless they are finite."""
-    image_id, *numbers = line.split() or [""]
+    image_id, *numbers = line.strip().rsplit(maxsplit=5) or [""]  # a name may have blanks
     numbers = [float(number) for number in numbers]
     if len(numbers) != 5 or not all(map(math.isfinite, numbers)):
         raise ValueError("not five finite numbers")
@@ -81,8 +81,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Score detection files by the VOC rules, or write those of a checkpoint.",
         usage="%(prog)s DETECTIONS [--write CHECKPOINT] [flags of ssd_object_detection.py]",
-        epilog="To score: --data, --data-root, --test-split, --classes (default: VOC's, or those that the "
-               "list's annotations have) and --output-dir. With --write: every flag of --evaluate.",
+        epilog="To score: --data, --data-root, --test-split, --unlabelled, --classes (default: VOC's, or those "
+               "that the list's annotations have) and --output-dir. With --write: every flag of --evaluate.",
         allow_abbrev=False,
     )
     parser.add_argument("detections", metavar="DETECTIONS", help="the folder of the files")
@@ -100,14 +100,14 @@ def write_checkpoint(folder, args):
 
 def score_files(folder, args):
     """Score the files of a folder on the test list of the flags: print the table, write evaluation.json."""
-    splits = (args.train_split, args.val_split, args.test_split)
-    (root, *_), lists = ssd.find_data(args.data, args.data_root, *splits)
+    (root, *_), lists = ssd.find_data(args.data, args.data_root, "", "", args.test_split)  # no other list
     split = lists["test"]
     if not split:
         raise ssd.InputError(f"{args.data} has no test list: name one with --test-split")
+    annotations = ssd.read_annotations(root, split, unlabelled=args.unlabelled)
     is_voc = args.data in ("voc2007", "voc0712")
-    classes = args.classes or (ssd.VOC_CLASSES if is_voc else ssd.annotated_classes(ssd.read_annotations(root, split)))
-    records = ssd.read_records(root, split, classes)
+    classes = args.classes or (ssd.VOC_CLASSES if is_voc else ssd.annotated_classes(annotations))
+    records = ssd.read_records(root, split, classes, annotations=annotations)
     detections = read_devkit_files(folder, split, records, classes)
     print(f"{folder} on {args.data}, list {split}: {len(records)} images")
     result = ssd.score_detections(detections, records, len(classes))
