@@ -136,7 +136,7 @@ def run_peer(used, budget, path):
     used = argparse.Namespace(**used)
     device = ssd.pick_device(used.device)
     amp_dtype = ssd.prepare_device(used, device)
-    names = ("data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed")
+    names = ("data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed", "unlabelled")
     data = ssd.load_data(used.data, **{name: getattr(used, name) for name in names})
     peer = Peer(used, len(data.classes), device, budget, path)
     print(f"torchvision's ssd300_vgg16: {peer.seconds:.0f} of {budget:.0f} s are over", flush=True)
@@ -173,7 +173,7 @@ def main(argv=None):
     parser.add_argument("--output-dir", type=Path, required=True, help="where both are kept")
     parser.add_argument("--seeds", type=ssd.natural_int, nargs="+", default=[0, 1, 2], help="of both")
     args, flags = parser.parse_known_args(argv)
-    flags = ["--val-fraction", "0", *flags]
+    flags = ["--val-split=", "--val-fraction", "0", *flags]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         for seed in args.seeds:

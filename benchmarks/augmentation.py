@@ -51,6 +51,7 @@ def main(argv=None):
     rows = common.rows_of(times, dict.fromkeys(times, "torchvision"), images=len(records))
     for row in rows:
         row["ms"] /= len(records)
+        row["p95_ms"] /= len(records)
     size = sum(r.width * r.height for r in records) / len(records) / 1e6
     title = f"Augmentation: {len(records)} images of {size:.2f} megapixels on average; ms are for one"
     return common.report(title, rows, args, device, images=len(records), megapixels=size)

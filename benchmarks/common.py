@@ -1,7 +1,8 @@
 """What the benchmarks share: flags, timing in turns, the table, the JSON file, and torchvision's side.
 
 The peer is torchvision's SSD300 (`ssd300_vgg16`, random weights) with its reference augmentation for SSD.
-Both are measured in one process, in turns, so that a neighbour's load or a changing clock meets them alike.
+Both are measured in one process, in turns, so that a neighbour's load or a changing clock meets them alike;
+where loader processes work ahead, one after the other.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def make_batch(records, device, *, batch_size):
 
 
 def make_state(num_classes, device, amp_dtype, *, batch_size, width=1.0, compiled=False):
-    """Return (TrainState, flags) of a run of this project with random weights and SGD."""
+    """Return (TrainState, flags) of a run of this project with random weights, by recipe voc's AdamW."""
     args = ssd.parse_args([
         "--recipe", "voc", "--no-pretrained", "--freeze-blocks", "0", "--width", str(width), "--lr", "1e-4",
         "--batch-size", str(batch_size), "--device", str(device), "--compile" if compiled else "--no-compile",
@@ -195,6 +196,8 @@ def train(flags, output, **options):
     """
     checkpoints, given = output / "checkpoints", output / "flags.json"
     is_same = given.is_file() and json.loads(given.read_text()) == flags
+    if not is_same:  # a run that ends before it saves anything must not go on from this one
+        (checkpoints / "last.pth").unlink(missing_ok=True)
     going_on = ["--resume"] if is_same and (checkpoints / "last.pth").is_file() else []
     output.mkdir(parents=True, exist_ok=True)
     ssd.write_json(given, flags)
@@ -224,7 +227,8 @@ def measure(run, splits=()):
     saved = ssd.load_checkpoint(run["checkpoint"])
     classes = saved["classes"]
     splits = splits or [run["test"]["split"]]
-    records = [record for split in splits for record in ssd.read_records(root, split, classes)]
+    options = {"classes": classes, "unlabelled": used["unlabelled"]}
+    records = [record for split in splits for record in ssd.read_records(root, split, **options)]
     model = ssd.model_from_checkpoint(saved, run["checkpoint"], ssd.pick_device(used["device"]))
     dataset = ssd.VocDataset(records, ssd.build_transform(train=False), model.anchors.cpu())
     loader = ssd.make_loader(dataset, batch_size=8, workers=used["workers"])

@@ -18,10 +18,8 @@ import io
 import common
 import numpy as np
 from common import ssd
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from tools.coco import to_coco_rows
+import tools.coco
 
 IMAGE = np.array([500, 375])
 OBJECTS, DETECTIONS, CLASSES = 3, 200, 20
@@ -66,20 +64,11 @@ def make_arrays(images, seed=0):
     return {"image_ids": image_ids, "labels": labels, "scores": scores.round(4), "boxes_px": boxes_px}, truth
 
 
-def make_judge(detections, truth, images):
+def make_judge(detections, truth):
     """Return a COCOeval of both, restricted to IoU .5 and objects of all sizes."""
-    sides = []
-    for side in (truth, detections):
-        coco = COCO()
-        coco.dataset = {"images": [{"id": i} for i in range(images)], "annotations": to_coco_rows(side),
-                        "categories": [{"id": k} for k in range(1, CLASSES + 1)]}
-        coco.createIndex()
-        sides.append(coco)
-    judge = COCOeval(*sides, "bbox")
-    judge.params.iouThrs = np.array([0.5])
-    judge.params.maxDets = [100]
-    judge.params.areaRng = [[0, 1e10]]
-    judge.params.areaRngLbl = ["all"]
+    judge = tools.coco.make_judge(detections, truth, CLASSES)
+    judge.params.iouThrs, judge.params.maxDets = np.array([0.5]), [100]
+    judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
     return judge
 
 
@@ -98,7 +87,7 @@ def main(argv=None):
         "evaluate_voc": lambda: ssd.evaluate_voc(detections, truth, CLASSES),
     }
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        judge = make_judge(detections, truth, args.images)
+        judge = make_judge(detections, truth)
         times = common.time_in_turns(cases, args.rounds, device, least=0)
     rows = common.rows_of(times, dict.fromkeys(times, "pycocotools"), images=args.images)
     counts = f"{len(truth['labels'])} objects, {len(detections['labels'])} detections, {CLASSES} classes"

@@ -122,7 +122,8 @@ def own_cases(model, images, paths, truth):
     for name, dtype in common.precisions(device).items():
         detector = ssd.Detector(model, [str(k) for k in range(num_classes)], dtype)
         detector.forward = lambda images: (model(images), outputs)[1]
-        cases[f"SSD300 {name} files"] = functools.partial(detector.predict, paths, score_thresh=0.01)
+        options = {"batch_size": len(paths), "score_thresh": 0.01}  # one batch, as `outputs` are
+        cases[f"SSD300 {name} files"] = functools.partial(detector.predict, paths, **options)
         cases[f"SSD300 {name}"] = functools.partial(detect, dtype)
     return cases
 
@@ -139,13 +140,17 @@ def main(argv=None):
     device, data = common.begin(args)
     model = ssd.SSD300(len(data.classes), width=args.width, prior_prob=ssd.FOCAL_PRIOR)
     if args.checkpoint:
-        model = ssd.model_from_checkpoint(ssd.load_checkpoint(args.checkpoint), args.checkpoint)
+        saved = ssd.load_checkpoint(args.checkpoint)
+        if tuple(saved["classes"]) != data.classes:
+            parser.error(f"--checkpoint has other classes than --data: {', '.join(saved['classes'])}")
+        model = ssd.model_from_checkpoint(saved, args.checkpoint)
     rows, sessions, maps = [], {}, {}
     if device.type == "cpu":
         sessions = make_sessions(ssd.Detector(model, data.classes), ssd.spread(data.train, 32), args.threads)
     model.to(device, memory_format=torch.channels_last)
     if args.test_split:
-        records = ssd.read_records(args.data, args.test_split, data.classes)
+        (root, *_), _ = ssd.find_data(args.data, args.data_root, "", "", args.test_split)
+        records = ssd.read_records(root, args.test_split, data.classes)
         maps = {name: export.onnx_map(one, records, model.num_classes) for name, one in sessions.items()}
         dataset = ssd.VocDataset(records, ssd.build_transform(train=False), ssd.make_anchors())
         for name, dtype in common.precisions(device).items():

@@ -43,8 +43,11 @@ def main(argv=None):
         cases[f"torchvision, {workers} workers"] = next_epoch(endless, steps, common.peer_to_device, device)
         for name, decoded in (("files", None), ("cache", pixels)):
             own = common.own_loader(records, device, **sizes, epochs=args.rounds + 1, pixels=decoded)
-            cases[f"{name}, {workers} workers"] = next_epoch(iter(own), steps, ssd.to_device, device)
-    times = common.time_in_turns(cases, args.rounds, device, least=0)
+            batches = itertools.chain.from_iterable([own])  # its processes start with the first batch
+            cases[f"{name}, {workers} workers"] = next_epoch(batches, steps, ssd.to_device, device)
+    times = {}
+    for name, case in cases.items():  # one after the other: own processes go on into the next epoch
+        times |= common.time_in_turns({name: case}, args.rounds, device, least=0)
     peer_of = {name: f"torchvision,{name.split(',')[1]}" for name in cases}
     rows = common.rows_of(times, peer_of, images=len(records) // size * size)
     title = f"Loader: {len(records)} images an epoch, batches of {size}; ms are for an epoch"

@@ -25,9 +25,9 @@ import numpy as np
 from common import ssd
 
 SETS = {  # flags of all runs of a set
-    "bccd": "--recipe small --anchors fit --val-fraction 0",
-    "bccd-narrow": "--recipe small --no-pretrained --anchors paper --epochs 12 --val-fraction 0",
-    "shapes": "",
+    "bccd": "--recipe small --anchors fit --val-split= --val-fraction 0",
+    "bccd-narrow": "--recipe small --no-pretrained --anchors paper --epochs 12 --val-split= --val-fraction 0",
+    "shapes": "--val-split= --val-fraction 0",
     "voc-small": "--recipe scratch --width .125 --epochs 12 --batch-size 8 "
                  "--train-split train --test-split val --val-fraction 0",
     "voc": "--train-split train --test-split val --val-fraction 0",

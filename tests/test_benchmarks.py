@@ -17,7 +17,7 @@ import faults
 
 SETTINGS = {
     "training_step": ["--batch-size", "1"],
-    "inference": ["--batch-sizes", "1", "--width", ".0625"],
+    "inference": ["--batch-sizes", "1", "9", "--width", ".0625"],
     "augmentation": ["--images", "2"],
     "losses": ["--batch-size", "2"],
     "loader": ["--workers", "0", "--images", "2", "--batch-size", "2"],

@@ -30,7 +30,7 @@ def test_arrays_have_hits_duplicates_and_background_and_are_seeded():
 def test_pycocotools_finds_about_the_same_at_iou_50():
     det, gt = evaluation.make_arrays(40)
     with contextlib.redirect_stdout(io.StringIO()):
-        judge = evaluation.make_judge(det, gt, 40)
+        judge = evaluation.make_judge(det, gt)
         judge.evaluate()
         judge.accumulate()
     theirs = judge.eval["precision"]
