@@ -2023,7 +2023,7 @@ def class_list(text: str) -> tuple[str, ...]:
 
 def _add_training_flags(parser, switch=argparse.BooleanOptionalAction, none=argparse.SUPPRESS):
     add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=RECIPES, default=none, help="of the flags without a default (default: voc)")
+    add("--recipe", choices=RECIPES, default=none, help="sets what shows no default (voc, or shapes)")
     add("--epochs", type=positive_int, default=none, help="passes over the training images")
     add("--batch-size", type=positive_int, default=none, help="images a step, of all processes together")
     add("--loss", choices=("focal", "multibox"), default=none, help="focal, or cross-entropy with 3:1 mining")
@@ -2076,7 +2076,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--width", type=positive_float, default=none, help="factor on every channel count")
     add("--batch-norm", choices=("none", "new", "all"), default=none, help="new: in the layers after VGG's")
     add("--pretrained", action=switch, default=none, help="start from ImageNet VGG16 weights")
-    add("--backbone-weights", metavar="KIND", default="caffe", help="caffe, imagenet (batch norm all), file")
+    add("--backbone-weights", metavar="KIND", default="caffe",
+        help="caffe, imagenet or a file; with batch norm all always imagenet or a file")
     add("--init-from", metavar="FILE", default=none, help="start from a checkpoint, also of other classes")
     add("--freeze-blocks", metavar="N", type=int, choices=range(6), default=none, help="VGG blocks to freeze")
     add("--anchors", choices=("auto", "fit", "paper"), default="auto",
@@ -2269,7 +2270,7 @@ def run_training(args: Namespace) -> int:
     checkpoints, plots = Path(args.output_dir) / "checkpoints", Path(args.output_dir) / "plots"
     if args.resume and (checkpoints / "run.json").is_file():
         saved = json.loads((checkpoints / "run.json").read_text(encoding="utf-8"))
-        if "wall_s" in saved and saved["flags"]["epochs"] == args.epochs:
+        if "wall_s" in saved and saved["flags"]["epochs"] >= args.epochs:
             print(f"the run in {checkpoints} is finished: to train further see --epochs and --init-from")
             return 0
     sources = {name: getattr(args, name) for name in (*DATA_FLAGS, "data_root", "seed")}

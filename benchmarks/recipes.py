@@ -1,6 +1,6 @@
 """Measure named variants of the training command over several seeds: a JSON line a run, a table.
 
-    python benchmarks/recipes.py --data data/BCCD --set bccd --seeds 0 1 2
+    python benchmarks/recipes.py --data data/BCCD --set bccd --only base multibox --seeds 0 1 2
     python benchmarks/recipes.py --data data/VOCdevkit/VOC2007 --set voc --only base multibox --pool
     python benchmarks/recipes.py --set bccd --table              # the table again, from the JSON lines
 

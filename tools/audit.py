@@ -51,7 +51,7 @@ KINDS = dict.fromkeys(STOPS, "stops a training") | {  # what is found: what come
     "box under a pixel": "kept; are the coordinates fractions?",
     "object that no anchor overlaps by half": "kept; see --anchors",
     "object under 8 pixels at 300x300": "kept, but hardly to be found: cut the images into tiles",
-    "same pixels twice": "kept, in one list; of blank frames that are measured on copies leave training",
+    "same pixels twice": "kept, in one list; blank ones, byte for byte as one measured on, leave training",
 }
 # An object that a training keeps: file and number, class, normalised xyxy, which of train, val, test have it.
 Object = namedtuple("Object", "place name box lists")
