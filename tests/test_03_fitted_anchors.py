@@ -109,7 +109,6 @@ def test_auto_fits_where_the_paper_s_anchors_do_not_reach_and_never_for_voc(tmp_
     assert ssd.choose_anchors("auto", boxes, is_voc=True) == ssd.ANCHOR_SIZES
     assert ssd.choose_anchors("paper", boxes) == ssd.ANCHOR_SIZES
     assert ssd.choose_anchors(fitted, reached) == fitted  # of a saved run
-    assert ssd.choose_anchors(None, boxes) == ssd.ANCHOR_SIZES  # of one before anchors were fitted
     assert capsys.readouterr().out == ""
 
 
@@ -121,7 +120,13 @@ def test_many_boxes_are_thinned_out(monkeypatch):
     assert seen == [3000]
 
 
-def test_fitted_anchors_are_trained_with_resumed_refined_and_evaluated(flags_of, tmp_path, capsys):
+def test_auto_fits_where_more_than_two_of_a_hundred_boxes_are_not_reached():
+    for small, is_fitted in ((1, False), (3, True)):
+        boxes = boxes_of([(0.2, 0.2)] * (100 - small) + [(0.02, 0.02)] * small)
+        assert (ssd.choose_anchors("auto", boxes) != ssd.ANCHOR_SIZES) == is_fitted
+
+
+def test_fitted_anchors_are_trained_with_resumed_refined_and_evaluated(flags_of, tmp_path, capsys, no_pictures):
     data, out = small_objects(tmp_path), tmp_path / "out"
     assert ssd.main(flags_of(data, out, "--epochs", "1", "--val-split", "")) == 0
     assert "anchors  fitted" in capsys.readouterr().out

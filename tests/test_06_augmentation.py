@@ -1,3 +1,4 @@
+import colorsys
 import random
 
 import albumentations as A
@@ -88,6 +89,24 @@ STEPS = every_step()
 
 
 # -- Every step
+
+
+@pytest.mark.parametrize(("name", "color", "measure", "limit"), [
+    ("4_RandomBrightnessContrast", (128, 128, 128), lambda p: p[0] - 128, 32),
+    ("5_RandomBrightnessContrast", (100, 100, 100), lambda p: p[0] / 100 - 1, 0.5),
+    ("6_ColorJitter", (150, 110, 110), lambda p: (p[0] - p[1]) / 40 - 1, 0.5),
+    ("7_HueSaturationValue", (60, 200, 60), lambda p: 360 * colorsys.rgb_to_hsv(*p / 255)[0] - 120, 18),
+])
+def test_colours_change_as_much_as_in_the_paper(name, color, measure, limit):
+    image = np.full((8, 8, 3), color, np.uint8)
+    images = [run(STEPS[name], image, np.zeros((0, 4)), seed)[0] for seed in range(60)]
+    found = [measure(one[0, 0].astype(float)) for one in images]
+    assert -1.03 * limit <= min(found) < -0.8 * limit
+    assert 0.8 * limit < max(found) <= 1.03 * limit
+
+
+def test_noise_is_that_of_a_camera():
+    assert STEPS["9_Noise"].std_range == (0.01, 0.05)
 
 
 def test_training_pipeline_has_the_documented_steps():

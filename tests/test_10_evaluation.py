@@ -1,5 +1,6 @@
 """Evaluation: VOC average precision, thresholds, the whole way from a loader to a table."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -411,6 +412,12 @@ def test_truth_and_pixels_follow_the_voc_convention(records):
     assert truth["image_ids"].tolist() == [0, 0, 2, 2, 2, 3, 4, 4]
     assert truth["labels"].tolist() == np.concatenate([r.labels for r in records]).tolist()
     np.testing.assert_allclose(truth["boxes_px"][5], records[3].boxes_px[0] + np.array([1, 1, 0, 0]))
+    hard = dataclasses.replace(records[2], difficult=np.array([False, True, False]))
+    mixed = [*records[:2], hard, *records[3:]]
+    assert ssd.truth_of(mixed)["difficult"].tolist() == [False] * 3 + [True] + [False] * 4
+    answers = perfect_answers(records)
+    del answers[2][1]  # not found, which costs nothing
+    assert ssd.evaluate(Stub(answers, num_classes=2), loader_of(mixed))["map_area"] == pytest.approx(1)
     # Edges 0 to 10 are the ten pixels 1 to 10.
     assert ssd.to_voc_pixels([[0, 0, 10, 20]]).tolist() == [[1, 1, 10, 20]]
     assert ssd.to_voc_pixels(np.zeros((0, 4))).shape == (0, 4)

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -424,6 +425,12 @@ def test_three_skipped_steps_in_a_row_end_the_epoch_and_name_the_images(records)
     assert ", ".join(records[i].image_id for i, _ in list(loader.batch_sampler)[2]) in message
 
 
+def test_float16_may_skip_more_steps_while_it_seeks_its_scale(records):
+    state, args = tiny_state()
+    state.scaler = torch.amp.GradScaler("cpu")
+    assert train_once(state, loader_of(records, 1), poisoning(args, *range(5)), args)["skipped"] == 5
+
+
 def test_skipped_steps_count_over_epochs_of_one_step(records):
     state, args = tiny_state()
     loader, loss = loader_of(records, len(records)), poisoning(args, 0, 1, 3, 4, 5)
@@ -543,17 +550,23 @@ def run_fit(monkeypatch, folder, maps, *flags, val=True):
     row = {"train_loss": 1.0, "train_loss_cls": 0.5, "train_loss_box": 0.5, "lr": 1e-3, "images_per_s": 1.0,
            "data_wait": 0.0, "skipped": 0}
 
-    def evaluate(*args, **settings):
+    def evaluate(model, loader, *, amp_dtype, loss, nms_iou_thresh):
+        assert model is state.ema.model  # whose weights are saved
+        assert (amp_dtype, nms_iou_thresh) == (torch.bfloat16, args.nms_iou)
         validated.append(state.epoch + 1)  # an epoch is finished when it is validated
         value = next(values)
-        maps = dict.fromkeys(("map_area", "map11", "map75"), value)
-        return {"loss": 1.0, "loss_cls": 0.5, "loss_box": 0.5, "classes": {}, **maps}
+        return {"loss": 1.0, "loss_cls": 0.5, "loss_box": 0.5, "classes": {}, "map_area": value,
+                "map11": 1 - value, "map75": 1 - value}  # the area alone chooses
 
-    monkeypatch.setattr(ssd, "train_one_epoch", lambda *args, **more: dict(row))
+    def train(state, loader, batches, loss, args, *, amp_dtype):
+        assert amp_dtype is torch.bfloat16
+        return dict(row)
+
+    monkeypatch.setattr(ssd, "train_one_epoch", train)
     monkeypatch.setattr(ssd, "evaluate", evaluate)
     writer = ssd.CheckpointWriter(folder, {"config": {}, "classes": []})
-    ssd.fit(state, ("loader", "loader" if val else None), args, loss=None, amp_dtype=None, writer=writer,
-            redraw=lambda state: None)
+    ssd.fit(state, ("loader", "loader" if val else None), args, loss=None, amp_dtype=torch.bfloat16,
+            writer=writer, redraw=lambda state: None)
     writer.flush()
     return state, validated
 
@@ -760,10 +773,68 @@ def test_a_run_resumed_without_its_best_checkpoint_measures_the_best_to_come(tin
         saved = ssd.load_checkpoint(tiny_run.output / "checkpoints" / name, resumable=True)
         saved["train_state"] |= {"best_map": 0.99, "best_epoch": epochs}  # which no epoch to come will reach
         ssd.save_checkpoint(checkpoints / "last.pth", saved)
-        (checkpoints / "best.pth").unlink(missing_ok=True)
+        for stale in ("best.pth", "run.json", tiny_run.final.name):  # by run.json the run would be finished
+            (checkpoints / stale).unlink(missing_ok=True)
         assert resume(tmp_path) == 0
         assert (checkpoints / "best.pth").is_file() == (epochs == 1)
         assert epoch_of(checkpoints / "ssd_tiny_set_final.pth") == 2
+
+
+def test_the_final_checkpoint_is_the_best_and_not_the_last(tiny_run, tmp_path, no_pictures):
+    source, checkpoints = tiny_run.output / "checkpoints", tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    shutil.copy(source / "last.pth", checkpoints)
+    shutil.copy(source / "previous.pth", checkpoints / "best.pth")  # after the first of two epochs
+    assert resume(tmp_path) == 0  # nothing is left to train
+    assert epoch_of(checkpoints / tiny_run.final.name) == 1
+
+
+# ---- from the flags to the run ----
+
+
+def test_the_flags_reach_the_loss_the_loaders_and_the_generators(
+    tiny_voc, flags_of, tmp_path, monkeypatch, no_pictures
+):
+    seen = {}
+
+    def stop(state, loaders, args, **more):
+        seen.update(more, loaders=loaders)
+        raise ssd.InputError("far enough")
+
+    monkeypatch.setattr(ssd, "fit", stop)
+    chances = {"zoom-out": 0.1, "crop": 0.2, "color": 0.3, "shadow": 0.4, "noise": 0.6, "blur": 0.7}
+    more = [word for name, chance in chances.items() for word in (f"--{name}", str(chance))]
+    flags = ["--loss", "multibox", "--focal-gamma", "3", "--seed", "7", "--amp", "bf16", *more]
+    assert ssd.main(flags_of(tiny_voc, tmp_path, *flags)) == 2
+    assert seen["loss"].keywords == {"loss": "multibox", "gamma": 3.0}
+    assert seen["amp_dtype"] is torch.bfloat16
+    assert torch.initial_seed() == 7
+    train, val = seen["loaders"]
+    chances = [step.p for step in train.dataset.transform.transforms]
+    assert chances == [0.1, 0.2, 0.5, 1, 0.3, 0.3, 0.3, 0.3, 0.4, 0.6, 0.7]
+    assert (train.dataset.seed, train.batch_sampler.seed) == (7, 7)
+    assert list(train.batch_sampler.epochs) == [0, 1]
+    assert len(train.dataset.pixels) == len(train.dataset) == 8
+    assert len(val.dataset.transform.transforms) == 1
+    assert {record.image_id.split("_")[0] for record in val.dataset.records} == {"val"}
+
+
+def test_each_process_loads_its_own_share(records, monkeypatch):
+    state, args = tiny_state("--batch-size", "4", "--workers", "0")
+    data = ssd.DataSplits("a", ("angular", "round"), records, [], [], {})
+    monkeypatch.setattr(ssd, "process_rank", lambda: (1, 2))
+    loader, val_loader = ssd.make_loaders(args, data, state)
+    assert (loader.batch_sampler.rank, loader.batch_sampler.world, val_loader) == (1, 2, None)
+    assert [len(batch["indices"]) for batch in itertools.islice(loader, 2)] == [2, 2]
+
+
+def test_the_prior_is_of_the_focal_loss_alone_and_a_resumed_run_fetches_nothing(monkeypatch):
+    for loss, bias in (("focal", math.log(0.99 / 0.01 * 2)), ("multibox", 0.0)):
+        head = tiny_state("--loss", loss)[0].model.cls_heads[0]
+        assert head.bias.view(-1, 3)[:, 0].tolist() == pytest.approx([bias] * 4)
+    monkeypatch.setattr(ssd, "fetch_backbone", lambda *_, **__: pytest.fail("fetched"))
+    tiny_state("--width", ".25", "--pretrained", resume=True)
+    assert (ssd.FOCAL_GAMMA, ssd.MAX_DETECTIONS) == (1.0, 200)  # docs/recipes.md; SSD section 2.2
 
 
 # ---- starting from a checkpoint ----
@@ -895,6 +966,7 @@ def test_a_run_out_of_memory_advises_and_can_go_on_as_if_nothing_had_been(
     same_run(tmp_path, tiny_run.output)
 
 
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the process must inherit the patch")
 def test_a_loader_process_that_dies_ends_the_run_with_advice(
     tiny_run, flags_of, tmp_path, monkeypatch, capsys, no_pictures
 ):

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -224,7 +225,10 @@ words = st.one_of(
 @example(["--predict=--", "--weights", "x"])
 def test_any_command_line_is_understood_or_refused_in_words(argv):
     out, err, code = io.StringIO(), io.StringIO(), None
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+        tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder),  # where no checkpoint is
+    ):
         try:
             args = ssd.parse_args(argv)
         except SystemExit as end:
@@ -238,7 +242,7 @@ def test_any_command_line_is_understood_or_refused_in_words(argv):
     assert args.epochs >= 1
     assert args.batch_size >= 1
     assert 0 < args.lr < math.inf
-    assert 0 <= args.val_fraction < 1
+    assert 0 <= args.val_fraction <= 1
 
 
 @pytest.mark.parametrize("argv", [["--evaluate=--"], ["--resume", "--output-dir=--"]])
@@ -385,10 +389,12 @@ def test_an_interruption_before_anything_is_saved_exits_130(
     tiny_voc, flags_of, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(ssd, "load_data", interrupt)
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = signal.SIGINT, signal.SIGTERM
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler)
     assert ssd.main(flags_of(tiny_voc, tmp_path)) == 130
     assert "nothing was saved" in capsys.readouterr().err
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in numbers] == [ssd._stop] * 2
 
 
 def test_the_command_to_go_on_with_is_one_for_a_shell(tiny_run, tmp_path, monkeypatch, capsys):
@@ -409,20 +415,26 @@ def start(flags):
 
 @pytest.mark.parametrize(("name", "workers", "send"), [
     ("SIGTERM", "1", os.kill), ("SIGINT", "0", os.kill),
-    ("SIGTERM", "2", os.killpg), ("SIGINT", "1", os.killpg),  # to the loader processes too: torchrun, timeout, systemd
+    ("SIGTERM", "2", os.killpg), ("SIGINT", "1", os.killpg),  # to its loader processes too, as by torchrun
 ])
 def test_a_signal_ends_a_real_run_after_a_save_and_the_command_it_prints_goes_on(
     tiny_voc, flags_of, tmp_path, no_pictures, name, workers, send
 ):
     checkpoints = tmp_path / "checkpoints"
     flags = ("--epochs", "9999", "--patience", "0", "--workers", workers, "--eval-interval", "9999")
-    process = start(flags_of(tiny_voc, tmp_path, *flags))
     rows = checkpoints / "metrics.jsonl"
-    while not rows.is_file() or len(rows.read_text().splitlines()) < 3:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    send(process.pid, getattr(signal, name))
-    out, err = process.communicate(timeout=60)
+    process, deadline = start(flags_of(tiny_voc, tmp_path, *flags)), time.monotonic() + 120
+    try:
+        while not rows.is_file() or len(rows.read_text().splitlines()) < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        send(process.pid, getattr(signal, name))
+        out, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:  # else it would go on for hours
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     assert process.returncode == 128 + getattr(signal, name), err
     assert "Traceback" not in out + err
     assert not list(tmp_path.rglob("*.tmp"))
@@ -589,7 +601,7 @@ def test_a_resumed_run_reports_the_time_of_all_its_parts(tiny_run, tmp_path, cap
     ssd.save_checkpoint(out / "checkpoints" / "last.pth", last)
     assert ssd.main(["--resume", "--epochs", "3", "--output-dir", str(out), *HERE]) == 0
     assert json.loads((out / "checkpoints" / "run.json").read_text())["wall_s"] > 5000
-    assert "wall time 1:23:" in capsys.readouterr().out
+    assert re.search(r"wall time 1:2\d:", capsys.readouterr().out)
 
 
 def test_classes_may_stand_in_a_file(tmp_path):
@@ -598,11 +610,14 @@ def test_classes_may_stand_in_a_file(tmp_path):
     assert ssd.class_list("red, ripe,cat") == ("red", "ripe", "cat")
 
 
-def test_flags_beat_how_a_run_was_measured(tiny_run, tmp_path, no_pictures):
+def test_flags_beat_how_a_run_was_measured(tiny_run, tmp_path, monkeypatch, no_pictures):
+    evaluate, seen = ssd.evaluate, []
+    monkeypatch.setattr(ssd, "evaluate", lambda *a, **more: seen.append(more) or evaluate(*a, **more))
     argv = ["--evaluate", str(tiny_run.final), "--output-dir", str(tmp_path), *HERE]
     assert ssd.main([*argv, "--nms-iou", ".6", "--score-thresh", ".1"]) == 0
     numbers = json.loads((tmp_path / "plots" / "evaluation" / "evaluation.json").read_text())
     assert numbers["detection"] == {"score_thresh": 0.1, "nms_iou_thresh": 0.6}
+    assert numbers["detection"].items() <= seen[0].items()
 
 
 def test_data_of_other_classes_is_measured_for_those_it_shares(tiny_run, make_voc, tmp_path, fails, capfd):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,16 @@ def line(variant, seed, value, **more):
             "environment": {"device": "abacus"}, **more}
 
 
-def test_recipes_run_what_is_missing_and_nothing_twice(tiny_voc, tmp_path, capsys):
+def test_recipes_run_what_is_missing_and_nothing_twice(tiny_voc, tiny_run, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def train(flags, output, **options):  # really, see the test below
+        calls.append(output.name)
+        shutil.copytree(tiny_run.output, output, dirs_exist_ok=True)
+        run = json.loads((output / "checkpoints" / "run.json").read_text())
+        return run | {"checkpoint": output / "checkpoints" / tiny_run.final.name, "seconds": 1.0, "images": 16}
+
+    monkeypatch.setattr(common, "train", train)
     argv = ["--data", str(tiny_voc), "--set", "shapes", "--flags", f"{FLAGS} --val-split val", "--seeds", "3",
             "--folder", str(tmp_path), "--pool", "val", "test"]
     assert recipes.main([*argv, "--only", "base"]) == 0
@@ -47,6 +57,7 @@ def test_recipes_run_what_is_missing_and_nothing_twice(tiny_voc, tmp_path, capsy
     assert printed.endswith(f"{table}\n")
     assert recipes.main([*argv, "--only", "base", "multibox"]) == 0  # nothing left to run
     assert capsys.readouterr().out == f"{table}\n"
+    assert calls == ["base-3", "multibox-3"]
 
 
 def test_a_run_that_was_stopped_goes_on_and_other_flags_begin_anew(tiny_voc, flags_of, tmp_path, monkeypatch):

@@ -33,14 +33,12 @@ OTHER_SIZES = [(500, 281), (281, 500), (200, 250), (300, 400), (400, 300), (299,
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_voc, flags_of, tmp_path_factory):
+def trained(tiny_voc, tiny_run, tmp_path_factory):
     """A checkpoint whose thresholds leave a part of the detections, other ones for each class."""
-    output = tmp_path_factory.mktemp("trained")
-    assert ssd.main(flags_of(tiny_voc, output)) == 0
-    path = output / "checkpoints" / "ssd_tiny_set_final.pth"
-    checkpoint = ssd.load_checkpoint(path)
+    path = tmp_path_factory.mktemp("trained") / "tiny.pth"
+    checkpoint = ssd.load_checkpoint(tiny_run.final)
     picture = tiny_voc / "JPEGImages" / "test_0.jpg"
-    found = ssd.load_detector(path, "cpu", "off").predict(picture, score_thresh=0)
+    found = ssd.load_detector(tiny_run.final, "cpu", "off").predict(picture, score_thresh=0)
     for name in checkpoint["classes"]:
         scores = [score for score, other in zip(found.scores, found.names, strict=True) if name == other]
         checkpoint["score_thresh"][name] = scores[len(scores) // 2]

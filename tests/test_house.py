@@ -53,13 +53,13 @@ def test_no_function_has_more_than_60_lines(path):
     assert {name: length for name, length in lengths.items() if length > 60} == {}
 
 
-def test_there_are_at_most_50_flags():
+def test_there_are_at_most_46_flags():
     actions = [action for action in ssd.build_parser()._actions if action.dest != "help"]
-    assert 30 < len(actions) <= 50
+    assert 30 < len(actions) <= 46
 
 
-def test_the_readme_has_at_most_220_lines():
-    assert len(lines_of(ROOT / "README.md")) <= 220
+def test_the_readme_has_at_most_200_lines():
+    assert len(lines_of(ROOT / "README.md")) <= 200
 
 
 def test_the_benchmarks_have_at_most_1500_lines_together():
@@ -171,7 +171,9 @@ def test_tools_depend_on_the_module_and_the_module_on_no_tool():
 
 IMPORTING = """
 import os, random, signal, socket, sys
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # of the next import, which is the test's own
 import albumentations, cv2, matplotlib.figure, numpy as np, torch, torchvision, tqdm
+del os.environ["NO_ALBUMENTATIONS_UPDATE"]
 
 class Argv(list):
     def refuse(self, *args):
@@ -200,6 +202,7 @@ sys.argv = Argv()
 sys.addaudithook(watch)
 import ssd_object_detection
 assert state() == before
+assert os.environ["NO_ALBUMENTATIONS_UPDATE"] == "1"
 assert "matplotlib.pyplot" not in sys.modules
 assert "tools" not in sys.modules and "shapes" not in sys.modules
 """
@@ -217,6 +220,8 @@ def test_importing_the_module_does_nothing(tmp_path):
                           capture_output=True, timeout=300, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+    source = MODULE.read_text(encoding="utf-8")
+    assert source.index('setdefault("NO_ALB') < source.index("\nimport albumentations")  # which reads it
 
 
 # ---- the module alone ----

@@ -637,6 +637,7 @@ def test_command_draws_its_pictures_and_prints_its_tables(analyzed):
 
 def test_training_images_have_their_loose_boxes_last(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(ssd, "DRAW_SCORE_THRESH", 0.05)
+    monkeypatch.setattr(analyze, "mistakes_page", lambda *_: "")  # hundreds of pictures
     argv = [tiny_run.final, "--test-split", "train", "--output-dir", tmp_path, "--score-thresh", ".001"]
     assert analyze.main([*map(str, argv), "--device", "cpu", "--amp", "off", "--workers", "0"]) == 0
     with open(tmp_path / "plots" / "mistakes.csv", encoding="utf-8", newline="") as file:

@@ -16,7 +16,7 @@ import numpy as np
 import pycocotools.coco
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageColor
 from reference import Pointer, red_box
@@ -148,6 +148,7 @@ def test_folders_globs_and_files_name_inputs_once_and_in_order(tmp_path):
         assert argument in str(caught.value)
 
 
+@settings(deadline=None)
 @given(names=st.lists(st.from_regex(r"[abc]/[xX](_[12])?\.(jpg|png|mp4)", fullmatch=True), unique=True))
 def test_every_file_has_a_target_of_its_own(names):
     paths = [Path(name) for name in names]
