@@ -613,11 +613,10 @@ def load_data(data: str, *, data_root: PathLike = "data", classes: Sequence[str]
     counts = collections.Counter(record.image_path for record in [*train, *val, *test])
     if shared := [path for path, count in counts.items() if count > 1]:
         raise InputError(f"{shared[0]} is in two of the lists, and {len(shared) - 1} more: see --val-split")
-
-    def content(record):
-        return hash(Path(record.image_path).read_bytes())
-    empty = {content(record) for record in [*val, *test] if not len(record.labels)}  # blank frames
-    kept = [record for record in train if len(record.labels) or not empty or content(record) not in empty]
+    blank = [record.image_path for record in [*train, *val, *test] if not len(record.labels)]
+    content = {path: hash(Path(path).read_bytes()) for path in blank}
+    measured = {content.get(record.image_path) for record in [*val, *test]} - {None}
+    kept = [record for record in train if content.get(record.image_path) not in measured]
     if len(kept) < len(train):
         print(f"training images without objects that are measured on too, left out: {len(train) - len(kept)}")
     return DataSplits("pascal_voc" if is_voc else name, classes, kept, val, test, lists)
@@ -2389,7 +2388,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         folder = Path(args.output_dir if args else ".")
         is_saved = (folder / "checkpoints" / "last.pth").is_file()
-        again = f"go on with --resume --output-dir {shlex.quote(str(folder))}"
+        root = [] if args is None or args.data_root == "data" else ["--data-root", args.data_root]
+        again = f"go on with {shlex.join(['--resume', '--output-dir', str(folder), *root])}"
         print(f"\nstopped; {again if is_saved else 'nothing was saved yet'}", file=sys.stderr)
         return 128 + (stop.args or (signal.SIGINT,))[0]
     print(f"error: {problem}", file=sys.stderr)

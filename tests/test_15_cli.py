@@ -402,9 +402,12 @@ def test_the_command_to_go_on_with_is_one_for_a_shell(tiny_run, tmp_path, monkey
     last = tiny_run.output / "checkpoints" / "last.pth"
     (tmp_path / "my run" / "checkpoints" / "last.pth").write_bytes(last.read_bytes())
     monkeypatch.setattr(ssd, "load_data", interrupt)
-    assert ssd.main(["--resume", "--output-dir", str(tmp_path / "my run"), *HERE]) == 130
-    command = capsys.readouterr().err.split("go on with ")[1]
-    assert ssd.parse_args(shlex.split(command)).output_dir == str(tmp_path / "my run")
+    for root, asked in (("data", 3), ("my data", 5)):  # which a saved run does not hold
+        place = ["--output-dir", str(tmp_path / "my run"), "--data-root", root]
+        assert ssd.main(["--resume", *place, *HERE]) == 130
+        command = shlex.split(capsys.readouterr().err.split("go on with ")[1])
+        args = ssd.parse_args(command)
+        assert (args.output_dir, args.data_root, len(command)) == (str(tmp_path / "my run"), root, asked)
 
 
 def start(flags):
