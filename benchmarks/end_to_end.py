@@ -63,9 +63,7 @@ def main(argv=None):
     dtype = ssd.pick_amp_dtype(device)
     inputs = args, records, len(data.classes), device, dtype
     cases = {"torchvision": peer_epoch(*inputs), "SSD300": own_epoch(*inputs)}
-    times = {}
-    for name, case in cases.items():  # one after the other: own processes go on into the next epoch
-        times |= common.time_in_turns({name: case}, args.rounds, device, least=0)
+    times = common.time_one_by_one(cases, args.rounds, device)
     images = len(records) // args.batch_size * args.batch_size
     rows = common.rows_of(times, dict.fromkeys(cases, "torchvision"), images=images)
     title = (f"Training: {images} images an epoch, batch {args.batch_size}, {args.workers} workers, "

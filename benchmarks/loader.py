@@ -45,9 +45,7 @@ def main(argv=None):
             own = common.own_loader(records, device, **sizes, epochs=args.rounds + 1, pixels=decoded)
             batches = itertools.chain.from_iterable([own])  # its processes start with the first batch
             cases[f"{name}, {workers} workers"] = next_epoch(batches, steps, ssd.to_device, device)
-    times = {}
-    for name, case in cases.items():  # one after the other: own processes go on into the next epoch
-        times |= common.time_in_turns({name: case}, args.rounds, device, least=0)
+    times = common.time_one_by_one(cases, args.rounds, device)
     peer_of = {name: f"torchvision,{name.split(',')[1]}" for name in cases}
     rows = common.rows_of(times, peer_of, images=len(records) // size * size)
     title = f"Loader: {len(records)} images an epoch, batches of {size}; ms are for an epoch"

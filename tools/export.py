@@ -414,9 +414,6 @@ def write_card(folder, name, run, *, licence=None, data_licence=None, onnx_check
 
 def write_config(path, checkpoint, run):
     """Write config.json: what `load_published` needs, the test numbers and the flags, no local folders."""
-    flags = {**run["flags"], "data": report.data_name(run["flags"])}
-    for name in ("backbone_weights", "init_from"):
-        flags[name] = flags.get(name) and Path(flags[name]).name
     test = {key: value for key, value in run["test"].items() if key != "checkpoint"}
     if test:
         test["data"] = report.data_name(test)
@@ -424,7 +421,7 @@ def write_config(path, checkpoint, run):
         "model_type": "ssd300", "image_size": ssd.IMAGE_SIZE, "classes": run["classes"],
         "id2label": dict(enumerate(run["classes"], start=1)),
         **{key: checkpoint[key] for key in ("format_version", "config", "score_thresh")},
-        "test": test, "flags": flags,
+        "test": test, "flags": report.public_flags(run["flags"]),
     })
 
 

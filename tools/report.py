@@ -366,11 +366,15 @@ def setting_text(value):
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def public_flags(flags):
+    """Return a run's flags without folders of its machine: data and files by their names alone."""
+    files = {name: Path(flags[name]).name for name in ("init_from", "backbone_weights") if flags.get(name)}
+    return {**flags, "data": data_name(flags), **files}
+
+
 def settings_of(flags):
     """Return {name in words: value in words} of the flags that say how the run trained."""
-    files = {name: Path(flags[name]).name for name in ("init_from", "backbone_weights") if flags.get(name)}
-    flags = {**flags, "data": data_name(flags), **files}  # no folders of the machine
-    return {name.replace("_", " "): setting_text(value) for name, value in flags.items()}
+    return {name.replace("_", " "): setting_text(value) for name, value in public_flags(flags).items()}
 
 
 def changed_settings(flags):
