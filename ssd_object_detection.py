@@ -1977,7 +1977,7 @@ def load_detector(path: PathLike, device: str = "auto", precision: str = "auto")
 
 # What --recipe chooses; a flag given beside it wins. What is no flag stands here alone.
 RECIPES = {"voc": {  # ImageNet start, a GPU
-    "width": 1.0, "pretrained": True, "batch_norm": "new", "freeze_blocks": 2, "batch_size": 32,
+    "width": 1.0, "pretrained": True, "batch_norm": "none", "freeze_blocks": 2, "batch_size": 32,
     "epochs": 100, "optimizer": "adamw", "lr": 1e-4, "momentum": 0.9, "weight_decay": 0.05, "loss": "focal",
     "warmup_epochs": 1.0, "schedule": "cosine", "clip_grad": 10.0, "ema_decay": 0.998,
     "zoom_out": 0.5, "crop": 1.0, "color": 0.5, "shadow": 0.2, "noise": 0.2, "blur": 0.1}}
@@ -1988,8 +1988,8 @@ RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
     "pretrained": False, "width": 0.0625, "lr": 5e-3, "epochs": 10, "zoom_out": 0.0, "crop": 0.3,
     "color": 0.1, "shadow": 0.1, "noise": 0.1}
 RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
-    "batch_norm": "none", "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "loss": "multibox", "blur": 0,
-    "schedule": "step", "warmup_epochs": 0, "clip_grad": 0, "ema_decay": 0, "shadow": 0, "noise": 0}
+    "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "schedule": "step", "warmup_epochs": 0,
+    "loss": "multibox", "clip_grad": 0, "ema_decay": 0, "shadow": 0, "noise": 0, "blur": 0}
 OPTIONAL_FLAGS = ("evaluate", "predict", "weights", "init_from", "classes", "train_split", "val_split",
                   "test_split", "workers", "compile", "score_thresh")  # None unless given
 DATA_FLAGS = ("data", "classes", "train_split", "val_split", "val_fraction", "test_split", "unlabelled")

@@ -157,7 +157,7 @@ def peer_loader(dataset, device, *, batch_size=1, workers, train=True, batch_sam
 
 def peer_to_device(batch, device):
     """Return a batch of `peer_loader` as torchvision's model takes it: float images in [0, 1], targets."""
-    images = [image.to(device, torch.float32, non_blocking=True).div_(255) for image in batch[0]]
+    images = [image.to(device, non_blocking=True).float().div_(255) for image in batch[0]]  # converted there
     targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in batch[1]]
     return images, targets
 
@@ -191,8 +191,8 @@ def train(flags, output, **options):
     """Run this project's training command in a process of its own; a run that was stopped goes on.
 
     flags: the module's; output: its --output-dir, a Path. options: of `subprocess.Popen`. Returns run.json,
-    with the "checkpoint" to measure, and "seconds" and "images" of all epochs together. RuntimeError if it
-    fails.
+    with the "checkpoint" to measure, the "seconds" of all epochs together, validation included, and the
+    "images" trained on, steps times batch size. RuntimeError if it fails.
     """
     checkpoints, given = output / "checkpoints", output / "flags.json"
     is_same = given.is_file() and json.loads(given.read_text()) == flags
@@ -210,11 +210,11 @@ def train(flags, output, **options):
             raise
     if code:
         raise RuntimeError(f"training ended with exit code {code}, see {output}")
-    rows = [json.loads(line) for line in (checkpoints / "metrics.jsonl").read_text().splitlines()]
     (final,) = checkpoints.glob("*_final.pth")
-    totals = {"seconds": sum(row["seconds"] for row in rows),
-              "images": round(sum(row["images_per_s"] * row["seconds"] for row in rows))}
-    return json.loads((checkpoints / "run.json").read_text()) | {"checkpoint": final, **totals}
+    run = json.loads((checkpoints / "run.json").read_text())
+    state = ssd.load_checkpoint(checkpoints / "last.pth")["train_state"]
+    return run | {"checkpoint": final, "seconds": sum(row["seconds"] for row in state["history"]),
+                  "images": state["step"] * run["flags"]["batch_size"]}
 
 
 def measure(run, splits=()):

@@ -118,7 +118,7 @@ def test_help_ends_well_and_prints_defaults(capsys):
 def test_voc_starts_from_imagenet_weights_whose_first_blocks_stay(data):
     args = ssd.parse_args(["--data", data])
     assert args.recipe == "voc"
-    assert (args.pretrained, args.width, args.batch_norm, args.optimizer) == (True, 1.0, "new", "adamw")
+    assert (args.pretrained, args.width, args.batch_norm, args.optimizer) == (True, 1.0, "none", "adamw")
     assert (args.lr, args.momentum, args.weight_decay, args.batch_size) == (1e-4, 0.9, 0.05, 32)
     assert args.freeze_blocks == 2
     assert ssd.parse_args(["--data", data, "--no-pretrained"]).freeze_blocks == 0
