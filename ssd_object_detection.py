@@ -613,10 +613,10 @@ def load_data(data: str, *, data_root: PathLike = "data", classes: Sequence[str]
     counts = collections.Counter(record.image_path for record in [*train, *val, *test])
     if shared := [path for path, count in counts.items() if count > 1]:
         raise InputError(f"{shared[0]} is in two of the lists, and {len(shared) - 1} more: see --val-split")
-    blank = [record.image_path for record in [*train, *val, *test] if not len(record.labels)]
-    content = {path: hash(Path(path).read_bytes()) for path in blank}
-    measured = {content.get(record.image_path) for record in [*val, *test]} - {None}
-    kept = [record for record in train if content.get(record.image_path) not in measured]
+    blank, measured = ([r.image_path for r in some if not len(r.labels)] for some in (train, [*val, *test]))
+    content = {path: hash(Path(path).read_bytes()) for path in ([*blank, *measured] if measured else ())}
+    kept_out = {content[path] for path in measured}
+    kept = [record for record in train if content.get(record.image_path) not in kept_out]
     if len(kept) < len(train):
         print(f"training images without objects that are measured on too, left out: {len(train) - len(kept)}")
     return DataSplits("pascal_voc" if is_voc else name, classes, kept, val, test, lists)
