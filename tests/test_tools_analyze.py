@@ -247,6 +247,44 @@ def test_sums_of_the_analysis(detections, truth):
         assert gain["false_negatives"][k] >= gain["missed"][k] - 1e-12
 
 
+# -- Other lists
+
+
+def ranges_of(detections, truth, num_images, num_classes=2):
+    found, objects = analyze.find_errors(*arrays(detections, truth), num_classes)
+    names = [str(k) for k in range(1, num_classes + 1)]
+    ranges, maps = analyze.draw_lists(found, objects, names, num_images)
+    assert len(maps) == analyze.NUM_LISTS
+    assert np.percentile(maps, (2.5, 97.5)) == pytest.approx(ranges["mean"], abs=1e-5, nan_ok=True)
+    return ranges
+
+
+@settings(max_examples=100, deadline=None)
+@given(many, few)
+def test_range_of_one_list_is_the_ap_of_its_images_as_often_as_drawn(detections, truth):
+    detections = [(i, k, (n + 1) / 30, box) for n, (i, k, _, box) in enumerate(detections)]  # no two alike
+    drawn = np.random.default_rng(0).integers(2, size=2)
+    copies = ([(n, *row[1:]) for n, i in enumerate(drawn) for row in rows if row[0] == i]
+              for rows in (detections, truth))
+    aps = [row["ap_area"] for row in ssd.evaluate_voc(*arrays(*copies), 2).values()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analyze, "NUM_LISTS", 1)
+        ranges = ranges_of(detections, truth, 2)
+    expected = dict(zip(("1", "2", "mean"), [*aps, analyze.mean(aps)], strict=True))
+    for name, ap in expected.items():
+        assert ranges[name] == pytest.approx([ap, ap], nan_ok=True)
+
+
+def test_range_is_as_wide_as_chance_makes_it():
+    truth = [(image, 1, A, False) for image in range(100)]
+    found = [(image, 1, 0.9 - image / 1000, A) for image in range(80)]  # an AP of .8, spread .04
+    ranges = ranges_of(found, truth, 100, 2)
+    assert ranges["1"] == pytest.approx([0.72, 0.88], abs=0.015)
+    assert ranges["mean"] == ranges["1"] == ranges_of(found, truth, 100, 2)["1"]
+    assert all(map(math.isnan, ranges["2"]))
+    assert ranges_of(found[:40], truth[:40], 100, 1)["mean"] == pytest.approx([1, 1])
+
+
 # -- Confusion
 
 
@@ -568,6 +606,7 @@ def test_nothing_to_find_and_nothing_found_is_drawn(picture):
     numbers, *errors = analyze.analyze(result, [picture], ("cat",))
     analysis = numbers["analysis"]
     assert math.isnan(analysis["tide"]["gain"]["mean"]["missed"])
+    assert "a mAP@.5 of - to -." in analyze.tables(numbers)
     rows = [line.split() for line in analyze.tables(numbers).splitlines() if line.startswith("cat")]
     assert rows == [["cat", *"-" * 9], ["cat", *"-" * 12], ["cat", *"-" * 4]]
     assert analyze.list_errors(*errors, [picture], ("cat",)) == []
@@ -607,7 +646,9 @@ def test_command_adds_to_what_evaluate_writes(analyzed):
     assert confusion["classes"] == ["background", "angular", "round"]
     num_gt = [mine["per_class"][name]["num_gt"] for name in ("angular", "round")]
     assert np.array(confusion["matrix"])[1:].sum(axis=1).tolist() == num_gt
-    assert set(analysis) == {"tide", "sizes", "best_f1", "calibration"}
+    assert set(analysis) == {"tide", "sizes", "best_f1", "calibration", "ap_ranges", "drawn_maps"}
+    low, high = analysis["ap_ranges"]["mean"]
+    assert 0 <= low < mine["map_area"] < high <= 1
     assert analysis["tide"]["ap"]["mean"] == pytest.approx(mine["map_area"])
     assert set(analysis["tide"]["gain"]) == {"angular", "round", "mean"}
     counts = analysis["tide"]["counts"]
@@ -623,8 +664,8 @@ def test_command_draws_its_pictures_and_prints_its_tables(analyzed):
         with Image.open(path) as image:
             assert min(image.size) > 300
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
-    for text in ("AP@.5 (area) gained", "COCO's AP and AR", "best F1", "Expected calibration error",
-                 "mistakes.csv", "mistakes.html", str(plots)):
+    for text in ("AP@.5 (area) gained", "Of 500 lists drawn at random", "COCO's AP and AR", "best F1",
+                 "Expected calibration error", "mistakes.csv", "mistakes.html", str(plots)):
         assert text in printed
     assert (plots / "mistakes.png").stat().st_size < 1.5e6
     with open(plots / "mistakes.csv", encoding="utf-8", newline="") as file:

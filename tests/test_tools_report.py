@@ -199,17 +199,20 @@ def test_the_analysis_is_put_in_words():
     tide = {"confident": confident, "gain": {"mean": gain}}
     extra = {
         "coco": {"ap_small": 0.1, "ap_medium": 0.25, "ap_large": 0.5},
-        "analysis": {"tide": tide, "calibration": {"ece": 0.0667}},
+        "analysis": {"tide": tide, "calibration": {"ece": 0.0667}, "ap_ranges": {"mean": [0.8682, 0.91789]}},
     }
-    wrong, best, sizes, ece = report.analysis_in_words(extra)
+    drawn, wrong, best, sizes, ece = report.analysis_in_words(extra)
+    assert drawn.startswith("Of lists drawn at random from the test images 95 % have a mAP@.5 of 0.868 to 0.918:")
     assert wrong.startswith("Of the detections that score 0.4 or more, 9 are on nothing, 5 have the right")
     assert wrong.endswith("1 have the wrong class; 8 objects have no hit of that score.")
     assert best == "Finding what was missed would raise the mAP@.5 most, by 0.0300."
     gain["background"] = 0.04
-    again = report.analysis_in_words(extra)[1]
+    again = report.analysis_in_words(extra)[2]
     assert again == "Mending the detections that are on nothing would raise the mAP@.5 most, by 0.0400."
     assert sizes.endswith("small 0.100, medium 0.250, large 0.500.")
     assert "by 0.067 on average" in ece
+    nothing = {"ap_ranges": {"mean": [None, None]}}  # of a list without objects
+    assert report.analysis_in_words({"analysis": nothing}) == []
     assert report.analysis_in_words({"analysis": [], "coco": {"ap_small": None}}) == []
 
 
@@ -310,6 +313,23 @@ def test_runs_side_by_side_show_what_differs(two_runs):
     assert "different lists" not in page.text
     other["test"]["split"] = "val"
     assert "different lists" in Page(report.comparison(two_runs)).text
+
+
+def test_drawn_lists_say_whether_a_difference_is_real(two_runs):
+    run, other = two_runs
+    maps = np.linspace(0.5, 0.7, 201)
+    for one, values in ((run, maps), (other, maps[::-1] - 0.01)):
+        one["extra"] = {"analysis": {"drawn_maps": values.tolist()}}
+    assert report.drawn_ranges(two_runs)[1:] == ("0.505 to 0.695", "0.495 to 0.685 (-0.200 to +0.180)")
+    other["extra"]["analysis"]["drawn_maps"] = (maps + 0.02).tolist()  # always better, list by list
+    assert report.drawn_ranges(two_runs)[2] == "0.525 to 0.715 (+0.020 to +0.020)"
+    assert report.drawn_ranges(two_runs) in report.compared_figures(two_runs, ["a", "b"])
+    other["test"]["num_images"] += 1  # other images: nothing to compare list by list
+    assert report.drawn_ranges(two_runs)[2] == "0.525 to 0.715"
+    for nothing in ({}, {"analysis": {"drawn_maps": [None]}}):
+        run["extra"] = nothing
+        assert report.drawn_ranges(two_runs)[1:] == ("-", "0.525 to 0.715")
+    assert report.drawn_ranges(two_runs[:1])[1:] == ("-",)
 
 
 def test_runs_without_records_are_compared_too(run):

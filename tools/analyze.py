@@ -43,6 +43,7 @@ DESCRIPTIONS = {
 }
 RELATIVE_EDGES = (0.0, *ssd.ANCHOR_SCALES[:5], math.inf)  # of the box's side over the image's
 NUM_BINS = 10  # of the reliability curve
+NUM_LISTS = 500  # drawn from the test list, for the range of its AP
 MAX_CONFUSION_CLASSES = 40  # a plot of more cannot be read
 MISTAKE_COLUMNS = ("image", "kind", "said", "true", "score", "iou", "x1", "y1", "x2", "y2")  # of mistakes.csv
 LOOSE_KINDS = ("localisation", "both")  # of training images seldom an error of the annotation
@@ -275,6 +276,36 @@ def calibrate(found):
     return {"bins": bins, "ece": error(filled), "ece_confident": error(sure)}
 
 
+def draw_lists(found, objects, class_names, num_images):
+    """Return (ranges, maps): what AP and mAP (area, IoU .5) lists drawn from this one have (Efron 1979).
+
+    NUM_LISTS lists of as many images are drawn with replacement, always the same ones: of two models, drawn
+    from the same list, the differences of maps say whether it can tell them apart. ranges: {name: [low, high]}
+    by class and "mean", within which 95 % lie (NaN for a class without objects; a list without any of a class
+    does not count for it). maps: of each drawn list. found, objects: of `find_errors`.
+    """
+    is_counted, is_real = ~found["is_ignored"], ~objects["difficult"]
+    parts = []  # of each class: images of its detections, best first, which are hits, images of its objects
+    for label in range(1, len(class_names) + 1):
+        own = is_counted & (found["labels"] == label)
+        asked = is_real & (objects["labels"] == label)
+        parts.append((found["image_ids"][own], found["is_hit"][own], objects["image_ids"][asked]))
+    rng = np.random.default_rng(0)
+    aps = np.full((NUM_LISTS, len(class_names)), math.nan)
+    for row in aps:
+        times = np.bincount(rng.integers(num_images, size=num_images), minlength=num_images)
+        for k, (images, is_hit, images_of_objects) in enumerate(parts):
+            if num_gt := times[images_of_objects].sum():
+                hits, drawn = (times[images] * is_hit).cumsum(), times[images].cumsum()
+                row[k] = ssd.average_precision(hits / num_gt, hits / drawn.clip(min=1))[0]
+    maps = list(map(mean, aps))
+    ranges = {}
+    for name, values in zip([*class_names, "mean"], [*aps.T, maps], strict=True):
+        known = [value for value in values if not math.isnan(value)] or [math.nan]
+        ranges[name] = np.percentile(known, (2.5, 97.5)).tolist()
+    return ranges, np.round(maps, 5).tolist()
+
+
 def analyze(result, records, class_names):
     """Return (numbers, found, objects): what is added to evaluation.json, and what `find_errors` returns.
 
@@ -283,6 +314,7 @@ def analyze(result, records, class_names):
     detections, truth = result["detections"], ssd.truth_of(records)
     num_classes = len(class_names)
     found, objects = find_errors(detections, truth, num_classes)
+    ranges, maps = draw_lists(found, objects, class_names, len(records))
     numbers = {
         "coco": coco.by_name(coco.coco_figures(detections, truth, num_classes), class_names),
         "confusion": {"score_thresh": ssd.DRAW_SCORE_THRESH, "iou_thresh": FOREGROUND_IOU,
@@ -293,6 +325,7 @@ def analyze(result, records, class_names):
             "sizes": analyze_sizes(found, truth, records, num_classes),
             "best_f1": {name: best_f1(result["classes"][k]) for k, name in enumerate(class_names, start=1)},
             "calibration": calibrate(found),
+            "ap_ranges": ranges, "drawn_maps": maps,
         },
     }
     return numbers, found, objects
@@ -309,7 +342,7 @@ def text_of(value, digits=3):
 
 
 def tables(numbers):
-    """Return the analysis as text: AP gained by kind, AP by size, the best thresholds, calibration."""
+    """Return the analysis as text: AP gained by kind, its range, AP by size, best thresholds, calibration."""
     tide, best, calibration = (numbers["analysis"][name] for name in ("tide", "best_f1", "calibration"))
     width = max(9, *map(len, tide["ap"]))
 
@@ -321,6 +354,8 @@ def tables(numbers):
     lines += [row(name, [tide["ap"][name], *gain.values()]) for name, gain in tide["gain"].items()]
     lines.append(row("errors", ["", *tide["counts"].values()]))
     lines.append(row(f"at {ssd.DRAW_SCORE_THRESH}", ["", *tide["confident"].values()]))
+    low, high = map(text_of, numbers["analysis"]["ap_ranges"]["mean"])
+    lines.append(f"Of {NUM_LISTS} lists drawn at random from these images 95 % have a mAP@.5 of {low} to {high}.")
     lines += ["", coco.table(numbers["coco"])]
     columns = {"f1": "F1", "score_thresh": "at score", "precision": "precision", "recall": "recall"}
     lines += ["", "The score threshold of the best F1 at IoU .5:", row("", columns.values())]

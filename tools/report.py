@@ -233,6 +233,10 @@ def markdown(table):
 def analysis_in_words(extra):
     """Return sentences on what tools/analyze.py found; none if it was not recorded."""
     lines = []
+    drawn = dig(extra, "analysis", "ap_ranges", "mean")
+    if isinstance(drawn, list) and all(map(is_number, drawn)):
+        lines.append("Of lists drawn at random from the test images 95 % have a mAP@.5 of {:.3f} to {:.3f}: so much "
+                     "do other images of the kind change it.".format(*drawn))
     confident = dig(extra, "analysis", "tide", "confident")
     counts = [(dig(confident, kind), text) for kind, text in ERROR_KINDS.items()]
     if all(is_number(count) for count, _ in counts):
@@ -484,6 +488,26 @@ def compared(what, values):
     return (what, with_difference(first, None), *(with_difference(value, first) for value in others))
 
 
+def drawn_ranges(runs):
+    """Return a row of text: where 95 % of tools/analyze.py's drawn lists have their mAP, and its difference.
+
+    The difference, in brackets, is that of the same drawn lists, so of runs measured on the first one's list.
+    """
+    def of_95(values, form):
+        return " to ".join(form.format(value) for value in np.percentile(values, (2.5, 97.5)))
+
+    lists = [[run["test"].get(key) for key in ("split", "num_images")] + [data_name(run["test"])] for run in runs]
+    maps = [dig(run["extra"], "analysis", "drawn_maps") for run in runs]
+    cells = []
+    for place, values in enumerate(maps):
+        cells.append("-")
+        if values and all(map(is_number, values)):
+            cells[-1] = of_95(values, "{:.3f}")
+            if place and lists[place] == lists[0] and len(values) == len(maps[0]) and cells[0] != "-":
+                cells[-1] += f" ({of_95(np.subtract(values, maps[0]), '{:+.3f}')})"
+    return ("mAP@.5 of 95 % of lists drawn from the test images", *cells)
+
+
 def compared_figures(runs, names):
     """Return rows of text: a figure a row, a run a column; rows without any value are left out."""
     tests = [run["test"] for run in runs]
@@ -491,6 +515,7 @@ def compared_figures(runs, names):
                "test mAP@.75, area": "map75"}
     rows = [("", *names)]
     rows += [compared(what, [test.get(key) for test in tests]) for what, key in figures.items()]
+    rows.append(drawn_ranges(runs))
     rows.append(compared("validation mAP@.5, area", [run["val"].get("val_map_area") for run in runs]))
     columns = []
     for run, test in zip(runs, tests, strict=True):
