@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import http.server
+import importlib
 import io
 import json
 import os
@@ -200,6 +201,12 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, refused, monkeypatch):
     away["args"]["data"] = str(tmp_path / "gone")
     torch.save(away, tmp_path / "away.pth")
     assert "--images" in refused("onnx", tmp_path / "away.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime, "__version__", "1.24.4")
+        assert "--upgrade onnxruntime" in refused("onnx", tiny_run.final, "--int8")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "export", lambda *_, **__: importlib.import_module("onnxscript.torch_3"))
+        assert "no module named 'onnxscript.torch_3': pip install" in refused("onnx", tiny_run.final).lower()
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert "pip install onnx" in refused("onnx", tiny_run.final)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)

@@ -44,6 +44,7 @@ BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3  # pixels of the image; how far ONNX 
 FAR = 5.0  # pixels from which two boxes are of different objects
 CALIBRATION_IMAGES = 32  # whose activations give the ranges of 8-bit integers
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "detect_onnx.py"
+INT8_RUNTIME = (1, 25)  # the first onnxruntime without that fault: microsoft/onnxruntime pull request 27671
 HUB_FILES = ("config.json", "model.safetensors")  # what `load_published` reads
 
 def optional_import(name, purpose):
@@ -144,6 +145,10 @@ def to_int8(network, pictures):
     """
     onnx = optional_import("onnx", "--int8")
     quantization = optional_import("onnxruntime.quantization", "--int8")
+    version = optional_import("onnxruntime", "--int8").__version__
+    if tuple(map(int, version.split(".")[:2])) < INT8_RUNTIME:
+        raise InputError(f"--int8: onnxruntime {version} multiplies 8-bit integers wrongly on CPUs with AMX or "
+                         "AVX-VNNI: pip install --upgrade onnxruntime")
     inputs = ({"images": picture} for picture in pictures)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
@@ -171,10 +176,13 @@ def to_onnx(detector, *, dtype="uint8", half=False, calibration=None, **settings
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the exporter's own
-        program = torch.onnx.export(
-            network, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=names,
-            dynamic_shapes=({0: torch.export.Dim("B")},),
-        )
+        try:
+            program = torch.onnx.export(
+                network, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=names,
+                dynamic_shapes=({0: torch.export.Dim("B")},),
+            )
+        except ImportError as error:  # of what torch looks for in a newer one
+            raise InputError(f"exporting to ONNX: {error}: pip install --upgrade onnx onnxscript") from None
     network = program.model_proto if calibration is None else to_int8(program.model_proto, calibration)
     post = postprocess_graph(len(detector.classes), len(detector.model.anchors), ir=network.ir_version,
                              opset=network.opset_import[0].version, **settings)

@@ -187,7 +187,8 @@ def write_xml(path, picture, found, target):
 def open_video(source):
     """Return a cv2.VideoCapture of a file, address or camera's number; InputError if it cannot be opened."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # no chatter about broken videos
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # nor about missing cameras
+    set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # OpenCV 4, and 5
+    set_log_level(0)  # nor about missing cameras
     if isinstance(source, Path):
         video, problem = cv2.VideoCapture(str(source.absolute())), "not readable as a video"  # a:b is no URL
     elif source.isdigit():
