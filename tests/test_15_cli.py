@@ -248,12 +248,13 @@ def test_any_command_line_is_understood_or_refused_in_words(argv):
 @pytest.mark.parametrize("argv", [["--evaluate=--"], ["--resume", "--output-dir=--"]])
 def test_two_dashes_are_no_path(capsys, argv):
     try:
-        code = ssd.main(argv)  # Python 3.13 takes them for a path, which is not there
+        code, end = ssd.main(argv), ": no such file (a checkpoint)"  # Python 3.13 takes them for a path
     except SystemExit as stop:  # before, for no value
-        code = stop.code
+        code, end = stop.code, "(see --help)"
     assert code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
+    assert line.endswith(end)
 
 
 # ---- mistakes that the data or a file shows ----

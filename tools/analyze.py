@@ -296,8 +296,9 @@ def draw_lists(found, objects, class_names, num_images):
         times = np.bincount(rng.integers(num_images, size=num_images), minlength=num_images)
         for k, (images, is_hit, images_of_objects) in enumerate(parts):
             if num_gt := times[images_of_objects].sum():
-                hits, drawn = (times[images] * is_hit).cumsum(), times[images].cumsum()
-                row[k] = ssd.average_precision(hits / num_gt, hits / drawn.clip(min=1))[0]
+                drawn = times[images]
+                hits = (drawn * is_hit).cumsum()
+                row[k] = ssd.average_precision(hits / num_gt, hits / drawn.cumsum().clip(min=1))[0]
     maps = list(map(mean, aps))
     ranges = {}
     for name, values in zip([*class_names, "mean"], [*aps.T, maps], strict=True):

@@ -44,7 +44,7 @@ BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3  # pixels of the image; how far ONNX 
 FAR = 5.0  # pixels from which two boxes are of different objects
 CALIBRATION_IMAGES = 32  # whose activations give the ranges of 8-bit integers
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "detect_onnx.py"
-INT8_RUNTIME = (1, 25)  # the first onnxruntime without that fault: microsoft/onnxruntime pull request 27671
+INT8_RUNTIME = (1, 25)  # onnxruntime that multiplies rightly on any CPU: microsoft/onnxruntime pull request 27671
 HUB_FILES = ("config.json", "model.safetensors")  # what `load_published` reads
 
 def optional_import(name, purpose):

@@ -73,6 +73,12 @@ def dig(content, *keys):
     return {} if content is None else content
 
 
+def dig_numbers(content, *keys):
+    """Return the list of finite numbers below keys; an empty one if it is missing or holds something else."""
+    found = dig(content, *keys)
+    return found if isinstance(found, list) and all(map(is_number, found)) else []
+
+
 def read_json(path):
     """Return the dict in a JSON file; an empty one if it is missing, damaged or something else."""
     try:
@@ -233,8 +239,7 @@ def markdown(table):
 def analysis_in_words(extra):
     """Return sentences on what tools/analyze.py found; none if it was not recorded."""
     lines = []
-    drawn = dig(extra, "analysis", "ap_ranges", "mean")
-    if isinstance(drawn, list) and all(map(is_number, drawn)):
+    if drawn := dig_numbers(extra, "analysis", "ap_ranges", "mean"):
         lines.append("Of lists drawn at random from the test images 95 % have a mAP@.5 of {:.3f} to {:.3f}: so much "
                      "do other images of the kind change it.".format(*drawn))
     confident = dig(extra, "analysis", "tide", "confident")
@@ -488,6 +493,12 @@ def compared(what, values):
     return (what, with_difference(first, None), *(with_difference(value, first) for value in others))
 
 
+def measured_on(run):
+    """Return the list and the data that a run was measured on, as text; a dash if on none."""
+    test = run["test"]
+    return f"{test['split']} of {data_name(test)}" if test else "-"
+
+
 def drawn_ranges(runs):
     """Return a row of text: where 95 % of tools/analyze.py's drawn lists have their mAP, and its difference.
 
@@ -496,15 +507,14 @@ def drawn_ranges(runs):
     def of_95(values, form):
         return " to ".join(form.format(value) for value in np.percentile(values, (2.5, 97.5)))
 
-    lists = [[run["test"].get(key) for key in ("split", "num_images")] + [data_name(run["test"])] for run in runs]
-    maps = [dig(run["extra"], "analysis", "drawn_maps") for run in runs]
+    lists = [(measured_on(run), run["test"].get("num_images")) for run in runs]
+    maps = [dig_numbers(run["extra"], "analysis", "drawn_maps") for run in runs]
     cells = []
-    for place, values in enumerate(maps):
-        cells.append("-")
-        if values and all(map(is_number, values)):
-            cells[-1] = of_95(values, "{:.3f}")
-            if place and lists[place] == lists[0] and len(values) == len(maps[0]) and cells[0] != "-":
-                cells[-1] += f" ({of_95(np.subtract(values, maps[0]), '{:+.3f}')})"
+    for one, values in zip(lists, maps, strict=True):
+        text = of_95(values, "{:.3f}") if values else "-"
+        if cells and values and one == lists[0] and len(values) == len(maps[0]):
+            text += f" ({of_95(np.subtract(values, maps[0]), '{:+.3f}')})"
+        cells.append(text)
     return ("mAP@.5 of 95 % of lists drawn from the test images", *cells)
 
 
@@ -522,7 +532,7 @@ def compared_figures(runs, names):
         speeds = [row["images_per_s"] for row in run["history"] if is_number(row.get("images_per_s"))]
         columns.append({
             "measured with": test.get("precision", "-"),
-            "test list": f"{test['split']} of {data_name(test)}" if test else "-",
+            "test list": measured_on(run),
             "test images": str(test.get("num_images", "-")),
             "epoch chosen": f"{run['epoch']} of {run['flags'].get('epochs')}" if run["epoch"] else "-",
             "wall time": f"{run['wall_s'] / 60:.1f} min" if is_number(run["wall_s"]) else "-",
@@ -585,9 +595,8 @@ def comparison(runs):
     names = name_runs(runs)
     picture = io.BytesIO()
     plot_runs(runs, names).savefig(picture, format="png", dpi=120)
-    measured = {(data_name(run["test"]), run["test"].get("split")) for run in runs if run["test"]}
     warning = ""
-    if len(measured) > 1:
+    if len({measured_on(run) for run in runs if run["test"]}) > 1:
         warning = "<p>The runs were measured on different lists: their figures cannot be compared.</p>"
     settings = compared_settings(runs, names)
     parts = [
