@@ -75,9 +75,28 @@ from tqdm import tqdm
 # ---- 1. Constants ----
 
 PathLike = str | Path
-VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
-               "tvmonitor")
+VOC_CLASSES = (
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
 VOC_ARCHIVES = torchvision.datasets.voc.DATASET_YEAR_DICT  # of "2007", "2007-test", "2012": filename, MD5
 DOWNLOAD_SECONDS = 30.0  # without a byte, and the next address is tried
 VOC_URLS = (  # the second and third are copies, which the MD5 vouches for
@@ -121,8 +140,18 @@ LOADER_SECONDS = 300.0  # without a batch, and the run ends
 SAVE_SECONDS = 20.0  # least time between two saves: a full-width checkpoint takes a second to write
 RUN_FILES = (".pth", ".json", ".jsonl", ".csv", ".png", ".html", "evaluation", "predictions", "tensorboard")
 MAX_SKIPPED_STEPS = 3  # in a row, for a gradient that is not finite, before a run stops
-PALETTE = ("#f0690f", "#1e0f96", "#2d96b4", "#b40f00", "#9678ff", "#2d5aa5", "#b4695a", "#8700ff", "#4b000f",
-           "#3c0f4b")  # far apart also to the colour-blind, and from white
+PALETTE = (
+    "#f0690f",
+    "#1e0f96",
+    "#2d96b4",
+    "#b40f00",
+    "#9678ff",
+    "#2d5aa5",
+    "#b4695a",
+    "#8700ff",
+    "#4b000f",
+    "#3c0f4b",
+)  # far apart also to the colour-blind, and from white
 
 
 class InputError(Exception):
@@ -130,6 +159,7 @@ class InputError(Exception):
 
 
 # ---- 2. Boxes ----
+
 
 def encode(boxes: Tensor, anchors_cxcywh: Tensor) -> Tensor:
     """Return the regression targets of boxes for their anchors (SSD Eq. 2, divided by the variances).
@@ -167,6 +197,7 @@ def box_iou(boxes: np.ndarray, others: np.ndarray, extra: float = 0.0) -> np.nda
 
 
 # ---- 3. Anchors ----
+
 
 def _anchor_sizes():
     # Squares of s_k and sqrt(s_k * s_k+1), then for each ratio r the widths s_k * sqrt(r) and s_k / sqrt(r).
@@ -233,8 +264,10 @@ def fit_anchor_sizes(boxes: np.ndarray) -> tuple:
 
 # ---- 4. Matching ----
 
-def match_anchors(gt_boxes: np.ndarray, anchors_xyxy: np.ndarray,
-                  match_iou_thresh: float = 0.5) -> np.ndarray:
+
+def match_anchors(
+    gt_boxes: np.ndarray, anchors_xyxy: np.ndarray, match_iou_thresh: float = 0.5
+) -> np.ndarray:
     """Return matched_gt (A,) int64: the ground truth that each anchor answers for, -1 for background.
 
     gt_boxes (G, 4), anchors_xyxy (A, 4): xyxy; G may be 0. An anchor takes the ground truth of highest IoU if
@@ -266,8 +299,10 @@ def build_targets(batch: dict[str, Tensor], anchors_cxcywh: Tensor) -> tuple[Ten
 
 # ---- 5. Data ----
 
-def open_image(source: PathLike | Image.Image | np.ndarray,
-               size: tuple[int, int] | None = None) -> Image.Image:
+
+def open_image(
+    source: PathLike | Image.Image | np.ndarray, size: tuple[int, int] | None = None
+) -> Image.Image:
     """Return an image as RGB, turned upright by its EXIF tag unless only the stored one has `size`; no alpha.
 
     source: a path, a PIL image, or an array uint8 (H, W), RGB (H, W, 3) or RGBA, or grey uint16. size is
@@ -330,8 +365,10 @@ class DataSplits:
 @functools.lru_cache(maxsize=64)
 def _files_of(folder, changed):
     """Return {(stem, ending): path} of a folder, whatever case and Unicode form; `changed` is its time."""
-    return {(unicodedata.normalize("NFC", stem), end.lower()): os.path.join(folder, stem + end)
-            for stem, end in map(os.path.splitext, os.listdir(folder))}
+    return {
+        (unicodedata.normalize("NFC", stem), end.lower()): os.path.join(folder, stem + end)
+        for stem, end in map(os.path.splitext, os.listdir(folder))
+    }
 
 
 def find_file(root: PathLike, kind: str, image_id: str) -> str | None:
@@ -364,8 +401,11 @@ def read_split(root: PathLike, split: str) -> list[str]:
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
-        guess = [name for name in ("gb18030", "big5", "cp932", "euc_kr", "cp1252")
-                 if find_file(root, "JPEGImages", content.splitlines()[0].decode(name, "ignore"))]
+        guess = [
+            name
+            for name in ("gb18030", "big5", "cp932", "euc_kr", "cp1252")
+            if find_file(root, "JPEGImages", content.splitlines()[0].decode(name, "ignore"))
+        ]
         raise InputError(f"{path}: not UTF-8 but {(guess or ['other'])[0]} text: save it as UTF-8") from None
     lines = [line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()]
     if not lines:
@@ -432,18 +472,26 @@ def read_annotations(root: PathLike, split: str, *, unlabelled: str = "error") -
             width, height = open_image(image).size
         annotations[image_id] = width, height, objects
     if unclear:
-        print(f"{root}, list {split}: images turned by EXIF whose annotations fit both readings, taken as "
-              f"upright: {len(unclear)}, as {unclear[0]} (see tools/audit.py)")
+        print(
+            f"{root}, list {split}: images turned by EXIF whose annotations fit both readings, taken as "
+            f"upright: {len(unclear)}, as {unclear[0]} (see tools/audit.py)"
+        )
     return annotations
 
 
 def annotated_classes(annotations: dict[str, tuple]) -> tuple[str, ...]:
     """Return the class names of annotations in order; tell those that differ by case, an s, or a letter."""
     counts = collections.Counter(name for _, _, objects in annotations.values() for name, _, _ in objects)
-    slips = [f"{a} ({counts[a]}) and {b} ({counts[b]})" for a, b in itertools.combinations(sorted(counts), 2)
-             if a.casefold().removesuffix("s") == b.casefold().removesuffix("s")
-             or (not 0.1 < counts[a] / counts[b] < 10 and not re.search(r"\d", a + b)
-                 and difflib.SequenceMatcher(None, a, b).ratio() >= 0.75)]  # a letter of four, of a rare name
+    slips = [
+        f"{a} ({counts[a]}) and {b} ({counts[b]})"
+        for a, b in itertools.combinations(sorted(counts), 2)
+        if a.casefold().removesuffix("s") == b.casefold().removesuffix("s")
+        or (
+            not 0.1 < counts[a] / counts[b] < 10
+            and not re.search(r"\d", a + b)
+            and difflib.SequenceMatcher(None, a, b).ratio() >= 0.75
+        )
+    ]  # a letter of four, of a rare name
     if slips:
         print(f"warning: one class or two? {'; '.join(slips)}: see --classes", file=sys.stderr)
     return tuple(sorted(counts))
@@ -469,8 +517,14 @@ def read_record(root: PathLike, image_id: str, annotation: tuple, classes: Seque
     return Record(image_id, image, width, height, boxes_px, labels, difficult), dropped
 
 
-def read_records(root: PathLike, split: str, classes: Sequence[str], *, annotations: dict | None = None,
-                 unlabelled: str = "error") -> list[Record]:
+def read_records(
+    root: PathLike,
+    split: str,
+    classes: Sequence[str],
+    *,
+    annotations: dict | None = None,
+    unlabelled: str = "error",
+) -> list[Record]:
     """Return the Records of a list and say what is left out of them; annotations: if they are read already.
 
     InputError if more than a tenth of the boxes have no area, or all look like fractions of the image.
@@ -547,8 +601,9 @@ def fetch_voc(root: Path, split: str) -> None:
         raise InputError(f"{target / name} was not unpacked ({error}): make room, or delete it") from None
 
 
-def find_data(data: str, data_root: PathLike, train_split: str | None, val_split: str | None,
-              test_split: str | None) -> tuple[list[Path], dict[str, str]]:
+def find_data(
+    data: str, data_root: PathLike, train_split: str | None, val_split: str | None, test_split: str | None
+) -> tuple[list[Path], dict[str, str]]:
     """Return (folders, {"train", "val", "test": list}) of `data`, see `load_data`; fetch what is missing."""
     lists = {"train": "trainval", "val": "", "test": "test"}
     if data in ("voc2007", "voc0712"):
@@ -580,9 +635,18 @@ def find_data(data: str, data_root: PathLike, train_split: str | None, val_split
     return roots, lists
 
 
-def load_data(data: str, *, data_root: PathLike = "data", classes: Sequence[str] | None = None,
-              train_split: str | None = None, val_split: str | None = None, test_split: str | None = None,
-              val_fraction: float = 0.1, seed: int = 0, unlabelled: str = "error") -> DataSplits:
+def load_data(
+    data: str,
+    *,
+    data_root: PathLike = "data",
+    classes: Sequence[str] | None = None,
+    train_split: str | None = None,
+    val_split: str | None = None,
+    test_split: str | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    unlabelled: str = "error",
+) -> DataSplits:
     """Return the DataSplits of `data`: "voc2007", "voc0712", "shapes" or the path of a folder in VOC layout.
 
     Lists that are None: trainval, none and test of VOC; of a folder those there of train, val and test, or
@@ -597,10 +661,15 @@ def load_data(data: str, *, data_root: PathLike = "data", classes: Sequence[str]
     if absent := [c for c in classes or () if c not in found]:
         raise InputError(f"--classes: the training list has {', '.join(found)}, not {', '.join(absent)}")
     classes = tuple(classes or found)
-    train = [record for root, read in zip(roots, annotations, strict=True)
-             for record in read_records(root, lists["train"], classes, annotations=read)]
-    val, test = (read_records(roots[0], lists[kind], classes, unlabelled=unlabelled) if lists[kind] else []
-                 for kind in ("val", "test"))
+    train = [
+        record
+        for root, read in zip(roots, annotations, strict=True)
+        for record in read_records(root, lists["train"], classes, annotations=read)
+    ]
+    val, test = (
+        read_records(roots[0], lists[kind], classes, unlabelled=unlabelled) if lists[kind] else []
+        for kind in ("val", "test")
+    )
     if not lists["val"] and val_fraction:
         order = np.random.default_rng(seed).permutation(len(train)).tolist()
         held_out = set(order[: max(1, round(val_fraction * len(train)))])
@@ -646,8 +715,15 @@ class VocDataset(torch.utils.data.Dataset):
     of `match_anchors`, gt_boxes (G, 4) and gt_labels (G,), G the same for all, indices. pixels: decode_all's.
     """
 
-    def __init__(self, records: list[Record], transform: A.Compose, anchors_cxcywh: Tensor, *, seed: int = 0,
-                 pixels: list[np.ndarray] | None = None):
+    def __init__(
+        self,
+        records: list[Record],
+        transform: A.Compose,
+        anchors_cxcywh: Tensor,
+        *,
+        seed: int = 0,
+        pixels: list[np.ndarray] | None = None,
+    ):
         self.records, self.transform = records, transform
         self.seed, self.pixels = seed, pixels
         self.anchors_xyxy = box_convert(anchors_cxcywh, "cxcywh", "xyxy").numpy()
@@ -687,8 +763,16 @@ class EpochBatchSampler(torch.utils.data.Sampler):
     end is dropped unless it is the only one. Several processes have every world-th image each, from its rank.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int = 0, *, epochs: Sequence[int] = (0,),
-                 rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        epochs: Sequence[int] = (0,),
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.num_samples, self.batch_size = num_samples, min(batch_size, num_samples)
         self.steps_per_epoch = num_samples // self.batch_size
         self.seed, self.epochs = seed, epochs
@@ -724,8 +808,14 @@ def fit_shared_memory(workers: int, batch_bytes: int) -> tuple[int, int]:
     return fewer, prefetch
 
 
-def make_loader(dataset: VocDataset, *, batch_size: int = 1, workers: int = 0, pin_memory: bool = False,
-                batch_sampler: EpochBatchSampler | None = None) -> DataLoader:
+def make_loader(
+    dataset: VocDataset,
+    *,
+    batch_size: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+    batch_sampler: EpochBatchSampler | None = None,
+) -> DataLoader:
     """Return a DataLoader: by an EpochBatchSampler to train, else complete and in order."""
     options = {"batch_sampler": batch_sampler} if batch_sampler else {"batch_size": batch_size}
     if workers:
@@ -858,8 +948,16 @@ def resize_transform() -> A.Resize:
     return A.Resize(IMAGE_SIZE, IMAGE_SIZE, interpolation=cv2.INTER_LINEAR, area_for_downscale="image")
 
 
-def build_transform(*, train: bool, zoom_out: float = 0.5, crop: float = 1.0, color: float = 0.5,
-                    shadow: float = 0.2, noise: float = 0.2, blur: float = 0.1) -> A.Compose:
+def build_transform(
+    *,
+    train: bool,
+    zoom_out: float = 0.5,
+    crop: float = 1.0,
+    color: float = 0.5,
+    shadow: float = 0.2,
+    noise: float = 0.2,
+    blur: float = 0.1,
+) -> A.Compose:
     """Return the albumentations pipeline, whose steps have these probabilities; not train: only the resize.
 
     The geometry comes first and ends at 300x300, so that the photometric steps see few pixels. `color` is for
@@ -886,6 +984,7 @@ def build_transform(*, train: bool, zoom_out: float = 0.5, crop: float = 1.0, co
 
 
 # ---- 7. Model ----
+
 
 class L2Norm(nn.Module):
     """Divide each pixel's channel vector by its length and multiply by a learned scale (ParseNet Eq. 1)."""
@@ -918,8 +1017,15 @@ class SSD300(nn.Module):
 
     # Differs from paper: its maps have 38, 19, 10, 5, 3, 1 cells and 8,732 anchors. Here VGG's pooling rounds
     # down, conv5_3 feeds a head of its own, fc6 is not dilated, nothing pools before it.
-    def __init__(self, num_classes: int, *, width: float = 1.0, batch_norm: str = "none",
-                 prior_prob: float | None = None, anchor_sizes: Sequence = ANCHOR_SIZES):
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        width: float = 1.0,
+        batch_norm: str = "none",
+        prior_prob: float | None = None,
+        anchor_sizes: Sequence = ANCHOR_SIZES,
+    ):
         super().__init__()
         self.num_classes, self.batch_norm = num_classes, batch_norm
         self.frozen_blocks = 0
@@ -938,11 +1044,15 @@ class SSD300(nn.Module):
             self.blocks.append(nn.Sequential(*layers))
         self.l2_norm = L2Norm(ch(512))
         self.fc = nn.Sequential(*conv(ch(512), ch(1024)), *conv(ch(1024), ch(1024), 1))
-        self.extras = nn.ModuleList([
-            nn.Sequential(*conv(ch(1024), ch(256), 1), *conv(ch(256), ch(512), stride=2)),  # 18 -> 9
-            nn.Sequential(*conv(ch(512), ch(128), 1), *conv(ch(128), ch(256), stride=2)),  # 9 -> 5
-            nn.Sequential(*conv(ch(256), ch(128), 1), *conv(ch(128), ch(256), stride=2, padding=0)),  # 5 -> 2
-        ])
+        self.extras = nn.ModuleList(
+            [
+                nn.Sequential(*conv(ch(1024), ch(256), 1), *conv(ch(256), ch(512), stride=2)),  # 18 -> 9
+                nn.Sequential(*conv(ch(512), ch(128), 1), *conv(ch(128), ch(256), stride=2)),  # 9 -> 5
+                nn.Sequential(
+                    *conv(ch(256), ch(128), 1), *conv(ch(128), ch(256), stride=2, padding=0)
+                ),  # 5 -> 2
+            ]
+        )
         map_channels = [ch(c) for c in (512, 512, 1024, 512, 256, 256)]
         self.anchors_per_cell = [len(sizes) for sizes in anchor_sizes]
         pairs = list(zip(map_channels, self.anchors_per_cell, strict=True))
@@ -995,8 +1105,10 @@ class SSD300(nn.Module):
         if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f"images must be (B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), got {tuple(images.shape)}")
         maps = self.feature_maps((images.float() - self.mean) / self.std)
-        return (self._flatten(self.cls_heads, maps, self.num_classes + 1),
-                self._flatten(self.box_heads, maps, 4))
+        return (
+            self._flatten(self.cls_heads, maps, self.num_classes + 1),
+            self._flatten(self.box_heads, maps, 4),
+        )
 
     @staticmethod
     def _flatten(heads, maps, columns):
@@ -1046,8 +1158,10 @@ def load_backbone(model: SSD300, state: dict) -> None:
     fc = [state.get(f"classifier.{layer}.{kind}") for layer in (0, 3) for kind in ("weight", "bias")]
     fc_shapes = [None] * 4 if fc[0] is None else [(4096, 25088), (4096,), (4096, 4096), (4096,)]
     if [getattr(v, "shape", None) for v in given + fc] != [v.shape for v in own] + fc_shapes:
-        raise InputError(f"the backbone weights do not fit: {len(given)} tensors named features.*, not "
-                         f"{len(own)}, or other shapes; take torchvision's vgg16 or vgg16_bn")
+        raise InputError(
+            f"the backbone weights do not fit: {len(given)} tensors named features.*, not "
+            f"{len(own)}, or other shapes; take torchvision's vgg16 or vgg16_bn"
+        )
     has_classifier = fc[0] is not None and not fc[0].isnan().any()  # torchvision fills Caffe's with NaN
     is_caffe = not has_classifier and model.batch_norm != "all"
     if is_caffe:
@@ -1099,6 +1213,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 # ---- 8. Losses ----
 
+
 def focal_loss(cls_logits: Tensor, labels: Tensor, *, gamma: float = FOCAL_GAMMA) -> Tensor:
     """Return -(1 - p_t)^gamma log(p_t) per anchor, p a softmax (Focal loss Eq. 4).
 
@@ -1122,8 +1237,14 @@ def mined_cross_entropy(cls_logits: Tensor, labels: Tensor, *, negatives_per_pos
     return loss * (is_positive | (rank < budget))
 
 
-def detection_loss(outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor], *, loss: str = "focal",
-                   gamma: float = FOCAL_GAMMA, num_positive: Tensor | None = None) -> dict[str, Tensor]:
+def detection_loss(
+    outputs: tuple[Tensor, Tensor],
+    targets: tuple[Tensor, Tensor],
+    *,
+    loss: str = "focal",
+    gamma: float = FOCAL_GAMMA,
+    num_positive: Tensor | None = None,
+) -> dict[str, Tensor]:
     """Return {"loss", "loss_cls", "loss_box"}: scalars, sums over the batch over its number of positives.
 
     outputs: cls_logits (B, A, K + 1), box_deltas (B, A, 4); targets: labels (B, A), box_targets (B, A, 4).
@@ -1147,10 +1268,17 @@ def detection_loss(outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor
 
 # ---- 9. Detection ----
 
+
 @torch.no_grad()
-def detect(cls_logits: Tensor, box_deltas: Tensor, anchors_cxcywh: Tensor, *,
-           score_thresh: float | Tensor = SCORE_THRESH, nms_iou_thresh: float = NMS_IOU_THRESH,
-           max_detections: int = MAX_DETECTIONS) -> list[tuple[Tensor, Tensor, Tensor]]:
+def detect(
+    cls_logits: Tensor,
+    box_deltas: Tensor,
+    anchors_cxcywh: Tensor,
+    *,
+    score_thresh: float | Tensor = SCORE_THRESH,
+    nms_iou_thresh: float = NMS_IOU_THRESH,
+    max_detections: int = MAX_DETECTIONS,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Turn raw outputs into detections: B triples boxes (D, 4), labels (D,) 1..K, scores (D,), best first.
 
     cls_logits (B, A, K + 1), box_deltas (B, A, 4), anchors_cxcywh (A, 4). Boxes are normalised xyxy cut at
@@ -1197,8 +1325,9 @@ def average_precision(recall: np.ndarray, precision: np.ndarray) -> tuple[float,
     return area, float(envelope[np.searchsorted(recall, ELEVEN_RECALLS)].mean())
 
 
-def overlap_pairs(det_keys: np.ndarray, det_boxes: np.ndarray, gt_keys: np.ndarray,
-                  gt_boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def overlap_pairs(
+    det_keys: np.ndarray, det_boxes: np.ndarray, gt_keys: np.ndarray, gt_boxes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (det, gt, iou), each (P,): rows and IoU of all detections and truths of one key that overlap.
 
     Keys (N,) and (M,): integers; boxes (N, 4), (M, 4): VOC pixels. In the order of detections, then truths.
@@ -1252,8 +1381,14 @@ def evaluate_voc(detections: dict, truth: dict, num_classes: int, iou_thresh: fl
         recall = hits / max(num_gt, 1)
         precision = hits / np.arange(1, len(hits) + 1)
         ap_area, ap11 = average_precision(recall, precision) if num_gt else (math.nan, math.nan)
-        results[label] = {"ap_area": ap_area, "ap11": ap11, "recall": recall, "precision": precision,
-                          "scores": det["scores"][counted], "num_gt": num_gt}
+        results[label] = {
+            "ap_area": ap_area,
+            "ap11": ap11,
+            "recall": recall,
+            "precision": precision,
+            "scores": det["scores"][counted],
+            "num_gt": num_gt,
+        }
     return results
 
 
@@ -1294,14 +1429,22 @@ def score_detections(detections: dict, records: list[Record], num_classes: int) 
     for label, row in classes.items():
         row["ap75"] = strict[label]["ap_area"]
     counted = [row for row in classes.values() if row["num_gt"]]
-    means = {f"m{key}": float(np.mean([row[key] for row in counted])) if counted else math.nan
-             for key in ("ap_area", "ap11", "ap75")}
+    means = {
+        f"m{key}": float(np.mean([row[key] for row in counted])) if counted else math.nan
+        for key in ("ap_area", "ap11", "ap75")
+    }
     return {**means, "classes": classes, "detections": detections}
 
 
 @torch.no_grad()
-def evaluate(model: SSD300, loader: DataLoader, *, amp_dtype: torch.dtype | None = None,
-             loss: Callable | None = None, **settings) -> dict:
+def evaluate(
+    model: SSD300,
+    loader: DataLoader,
+    *,
+    amp_dtype: torch.dtype | None = None,
+    loss: Callable | None = None,
+    **settings,
+) -> dict:
     """Run a model over a loader of a VocDataset and score it by the VOC rules.
 
     Returns {"map_area", "map11": at IoU .5, "map75": area at IoU .75, "classes": as evaluate_voc, with
@@ -1343,6 +1486,7 @@ def class_table(result: dict, class_names: Sequence[str]) -> str:
 
 
 # ---- 11. Run records ----
+
 
 def process_rank() -> tuple[int, int]:
     """Return (rank, world): this process's number among torchrun's, and how many they are; alone (0, 1)."""
@@ -1476,9 +1620,12 @@ def model_from_checkpoint(checkpoint: dict, path: PathLike = "checkpoint", devic
 def environment(device: str | torch.device) -> dict:
     """Return what a result depends on beside the flags: versions, machine, device; plain values."""
     return {module.__name__: module.__version__ for module in (torch, torchvision, np, A)} | {
-        "python": platform.python_version(), "platform": platform.platform(), "cpu_count": os.cpu_count(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
-        "command": " ".join(sys.argv), "started": datetime.datetime.now().isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "started": datetime.datetime.now().isoformat(timespec="seconds"),
     }
 
 
@@ -1500,6 +1647,7 @@ def prepare_folders(checkpoints: Path, plots: Path, *, keep: bool) -> None:
 
 # ---- 12. Plots ----
 
+
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, whole or not at all; a failure (a full disk) costs the picture, not the run."""
     try:
@@ -1511,10 +1659,18 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 CURVES = {  # of loss.png: {title: (label of the y axis, {column of metrics.jsonl: (label, style)})}
-    **{title: ("sum / positives", {f"train_{key}": ("train", "C0-"), f"val_{key}": ("validation", "C1--")})
-       for title, key in (("Loss", "loss"), ("Class loss", "loss_cls"), ("Box loss", "loss_box"))},
-    "Validation mAP": ("mAP", {"val_map_area": ("IoU .5, area", "C2-"), "val_map75": ("IoU .75, area", "C5:"),
-                               "val_map11": ("IoU .5, 11-point", "C4--")}),
+    **{
+        title: ("sum / positives", {f"train_{key}": ("train", "C0-"), f"val_{key}": ("validation", "C1--")})
+        for title, key in (("Loss", "loss"), ("Class loss", "loss_cls"), ("Box loss", "loss_box"))
+    },
+    "Validation mAP": (
+        "mAP",
+        {
+            "val_map_area": ("IoU .5, area", "C2-"),
+            "val_map75": ("IoU .75, area", "C5:"),
+            "val_map11": ("IoU .5, 11-point", "C4--"),
+        },
+    ),
     "Learning rate at the epoch's end": ("learning rate", {"lr": ("", "C3-")}),
     "Training speed": ("images/s", {"images_per_s": ("", "C0-")}),
 }
@@ -1527,8 +1683,13 @@ def plot_losses(history: list[dict]) -> Figure:
         for key, (label, style) in curves.items():
             rows = [row for row in history if row.get(key) is not None]
             if rows:
-                axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], style, label=label,
-                          marker="." if len(rows) < 40 else None)
+                axes.plot(
+                    [row["epoch"] for row in rows],
+                    [row[key] for row in rows],
+                    style,
+                    label=label,
+                    marker="." if len(rows) < 40 else None,
+                )
         axes.set(title=title + ("" if axes.lines else ": not validated"), xlabel="epoch", ylabel=ylabel)
         axes.update_datalim([(1, 0)])  # so that the margin above is one of the whole height
         axes.autoscale_view()
@@ -1617,6 +1778,7 @@ def plot_predictions(records: list[Record], detections: dict, classes: Sequence[
 
 # ---- 13. Training ----
 
+
 def pick_device(name: str = "auto") -> torch.device:
     """Return the torch.device of a name; "auto" is the first GPU, else the CPU. InputError if absent."""
     try:
@@ -1640,8 +1802,10 @@ def pick_amp_dtype(device: torch.device, amp: str = "auto") -> torch.dtype | Non
 def make_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     """Return SGD or AdamW; weights of two dimensions or more decay, biases and norms do not."""
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     fused = params[0].device.type in ("cpu", "cuda")
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=fused)
@@ -1664,8 +1828,9 @@ class Ema:
 
     def __init__(self, model: SSD300, decay: float):
         self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
-        self.averaged, self.current = ([v for v in one.state_dict().values() if v.is_floating_point()]
-                                       for one in (self.model, model))
+        self.averaged, self.current = (
+            [v for v in one.state_dict().values() if v.is_floating_point()] for one in (self.model, model)
+        )
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -1720,8 +1885,15 @@ class TrainState:
                     moments[name] = torch.empty_like(parameter).copy_(value)
 
 
-def train_step(state: TrainState, batch: dict, loss: Callable, *, lr: float, clip_grad: float,
-               amp_dtype: torch.dtype | None) -> dict[str, float] | None:
+def train_step(
+    state: TrainState,
+    batch: dict,
+    loss: Callable,
+    *,
+    lr: float,
+    clip_grad: float,
+    amp_dtype: torch.dtype | None,
+) -> dict[str, float] | None:
     """Take one optimizer step on a batch of the loader; returns its losses, or None if the step was skipped.
 
     A step whose gradient is not finite leaves all as it was. clip_grad: the gradient's largest norm, 0: none.
@@ -1751,8 +1923,15 @@ def train_step(state: TrainState, batch: dict, loss: Callable, *, lr: float, cli
     return dict(zip(losses, values, strict=True)) if is_finite else None
 
 
-def train_one_epoch(state: TrainState, loader: DataLoader, batches: Iterator, loss: Callable, args: Namespace,
-                    *, amp_dtype: torch.dtype | None = None) -> dict:
+def train_one_epoch(
+    state: TrainState,
+    loader: DataLoader,
+    batches: Iterator,
+    loss: Callable,
+    args: Namespace,
+    *,
+    amp_dtype: torch.dtype | None = None,
+) -> dict:
     """Train for an epoch; returns columns of metrics.jsonl, data_wait is the share of time the loader took.
 
     batches: iter(loader). InputError names the images after three steps in a row without finite gradient.
@@ -1764,8 +1943,13 @@ def train_one_epoch(state: TrainState, loader: DataLoader, batches: Iterator, lo
     totals = dict.fromkeys(("loss", "loss_cls", "loss_box"), 0.0)
     skipped = waited = 0
     start = ready = time.perf_counter()
-    bar = tqdm(itertools.islice(batches, steps), f"epoch {state.epoch + 1}/{args.epochs}", steps, leave=False,
-               disable=not sys.stderr.isatty() or process_rank()[0] > 0)
+    bar = tqdm(
+        itertools.islice(batches, steps),
+        f"epoch {state.epoch + 1}/{args.epochs}",
+        steps,
+        leave=False,
+        disable=not sys.stderr.isatty() or process_rank()[0] > 0,
+    )
     for number, batch in enumerate(bar, start=1):
         waited += time.perf_counter() - ready
         lr = learning_rate(state.epoch * steps + number - 1, args, steps)
@@ -1796,8 +1980,16 @@ def train_one_epoch(state: TrainState, loader: DataLoader, batches: Iterator, lo
     return row | {"images_per_s": steps * sampler.batch_size / seconds}
 
 
-def fit(state: TrainState, loaders: tuple, args: Namespace, *, loss: Callable, amp_dtype: torch.dtype | None,
-        writer: CheckpointWriter, redraw: Callable[[TrainState], None]) -> None:
+def fit(
+    state: TrainState,
+    loaders: tuple,
+    args: Namespace,
+    *,
+    loss: Callable,
+    amp_dtype: torch.dtype | None,
+    writer: CheckpointWriter,
+    redraw: Callable[[TrainState], None],
+) -> None:
     """Train until the epochs or the patience run out, giving checkpoints to the writer after every epoch.
 
     loaders: training, and validation or None. The first process alone validates, writes and redraws plots.
@@ -1841,9 +2033,12 @@ def fit(state: TrainState, loaders: tuple, args: Namespace, *, loss: Callable, a
             val = f"  val {row['val_loss']:.3f}  mAP {row['val_map_area']:.4f}" if "val_loss" in row else ""
             parts = f"cls {row['train_loss_cls']:.3f} box {row['train_loss_box']:.3f}"
             skipped = f"  skipped {row['skipped']} steps" if row["skipped"] else ""
-            print(f"epoch {row['epoch']:3d}/{args.epochs}  train {row['train_loss']:.3f} ({parts}){val}  lr "
-                  f"{row['lr']:.2e}  {row['seconds']:.1f} s  {row['images_per_s']:.0f} img/s  wait "
-                  f"{row['data_wait']:.0%}{skipped}", flush=True)
+            print(
+                f"epoch {row['epoch']:3d}/{args.epochs}  train {row['train_loss']:.3f} ({parts}){val}  lr "
+                f"{row['lr']:.2e}  {row['seconds']:.1f} s  {row['images_per_s']:.0f} img/s  wait "
+                f"{row['data_wait']:.0%}{skipped}",
+                flush=True,
+            )
             redraw(state)
 
 
@@ -1860,11 +2055,20 @@ def choose_anchors(mode: str | Sequence, boxes: np.ndarray, *, is_voc: bool = Fa
     return sizes
 
 
-def build_state(args: Namespace, num_classes: int, device: torch.device, amp_dtype: torch.dtype | None,
-                anchor_sizes: Sequence = ANCHOR_SIZES) -> tuple[TrainState, dict]:
+def build_state(
+    args: Namespace,
+    num_classes: int,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    anchor_sizes: Sequence = ANCHOR_SIZES,
+) -> tuple[TrainState, dict]:
     """Return (TrainState, network config) by the flags; all processes get the first one's weights."""
-    config = {"num_classes": num_classes, "width": args.width, "batch_norm": args.batch_norm,
-              "anchor_sizes": anchor_sizes}
+    config = {
+        "num_classes": num_classes,
+        "width": args.width,
+        "batch_norm": args.batch_norm,
+        "anchor_sizes": anchor_sizes,
+    }
     model = SSD300(**config, prior_prob=FOCAL_PRIOR if args.loss == "focal" else None)
     rank, world = process_rank()
     if args.pretrained and not args.resume and rank == 0:
@@ -1885,6 +2089,7 @@ def build_state(args: Namespace, num_classes: int, device: torch.device, amp_dty
 
 # ---- 14. Inference ----
 
+
 @dataclass(eq=False)
 class Detections:
     """What was found in one image, best first. boxes_px (D, 4): xyxy in pixels of the upright image."""
@@ -1899,15 +2104,24 @@ class Detections:
 
     def to_dict(self) -> dict:
         """Return plain lists and numbers, ready for JSON."""
-        return {"boxes_px": self.boxes_px.astype(float).round(2).tolist(), "labels": self.labels,
-                "names": self.names, "scores": np.round(self.scores, 4).tolist()}
+        return {
+            "boxes_px": self.boxes_px.astype(float).round(2).tolist(),
+            "labels": self.labels,
+            "names": self.names,
+            "scores": np.round(self.scores, 4).tolist(),
+        }
 
     def to_supervision(self):
         """Return the supervision package's Detections, for its trackers, counters and slicers of images."""
         import supervision  # optional
+
         data = {"class_name": np.array(self.names, dtype=str)}
-        return supervision.Detections(xyxy=self.boxes_px.reshape(-1, 4), confidence=np.array(self.scores),
-                                      class_id=np.array(self.labels, dtype=int), data=data)
+        return supervision.Detections(
+            xyxy=self.boxes_px.reshape(-1, 4),
+            confidence=np.array(self.scores),
+            class_id=np.array(self.labels, dtype=int),
+            data=data,
+        )
 
     def draw(self, image: PathLike | Image.Image | np.ndarray) -> Image.Image:
         """Return a PIL copy of an image, see `open_image`, with boxes, class names and scores drawn on it."""
@@ -1918,8 +2132,13 @@ class Detections:
 class Detector:
     """A trained model, its classes and their score thresholds; see `load_detector`. Threads may share it."""
 
-    def __init__(self, model: SSD300, classes: Sequence[str], amp_dtype: torch.dtype | None = None,
-                 score_thresh: dict[str, float] | None = None):
+    def __init__(
+        self,
+        model: SSD300,
+        classes: Sequence[str],
+        amp_dtype: torch.dtype | None = None,
+        score_thresh: dict[str, float] | None = None,
+    ):
         self.model, self.amp_dtype = model.eval(), amp_dtype
         self.classes = tuple(classes)
         self.score_thresh = dict.fromkeys(self.classes, DRAW_SCORE_THRESH) | (score_thresh or {})
@@ -1941,8 +2160,9 @@ class Detector:
         return results
 
     @torch.inference_mode()
-    def detect_in(self, pictures: list[Image.Image], *, score_thresh: float | None = None,
-                  **settings) -> list[Detections]:
+    def detect_in(
+        self, pictures: list[Image.Image], *, score_thresh: float | None = None, **settings
+    ) -> list[Detections]:
         """Return the Detections of a batch of RGB PIL images; settings: see `predict`."""
         anchors = self.model.anchors
         if score_thresh is None:
@@ -1976,29 +2196,96 @@ def load_detector(path: PathLike, device: str = "auto", precision: str = "auto")
 # ---- 15. Command line ----
 
 # What --recipe chooses; a flag given beside it wins. What is no flag stands here alone.
-RECIPES = {"voc": {  # ImageNet start, a GPU
-    "width": 1.0, "pretrained": True, "batch_norm": "none", "freeze_blocks": 2, "batch_size": 32,
-    "epochs": 100, "optimizer": "adamw", "lr": 1e-4, "momentum": 0.9, "weight_decay": 0.05, "loss": "focal",
-    "warmup_epochs": 1.0, "schedule": "cosine", "clip_grad": 10.0, "ema_decay": 0.998,
-    "zoom_out": 0.5, "crop": 1.0, "color": 0.5, "shadow": 0.2, "noise": 0.2, "blur": 0.1}}
+RECIPES = {
+    "voc": {  # ImageNet start, a GPU
+        "width": 1.0,
+        "pretrained": True,
+        "batch_norm": "none",
+        "freeze_blocks": 2,
+        "batch_size": 32,
+        "epochs": 100,
+        "optimizer": "adamw",
+        "lr": 1e-4,
+        "momentum": 0.9,
+        "weight_decay": 0.05,
+        "loss": "focal",
+        "warmup_epochs": 1.0,
+        "schedule": "cosine",
+        "clip_grad": 10.0,
+        "ema_decay": 0.998,
+        "zoom_out": 0.5,
+        "crop": 1.0,
+        "color": 0.5,
+        "shadow": 0.2,
+        "noise": 0.2,
+        "blur": 0.1,
+    }
+}
 RECIPES["scratch"] = RECIPES["voc"] | {"pretrained": False, "batch_norm": "all", "lr": 2e-3}
-RECIPES["small"] = RECIPES["scratch"] | {"pretrained": True, "width": 0.125, "batch_size": 4, "lr": 3e-3,
-    "epochs": 28, "zoom_out": 0.2, "crop": 0.6}  # minutes on two CPU cores for a few hundred images
+RECIPES["small"] = RECIPES["scratch"] | {
+    "pretrained": True,
+    "width": 0.125,
+    "batch_size": 4,
+    "lr": 3e-3,
+    "epochs": 28,
+    "zoom_out": 0.2,
+    "crop": 0.6,
+}  # minutes on two CPU cores for a few hundred images
 RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
-    "pretrained": False, "width": 0.0625, "lr": 5e-3, "epochs": 10, "zoom_out": 0.0, "crop": 0.3,
-    "color": 0.1, "shadow": 0.1, "noise": 0.1}
+    "pretrained": False,
+    "width": 0.0625,
+    "lr": 5e-3,
+    "epochs": 10,
+    "zoom_out": 0.0,
+    "crop": 0.3,
+    "color": 0.1,
+    "shadow": 0.1,
+    "noise": 0.1,
+}
 RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
-    "optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "schedule": "step", "warmup_epochs": 0,
-    "loss": "multibox", "clip_grad": 0, "ema_decay": 0, "shadow": 0, "noise": 0, "blur": 0}
-OPTIONAL_FLAGS = ("evaluate", "predict", "weights", "init_from", "classes", "train_split", "val_split",
-                  "test_split", "workers", "compile", "score_thresh")  # None unless given
+    "optimizer": "sgd",
+    "lr": 1e-3,
+    "weight_decay": 5e-4,
+    "schedule": "step",
+    "warmup_epochs": 0,
+    "loss": "multibox",
+    "clip_grad": 0,
+    "ema_decay": 0,
+    "shadow": 0,
+    "noise": 0,
+    "blur": 0,
+}
+OPTIONAL_FLAGS = (
+    "evaluate",
+    "predict",
+    "weights",
+    "init_from",
+    "classes",
+    "train_split",
+    "val_split",
+    "test_split",
+    "workers",
+    "compile",
+    "score_thresh",
+)  # None unless given
 DATA_FLAGS = ("data", "classes", "train_split", "val_split", "val_fraction", "test_split", "unlabelled")
-MACHINE_FLAGS = ("device", "workers", "output_dir", "data_root", "cache", "compile", "resume", "evaluate",
-                 "predict", "weights")  # not saved with a run
+MACHINE_FLAGS = (
+    "device",
+    "workers",
+    "output_dir",
+    "data_root",
+    "cache",
+    "compile",
+    "resume",
+    "evaluate",
+    "predict",
+    "weights",
+)  # not saved with a run
 
 
 def _number(kind, low, high=math.inf):
     """Return an argparse type: a finite number from low to high."""
+
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
@@ -2040,15 +2327,21 @@ def _add_training_flags(parser, switch=argparse.BooleanOptionalAction, none=argp
     add("--compile", action=switch, default=none, help="compile the network (default: on CUDA)")
 
     add = parser.add_argument_group("detection").add_argument
-    add("--score-thresh", type=unit_interval, default=none,
-        help=f"least score (default: {SCORE_THRESH} to measure, to predict that of each class's best F1)")
+    add(
+        "--score-thresh",
+        type=unit_interval,
+        default=none,
+        help=f"least score (default: {SCORE_THRESH} to measure, to predict that of each class's best F1)",
+    )
     add("--nms-iou", type=unit_interval, default=NMS_IOU_THRESH, help="IoU of boxes that are one object")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser. Where help prints no default the recipe, the data or the device chooses it."""
-    parser = argparse.ArgumentParser(description="Train, measure and use an SSD300 object detector.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Train, measure and use an SSD300 object detector.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     switch, none = argparse.BooleanOptionalAction, argparse.SUPPRESS
 
@@ -2075,12 +2368,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--width", type=positive_float, default=none, help="factor on every channel count")
     add("--batch-norm", choices=("none", "new", "all"), default=none, help="new: in the layers after VGG's")
     add("--pretrained", action=switch, default=none, help="start from ImageNet VGG16 weights")
-    add("--backbone-weights", metavar="KIND", default="caffe",
-        help="caffe, imagenet or a file; with batch norm all always imagenet or a file")
+    add(
+        "--backbone-weights",
+        metavar="KIND",
+        default="caffe",
+        help="caffe, imagenet or a file; with batch norm all always imagenet or a file",
+    )
     add("--init-from", metavar="FILE", default=none, help="start from a checkpoint, also of other classes")
     add("--freeze-blocks", metavar="N", type=int, choices=range(6), default=none, help="VGG blocks to freeze")
-    add("--anchors", choices=("auto", "fit", "paper"), default="auto",
-        help="fit them to the training boxes; auto: to a folder's that the paper's do not reach")
+    add(
+        "--anchors",
+        choices=("auto", "fit", "paper"),
+        default="auto",
+        help="fit them to the training boxes; auto: to a folder's that the paper's do not reach",
+    )
 
     add = parser.add_argument_group("augmentation, as probabilities").add_argument
     add("--zoom-out", type=unit_interval, default=none, help="SSD zoom-out, up to 4 times")
@@ -2128,18 +2429,24 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def print_header(args: Namespace, data: DataSplits, model: SSD300, amp_dtype: torch.dtype | None) -> None:
     """Print what runs on what: versions, device, precision, data, network, recipe."""
     env = environment(model.anchors.device)
-    counts = ", ".join(f"{len(getattr(data, kind))} {kind} images ({split or 'held out'})"
-                       for kind, split in data.lists.items() if getattr(data, kind))
+    counts = ", ".join(
+        f"{len(getattr(data, kind))} {kind} images ({split or 'held out'})"
+        for kind, split in data.lists.items()
+        if getattr(data, kind)
+    )
     objects = sum(len(record.labels) for record in data.train)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"device   {env['device']}, {str(amp_dtype or torch.float32)[6:]}, torch {env['torch']}, loader "
-          f"processes: {args.workers}\n"
-          f"data     {args.data}: {counts}; {objects} training objects, {len(data.classes)} classes\n"
-          f"network  width {args.width:g}, batch norm: {args.batch_norm}, start: "
-          f"{args.init_from or (args.backbone_weights if args.pretrained else 'random')}; "
-          f"{trained:,} trained parameters, {len(model.anchors):,} anchors\n"
-          f"recipe   {args.recipe}: {args.epochs} epochs, batch size {args.batch_size}, {args.optimizer}, lr "
-          f"{args.lr:g}, weight decay {args.weight_decay:g}, {args.loss} loss, seed {args.seed}", flush=True)
+    print(
+        f"device   {env['device']}, {str(amp_dtype or torch.float32)[6:]}, torch {env['torch']}, loader "
+        f"processes: {args.workers}\n"
+        f"data     {args.data}: {counts}; {objects} training objects, {len(data.classes)} classes\n"
+        f"network  width {args.width:g}, batch norm: {args.batch_norm}, start: "
+        f"{args.init_from or (args.backbone_weights if args.pretrained else 'random')}; "
+        f"{trained:,} trained parameters, {len(model.anchors):,} anchors\n"
+        f"recipe   {args.recipe}: {args.epochs} epochs, batch size {args.batch_size}, {args.optimizer}, lr "
+        f"{args.lr:g}, weight decay {args.weight_decay:g}, {args.loss} loss, seed {args.seed}",
+        flush=True,
+    )
 
 
 def prepare_device(args: Namespace, device: torch.device) -> torch.dtype | None:
@@ -2233,15 +2540,21 @@ def evaluate_checkpoint(args: Namespace) -> tuple[dict, list[Record], dict, dict
     result = evaluate(model, plain_loader(args, records, model), amp_dtype=amp_dtype, **settings)
     rows = [{k: row[k] for k in ("ap_area", "ap11", "ap75", "num_gt")} for row in result["classes"].values()]
     numbers = {
-        "checkpoint": str(args.evaluate), "data": args.data, "split": split, "num_images": len(records),
-        "precision": str(amp_dtype or torch.float32)[6:], "detection": settings,
+        "checkpoint": str(args.evaluate),
+        "data": args.data,
+        "split": split,
+        "num_images": len(records),
+        "precision": str(amp_dtype or torch.float32)[6:],
+        "detection": settings,
         **{key: result[key] for key in ("map_area", "map11", "map75")},
         "per_class": dict(zip(classes, rows, strict=True)),
     }
     report.parent.mkdir(parents=True, exist_ok=True)
     write_json(report, numbers)
-    save_figure(plot_predictions(records, result["detections"], classes, Path(args.evaluate).name),
-                report.parent.parent / "predictions.png")
+    save_figure(
+        plot_predictions(records, result["detections"], classes, Path(args.evaluate).name),
+        report.parent.parent / "predictions.png",
+    )
     means = "Test mAP@.5: {map_area:.4f} (area), {map11:.4f} (11-point); mAP@.75: {map75:.4f} (area)"
     print(class_table(result, classes), means.format(**numbers), sep="\n")
     return checkpoint, records, numbers, result
@@ -2278,8 +2591,12 @@ def run_training(args: Namespace) -> int:
     boxes = np.concatenate([record.boxes for record in data.train])
     sizes = choose_anchors(args.anchors, boxes, is_voc={*data.classes} == {*VOC_CLASSES})
     state, config = build_state(args, len(data.classes), device, amp_dtype, sizes)
-    base = {"config": config, "classes": list(data.classes), "digest": zlib.crc32(boxes, len(data.train)),
-            "args": {name: value for name, value in vars(args).items() if name not in MACHINE_FLAGS}}
+    base = {
+        "config": config,
+        "classes": list(data.classes),
+        "digest": zlib.crc32(boxes, len(data.train)),
+        "args": {name: value for name, value in vars(args).items() if name not in MACHINE_FLAGS},
+    }
     if args.resume:
         resume_state(state, base, checkpoints)
         began -= sum(row["seconds"] for row in state.history)  # of the parts before
@@ -2303,8 +2620,10 @@ def run_training(args: Namespace) -> int:
             return
         save_figure(plot_losses(state.history), plots / "loss.png")
         result = evaluate(state.ema.model, gallery, amp_dtype=amp_dtype, nms_iou_thresh=args.nms_iou)
-        save_figure(plot_predictions(shown, result["detections"], data.classes, f"After epoch {state.epoch}"),
-                    plots / "predictions.png")
+        save_figure(
+            plot_predictions(shown, result["detections"], data.classes, f"After epoch {state.epoch}"),
+            plots / "predictions.png",
+        )
         drawn_at = time.monotonic()
 
     loss = functools.partial(detection_loss, loss=args.loss, gamma=args.focal_gamma)
@@ -2353,8 +2672,10 @@ def advise(error: Exception) -> str | None:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return "out of memory: lower --batch-size or --workers, or set --no-cache"
     if "DataLoader" in str(error):
-        return ("a loader process died or hangs, mostly for want of memory or /dev/shm: lower --workers or "
-                "--batch-size, or start a container with --ipc=host; --workers 0 shows another cause")
+        return (
+            "a loader process died or hangs, mostly for want of memory or /dev/shm: lower --workers or "
+            "--batch-size, or start a container with --ipc=host; --workers 0 shows another cause"
+        )
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({str(error).strip().splitlines()[0][:160]}): set --no-compile"
 

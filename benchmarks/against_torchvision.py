@@ -56,7 +56,8 @@ class Peer:
     def __init__(self, used, num_classes, device, budget, path):
         torch.manual_seed(used.seed)
         self.model = torchvision.models.detection.ssd300_vgg16(
-            weights=None, weights_backbone=None, num_classes=num_classes + 1)
+            weights=None, weights_backbone=None, num_classes=num_classes + 1
+        )
         if used.pretrained:
             load_convolutions(self.model, ssd.fetch_backbone(used.backbone_weights))
         self.model.to(device)
@@ -72,8 +73,13 @@ class Peer:
 
     def save(self):
         """Write the state, whole or not at all."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "step": self.step, "seconds": self.seconds, "budget": self.budget}
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "budget": self.budget,
+        }
         ssd.write_atomically(self.path, lambda temporary: torch.save(state, temporary))
 
     def batches(self, num_images, batch_size):
@@ -136,7 +142,16 @@ def run_peer(used, budget, path):
     used = argparse.Namespace(**used)
     device = ssd.pick_device(used.device)
     amp_dtype = ssd.prepare_device(used, device)
-    names = ("data_root", "classes", "train_split", "val_split", "test_split", "val_fraction", "seed", "unlabelled")
+    names = (
+        "data_root",
+        "classes",
+        "train_split",
+        "val_split",
+        "test_split",
+        "val_fraction",
+        "seed",
+        "unlabelled",
+    )
     data = ssd.load_data(used.data, **{name: getattr(used, name) for name in names})
     peer = Peer(used, len(data.classes), device, budget, path)
     print(f"torchvision's ssd300_vgg16: {peer.seconds:.0f} of {budget:.0f} s are over", flush=True)

@@ -19,6 +19,7 @@ from common import ssd
 
 def make_cases(records):
     """Return {case: a function that prepares all images once}, each time as in another epoch."""
+
     def dataset(**options):
         return ssd.VocDataset(records, ssd.build_transform(**options), ssd.make_anchors())
 

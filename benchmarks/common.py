@@ -78,10 +78,24 @@ def make_batch(records, device, *, batch_size):
 
 def make_state(num_classes, device, amp_dtype, *, batch_size, width=1.0, compiled=False):
     """Return (TrainState, flags) of a run of this project with random weights, by recipe voc's AdamW."""
-    args = ssd.parse_args([
-        "--recipe", "voc", "--no-pretrained", "--freeze-blocks", "0", "--width", str(width), "--lr", "1e-4",
-        "--batch-size", str(batch_size), "--device", str(device), "--compile" if compiled else "--no-compile",
-    ])
+    args = ssd.parse_args(
+        [
+            "--recipe",
+            "voc",
+            "--no-pretrained",
+            "--freeze-blocks",
+            "0",
+            "--width",
+            str(width),
+            "--lr",
+            "1e-4",
+            "--batch-size",
+            str(batch_size),
+            "--device",
+            str(device),
+            "--compile" if compiled else "--no-compile",
+        ]
+    )
     state, _ = ssd.build_state(args, num_classes, device, amp_dtype)
     return state, args
 
@@ -150,9 +164,14 @@ def peer_loader(dataset, device, *, batch_size=1, workers, train=True, batch_sam
     if batch_sampler is not None:
         batching = {"batch_sampler": batch_sampler}
     return torch.utils.data.DataLoader(
-        dataset, **batching, num_workers=workers, pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0, multiprocessing_context="fork" if workers else None,
-        collate_fn=lambda samples: tuple(zip(*samples, strict=True)))
+        dataset,
+        **batching,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        multiprocessing_context="fork" if workers else None,
+        collate_fn=lambda samples: tuple(zip(*samples, strict=True)),
+    )
 
 
 def peer_to_device(batch, device):
@@ -181,10 +200,16 @@ def peer_step(model, optimizer, images, targets, amp_dtype):
 def figures(detections, records, num_classes):
     """Return VOC's and COCO's figures of detections in the form that `ssd.evaluate_voc` takes."""
     from tools.coco import coco_figures  # needs pycocotools, which the benchmarks of speed do without
+
     voc = ssd.score_detections(detections, records, num_classes)
     coco = coco_figures(detections, ssd.truth_of(records), num_classes)
-    return {"map_area": voc["map_area"], "map11": voc["map11"], "coco_ap": coco["ap"],
-            "ap75": coco["ap75"], "ap_small": coco["ap_small"]}
+    return {
+        "map_area": voc["map_area"],
+        "map11": voc["map11"],
+        "coco_ap": coco["ap"],
+        "ap75": coco["ap75"],
+        "ap_small": coco["ap_small"],
+    }
 
 
 def train(flags, output, **options):
@@ -213,8 +238,11 @@ def train(flags, output, **options):
     (final,) = checkpoints.glob("*_final.pth")
     run = json.loads((checkpoints / "run.json").read_text())
     state = ssd.load_checkpoint(checkpoints / "last.pth")["train_state"]
-    return run | {"checkpoint": final, "seconds": sum(row["seconds"] for row in state["history"]),
-                  "images": state["step"] * run["flags"]["batch_size"]}
+    return run | {
+        "checkpoint": final,
+        "seconds": sum(row["seconds"] for row in state["history"]),
+        "images": state["step"] * run["flags"]["batch_size"],
+    }
 
 
 def measure(run, splits=()):
@@ -274,9 +302,16 @@ def rows_of(times, peer_of, *, images):
     rows = []
     for name, values in times.items():
         spread = (max(values) - min(values)) / medians[name]
-        rows.append({"case": name, "ms": 1e3 * medians[name], "images_per_s": images / medians[name],
-                     "p95_ms": 1e3 * torch.tensor(values).quantile(0.95).item(), "spread": spread,
-                     "times_peer": medians[peer_of[name]] / medians[name]})
+        rows.append(
+            {
+                "case": name,
+                "ms": 1e3 * medians[name],
+                "images_per_s": images / medians[name],
+                "p95_ms": 1e3 * torch.tensor(values).quantile(0.95).item(),
+                "spread": spread,
+                "times_peer": medians[peer_of[name]] / medians[name],
+            }
+        )
     return rows
 
 

@@ -66,8 +66,10 @@ def main(argv=None):
     times = common.time_one_by_one(cases, args.rounds, device)
     images = len(records) // args.batch_size * args.batch_size
     rows = common.rows_of(times, dict.fromkeys(cases, "torchvision"), images=images)
-    title = (f"Training: {images} images an epoch, batch {args.batch_size}, {args.workers} workers, "
-             f"cache {'on' if args.cache else 'off'}, {dtype or 'torch.float32'}; ms are for an epoch")
+    title = (
+        f"Training: {images} images an epoch, batch {args.batch_size}, {args.workers} workers, "
+        f"cache {'on' if args.cache else 'off'}, {dtype or 'torch.float32'}; ms are for an epoch"
+    )
     return common.report(title, rows, args, device, batch_size=args.batch_size, workers=args.workers)
 
 

@@ -42,8 +42,12 @@ def make_arrays(images, seed=0):
     share = 1 / np.arange(1, CLASSES + 1)
     gt_labels = 1 + rng.choice(CLASSES, len(gt_images), p=share / share.sum())
     gt_boxes = random_boxes(rng, len(gt_images))
-    truth = {"image_ids": gt_images, "labels": gt_labels, "boxes_px": gt_boxes,
-             "difficult": rng.random(len(gt_images)) < 0.1}
+    truth = {
+        "image_ids": gt_images,
+        "labels": gt_labels,
+        "boxes_px": gt_boxes,
+        "difficult": rng.random(len(gt_images)) < 0.1,
+    }
 
     image_ids = np.repeat(np.arange(images), DETECTIONS)  # all anywhere at first
     count = len(image_ids)

@@ -129,8 +129,13 @@ def damage_checkpoints(path, flips, rng):
 def mutate_data(flags, data, folder, mutations, rng):
     """Damage a file of the data; each time a training must stop and name it, or do without what is lost."""
     files = [path for kind in ("Annotations", "JPEGImages") for path in sorted((data / kind).iterdir())]
-    counts = {"damaged annotations and images": mutations, "stopped, naming the file": 0,
-              "trained through": 0, "ended otherwise": 0, "foretold by the audit": 0}
+    counts = {
+        "damaged annotations and images": mutations,
+        "stopped, naming the file": 0,
+        "trained through": 0,
+        "ended otherwise": 0,
+        "foretold by the audit": 0,
+    }
     output = ["--output-dir", folder / "mutated"]
     for _ in range(mutations):
         path = rng.choice(files)

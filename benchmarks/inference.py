@@ -73,10 +73,17 @@ def peer_cases(images, paths, truth, num_classes):
     def decode_and_nms():
         return peer.postprocess_detections(head, [anchors] * len(images), [images.shape[2:]] * len(images))
 
-    small = torchvision.models.detection.ssdlite320_mobilenet_v3_large(
-        weights=None, weights_backbone=None, num_classes=num_classes + 1, score_thresh=0.5).to(device).eval()
-    cases = {"torchvision decode + NMS": decode_and_nms,
-             "torchvision SSDlite fp32": torch.inference_mode()(lambda: small(pixels))}
+    small = (
+        torchvision.models.detection.ssdlite320_mobilenet_v3_large(
+            weights=None, weights_backbone=None, num_classes=num_classes + 1, score_thresh=0.5
+        )
+        .to(device)
+        .eval()
+    )
+    cases = {
+        "torchvision decode + NMS": decode_and_nms,
+        "torchvision SSDlite fp32": torch.inference_mode()(lambda: small(pixels)),
+    }
     for name, dtype in common.precisions(device).items():
         cases[f"torchvision {name} files"] = functools.partial(detect, dtype, from_files=True)
         cases[f"torchvision {name}"] = functools.partial(detect, dtype, from_files=False)
@@ -86,9 +93,12 @@ def peer_cases(images, paths, truth, num_classes):
 def openvino_session(path, threads):
     """Return an ONNX file in OpenVINO, with what is used of an onnxruntime session."""
     import openvino
+
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
-    return argparse.Namespace(run=lambda names, inputs: list(compiled(inputs).values()),
-                              get_inputs=lambda: [argparse.Namespace(type="tensor(uint8)")])
+    return argparse.Namespace(
+        run=lambda names, inputs: list(compiled(inputs).values()),
+        get_inputs=lambda: [argparse.Namespace(type="tensor(uint8)")],
+    )
 
 
 def make_sessions(detector, records, threads):
@@ -166,7 +176,8 @@ def main(argv=None):
         for name, session in sessions.items():
             cases[name] = functools.partial(session.run, None, {"images": batch["images"].numpy()})
             cases[f"{name} files"] = lambda session=session, paths=paths: [
-                export.find_objects(session, np.asarray(ssd.open_image(path))) for path in paths]
+                export.find_objects(session, np.asarray(ssd.open_image(path))) for path in paths
+            ]
             peer_of |= {name: first, f"{name} files": f"{first} files"}
         for row in common.rows_of(common.time_in_turns(cases, args.rounds, device), peer_of, images=size):
             case = row["case"]

@@ -16,6 +16,7 @@ from common import ssd
 
 def next_epoch(batches, steps, to_device, device):
     """Return a function that takes so many more batches of an iterator to the device."""
+
     def run():
         for batch in itertools.islice(batches, steps):
             to_device(batch, device)

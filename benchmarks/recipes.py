@@ -29,7 +29,7 @@ SETS = {  # flags of all runs of a set
     "bccd-narrow": "--recipe small --no-pretrained --anchors paper --epochs 12 --val-split= --val-fraction 0",
     "shapes": "--val-split= --val-fraction 0",
     "voc-small": "--recipe scratch --width .125 --epochs 12 --batch-size 8 "
-                 "--train-split train --test-split val --val-fraction 0",
+    "--train-split train --test-split val --val-fraction 0",
     "voc": "--train-split train --test-split val --val-fraction 0",
     "voc2007": "",  # this and the next: see voc.sh
     "voc0712": "",
@@ -44,8 +44,17 @@ VARIANTS = {
     "weight decay .01": "--weight-decay .01",
     "paper": "--recipe paper",  # for the sets of VOC at full width: it replaces the whole recipe
 }
-FIGURES = ("map_area", "map11", "coco_ap", "ap75", "pooled_map_area", "to_base", "pooled_coco_ap", "images",
-           "minutes")
+FIGURES = (
+    "map_area",
+    "map11",
+    "coco_ap",
+    "ap75",
+    "pooled_map_area",
+    "to_base",
+    "pooled_coco_ap",
+    "images",
+    "minutes",
+)
 
 
 def run_one(name, flags, seed, *, folder, parallel, pool):
@@ -78,8 +87,13 @@ def to_base(line, lines):
 
     The base's flags begin those of its variants.
     """
-    bases = [b for b in lines if b["variant"] == "base" and b["seed"] == line["seed"]
-             and line["flags"][: len(b["flags"])] == b["flags"]]
+    bases = [
+        b
+        for b in lines
+        if b["variant"] == "base"
+        and b["seed"] == line["seed"]
+        and line["flags"][: len(b["flags"])] == b["flags"]
+    ]
     if line["variant"] == "base" or not bases:
         return None
     base = max(bases, key=lambda b: len(b["flags"]))
@@ -172,8 +186,12 @@ def main(argv=None):
     add("--only", nargs="+", metavar="NAME", choices=VARIANTS, default=list(VARIANTS), help="variants to run")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of each variant")
     add("--pool", nargs="*", metavar="LIST", default=["val", "test"], help="lists to measure together too")
-    add("--parallel", type=ssd.positive_int, default=1,
-        help="runs at a time, each with its share of the cores (beside a GPU say --workers in --flags)")
+    add(
+        "--parallel",
+        type=ssd.positive_int,
+        default=1,
+        help="runs at a time, each with its share of the cores (beside a GPU say --workers in --flags)",
+    )
     add("--folder", type=Path, default=Path("benchmarks/results/recipes"), help="where results are")
     add("--table", action="store_true", help="run nothing: the table of what is there")
     args = parser.parse_args(argv)

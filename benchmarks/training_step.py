@@ -28,7 +28,8 @@ def own_step(batch, num_classes, amp_dtype, *, compiled=False):
     """Return this project's step."""
     images = batch["images"]
     state, args = common.make_state(
-        num_classes, images.device, amp_dtype, batch_size=len(images), compiled=compiled)
+        num_classes, images.device, amp_dtype, batch_size=len(images), compiled=compiled
+    )
     state.model.train()
     settings = {"lr": args.lr, "clip_grad": args.clip_grad, "amp_dtype": amp_dtype}
     return functools.partial(ssd.train_step, state, batch, ssd.detection_loss, **settings)

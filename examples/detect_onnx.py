@@ -1,8 +1,9 @@
 """Detect objects with an ONNX file of tools/export.py; needs numpy, pillow and onnxruntime 1.25 or newer.
 
-    python detect_onnx.py model.onnx picture.jpg ...    # draws picture_detected.png beside each picture
-    python detect_onnx.py model.onnx 0                  # camera 0, which needs OpenCV too; Ctrl-C ends it
+python detect_onnx.py model.onnx picture.jpg ...    # draws picture_detected.png beside each picture
+python detect_onnx.py model.onnx 0                  # camera 0, which needs OpenCV too; Ctrl-C ends it
 """
+
 import json
 import sys
 from pathlib import Path

@@ -46,9 +46,34 @@ def write_voc(root, splits=None, seed=0, empty_every=4):
 
 def tiny_flags(data, output, *more):
     """Return the command line of a training run of two epochs that takes a few seconds on a CPU."""
-    return ["--data", str(data), "--output-dir", str(output), "--val-split", "val", "--recipe", "small",
-            "--no-pretrained", "--width", ".0625", "--epochs", "2", "--batch-size", "4", "--lr", ".005",
-            "--workers", "0", "--device", "cpu", "--amp", "off", "--score-thresh", ".001", *more]
+    return [
+        "--data",
+        str(data),
+        "--output-dir",
+        str(output),
+        "--val-split",
+        "val",
+        "--recipe",
+        "small",
+        "--no-pretrained",
+        "--width",
+        ".0625",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "4",
+        "--lr",
+        ".005",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+        "--score-thresh",
+        ".001",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -77,8 +102,15 @@ def tiny_run(tiny_voc, tmp_path_factory):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = ssd.main(flags)
     final = output / "checkpoints" / "ssd_tiny_set_final.pth"
-    return types.SimpleNamespace(data=tiny_voc, output=output, flags=flags, code=code, final=final,
-                                 out=out.getvalue(), err=err.getvalue())
+    return types.SimpleNamespace(
+        data=tiny_voc,
+        output=output,
+        flags=flags,
+        code=code,
+        final=final,
+        out=out.getvalue(),
+        err=err.getvalue(),
+    )
 
 
 MAY_DIFFER = ("seconds", "images_per_s", "data_wait", "args", "checkpoint")  # times and paths
@@ -108,6 +140,7 @@ def rows_of(output):
 @pytest.fixture(scope="session")
 def same_run():
     """A function that demands that two runs left the same bits and metrics, times and paths apart."""
+
     def compare(output, other):
         names = [path.name for path in (other / "checkpoints").glob("*.pth") if path.name != "previous.pth"]
         assert names
@@ -130,6 +163,7 @@ def no_pictures(monkeypatch):
 @pytest.fixture
 def fails(capfd):
     """A function that runs main, demands exit code 2 and one line on standard error, which it returns."""
+
     def run(argv):
         capfd.readouterr()
         code = ssd.main([str(a) for a in argv])

@@ -1,4 +1,4 @@
-"""Slow reference versions of what the module does in few array operations, and a network that finds red boxes."""
+"""Slow reference versions of the module's array operations, and a network that finds red boxes."""
 
 import math
 
@@ -124,8 +124,11 @@ def batch(boxes, labels):
     """The targets' part of a batch of images with boxes (G, 4), tensors, and labels (G,), sequences."""
     most = max([1, *map(len, boxes)])
     matched = [ssd.match_anchors(one.numpy(), ANCHORS_XYXY).astype(np.int16) for one in boxes]
-    out = {"matched_gt": torch.from_numpy(np.stack(matched)), "gt_boxes": torch.zeros(len(boxes), most, 4),
-           "gt_labels": torch.zeros(len(boxes), most, dtype=torch.int64)}
+    out = {
+        "matched_gt": torch.from_numpy(np.stack(matched)),
+        "gt_boxes": torch.zeros(len(boxes), most, 4),
+        "gt_labels": torch.zeros(len(boxes), most, dtype=torch.int64),
+    }
     for row, (one, named) in enumerate(zip(boxes, labels, strict=True)):
         out["gt_boxes"][row, : len(one)] = one
         out["gt_labels"][row, : len(one)] = torch.as_tensor(list(named), dtype=torch.int64)

@@ -108,10 +108,18 @@ def random_boxes(rng, *shape, side=1.0):
 
 def test_iou_has_the_hand_computed_values():
     box = np.array([0.0, 0.0, 4.0, 2.0])
-    others = np.array([
-        [0, 0, 4, 2], [2, 0, 6, 2], [0, 0, 2, 1], [1, 1, 3, 5],  # itself; half of each; a quarter; 2 of 14
-        [4, 0, 6, 2], [5, 0, 6, 2], [6, 6, 9, 9],  # edge to edge; apart along x; apart along both axes
-    ], dtype=float)
+    others = np.array(
+        [
+            [0, 0, 4, 2],
+            [2, 0, 6, 2],
+            [0, 0, 2, 1],
+            [1, 1, 3, 5],  # itself; half of each; a quarter; 2 of 14
+            [4, 0, 6, 2],
+            [5, 0, 6, 2],
+            [6, 6, 9, 9],  # edge to edge; apart along x; apart along both axes
+        ],
+        dtype=float,
+    )
     assert ssd.box_iou(box, others).tolist() == pytest.approx([1, 4 / 12, 2 / 8, 2 / 14, 0, 0, 0])
 
 
@@ -146,10 +154,20 @@ def test_iou_agrees_with_torchvision_in_float32():
     np.testing.assert_allclose(iou, expected.numpy(), atol=1e-6)
 
 
-@pytest.mark.parametrize(("shape", "other_shape", "expected"), [
-    ((), (), ()), ((7,), (7,), (7,)), ((7,), (), (7,)), ((3, 1), (7,), (3, 7)), ((7,), (3, 1), (3, 7)),
-    ((2, 3, 1), (2, 1, 5), (2, 3, 5)), ((0, 1), (7,), (0, 7)), ((3, 1), (0,), (3, 0)), ((0,), (0,), (0,)),
-])
+@pytest.mark.parametrize(
+    ("shape", "other_shape", "expected"),
+    [
+        ((), (), ()),
+        ((7,), (7,), (7,)),
+        ((7,), (), (7,)),
+        ((3, 1), (7,), (3, 7)),
+        ((7,), (3, 1), (3, 7)),
+        ((2, 3, 1), (2, 1, 5), (2, 3, 5)),
+        ((0, 1), (7,), (0, 7)),
+        ((3, 1), (0,), (3, 0)),
+        ((0,), (0,), (0,)),
+    ],
+)
 def test_leading_shapes_of_boxes_broadcast(shape, other_shape, expected):
     rng = np.random.default_rng(0)
     boxes, others = random_boxes(rng, *shape, side=20), random_boxes(rng, *other_shape, side=20)

@@ -38,8 +38,12 @@ def test_first_cell_has_hand_computed_anchors(anchors):
 def test_first_cell_of_the_second_map_has_ratios_two_and_three(anchors):
     centre = 14 / 300  # 18 centres 16 pixels apart span 272
     sizes = [
-        (0.2, 0.2), (0.2720294, 0.2720294),  # sqrt(.2 * .37)
-        (0.2828427, 0.1414214), (0.1414214, 0.2828427), (0.3464102, 0.1154701), (0.1154701, 0.3464102),
+        (0.2, 0.2),
+        (0.2720294, 0.2720294),  # sqrt(.2 * .37)
+        (0.2828427, 0.1414214),
+        (0.1414214, 0.2828427),
+        (0.3464102, 0.1154701),
+        (0.1154701, 0.3464102),
     ]
     expected = torch.tensor([[centre, centre, w, h] for w, h in sizes])
     torch.testing.assert_close(anchors[5476:5482], expected, rtol=0, atol=1e-6)
@@ -55,8 +59,12 @@ def test_last_map_takes_its_geometric_mean_with_1_05(anchors):
 
 
 MAPS = [  # first row, cells a side, anchors a cell, first centre and stride in pixels
-    (0, 37, 4, 6, 8), (5476, 18, 6, 14, 16), (7420, 18, 6, 14, 16), (9364, 9, 6, 22, 32),
-    (9850, 5, 4, 22, 64), (9950, 2, 4, 86, 128),
+    (0, 37, 4, 6, 8),
+    (5476, 18, 6, 14, 16),
+    (7420, 18, 6, 14, 16),
+    (9364, 9, 6, 22, 32),
+    (9850, 5, 4, 22, 64),
+    (9950, 2, 4, 86, 128),
 ]
 
 

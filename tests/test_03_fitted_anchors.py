@@ -91,7 +91,9 @@ def small_objects(tmp_path):
     objects = [("cat", (x, y, x + 6, y + 8)) for x in (0, 80, 160) for y in (0, 40, 80, 120)]
     for number in range(6):
         Image.new("RGB", (200, 160)).save(root / "JPEGImages" / f"{number}.jpg")
-        shapes.write_annotation(root / "Annotations" / f"{number}.xml", f"{number}.jpg", (160, 200, 3), objects)
+        shapes.write_annotation(
+            root / "Annotations" / f"{number}.xml", f"{number}.jpg", (160, 200, 3), objects
+        )
     (root / "ImageSets" / "Main" / "train.txt").write_text("".join(f"{number}\n" for number in range(6)))
     return root
 
@@ -126,7 +128,9 @@ def test_auto_fits_where_more_than_two_of_a_hundred_boxes_are_not_reached():
         assert (ssd.choose_anchors("auto", boxes) != ssd.ANCHOR_SIZES) == is_fitted
 
 
-def test_fitted_anchors_are_trained_with_resumed_refined_and_evaluated(flags_of, tmp_path, capsys, no_pictures):
+def test_fitted_anchors_are_trained_with_resumed_refined_and_evaluated(
+    flags_of, tmp_path, capsys, no_pictures
+):
     data, out = small_objects(tmp_path), tmp_path / "out"
     assert ssd.main(flags_of(data, out, "--epochs", "1", "--val-split", "")) == 0
     assert "anchors  fitted" in capsys.readouterr().out

@@ -32,8 +32,10 @@ def annotation(objects, size=SIZE):
         f"<ymin>{box[1]}</ymin><xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox></object>"
         for name, box, difficult in objects
     )
-    return (f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
-            f"{nodes}</annotation>")
+    return (
+        f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+        f"{nodes}</annotation>"
+    )
 
 
 def write_voc(root, images, suffix=".jpg", **lists):
@@ -103,7 +105,9 @@ def test_a_box_without_area_is_dropped(tmp_path, box):
     record, dropped = record_of(root, ("cat", "dog"))
     assert record.labels.tolist() == [1]
     assert record.boxes_px.tolist() == [[0, 0, 20, 15]]
-    assert [place.split(": ")[1] for place in dropped] == ["object 1 (dog) [" + ", ".join(map(str, box)) + "]"]
+    assert [place.split(": ")[1] for place in dropped] == [
+        "object 1 (dog) [" + ", ".join(map(str, box)) + "]"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -138,11 +142,20 @@ def test_a_few_dropped_boxes_of_a_list_are_one_warning_that_names_one(tmp_path, 
     assert "i0.xml: object 16 (cat) [7, 7, 7, 7]" in line
 
 
-@pytest.mark.parametrize(("objects", "cause"), [
-    ([("cat", (20, 15, 1, 1), False)] * 3, "object 1 (cat) [20, 15, 1, 1]; fractions, sizes or swapped corners?"),
-    ([*numbered(8), ("cat", (20, 10, 15, 8), False), ("cat", (30, 20, 9, 9), False)], "sizes"),
-    ([("cat", (0.1, 0.2, 0.5, 0.6), False), ("cat", (0.0, 0.0, 1, 1), False)], "no coordinate is above 1; fractions"),
-])
+@pytest.mark.parametrize(
+    ("objects", "cause"),
+    [
+        (
+            [("cat", (20, 15, 1, 1), False)] * 3,
+            "object 1 (cat) [20, 15, 1, 1]; fractions, sizes or swapped corners?",
+        ),
+        ([*numbered(8), ("cat", (20, 10, 15, 8), False), ("cat", (30, 20, 9, 9), False)], "sizes"),
+        (
+            [("cat", (0.1, 0.2, 0.5, 0.6), False), ("cat", (0.0, 0.0, 1, 1), False)],
+            "no coordinate is above 1; fractions",
+        ),
+    ],
+)
 def test_boxes_that_are_written_otherwise_stop_with_the_likely_cause(tmp_path, objects, cause):
     message = input_error(load, write_voc(tmp_path, {"a": objects}))
     assert cause in message
@@ -158,8 +171,9 @@ def test_an_encoding_of_several_bytes_and_a_namespace_are_read(tmp_path):
         assert load(root).classes == ("\u732b",)
 
 
-@pytest.mark.parametrize(("word", "expected"), [("1", True), ("True", True), ("yes", True), ("0", False),
-                                                ("Unspecified", False)])
+@pytest.mark.parametrize(
+    ("word", "expected"), [("1", True), ("True", True), ("yes", True), ("0", False), ("Unspecified", False)]
+)
 def test_difficult_is_a_number_or_a_word(tmp_path, word, expected):
     root = write_voc(tmp_path, {"a": [CAT]})
     path = root / "Annotations" / "a.xml"
@@ -167,10 +181,15 @@ def test_difficult_is_a_number_or_a_word(tmp_path, word, expected):
     assert load(root).train[0].difficult.tolist() == [expected]
 
 
-@pytest.mark.parametrize("size", [
-    "", "<size><width>40</width></size>", "<size><width>0</width><height>30</height></size>",
-    "<size><width>wide</width><height>inf</height></size>",
-])
+@pytest.mark.parametrize(
+    "size",
+    [
+        "",
+        "<size><width>40</width></size>",
+        "<size><width>0</width><height>30</height></size>",
+        "<size><width>wide</width><height>inf</height></size>",
+    ],
+)
 def test_a_size_that_is_not_given_is_the_image_s_own(tmp_path, size):
     root = write_voc(tmp_path, {"a": [CAT]})
     path = root / "Annotations" / "a.xml"
@@ -274,15 +293,28 @@ def test_a_damaged_file_is_an_input_error_or_trained_through(tmp_path_factory, d
 # -- Lists
 
 
-@pytest.mark.parametrize("line", [
-    "my cat", "  my cat  ", "my cat.jpg", "my cat.JPG", "sub/e\u0301", "sub\\\u00e9.jpg", "plain more",
-    "plain.jpg plain.xml", "v1.2", "v1.2.jpg",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "my cat",
+        "  my cat  ",
+        "my cat.jpg",
+        "my cat.JPG",
+        "sub/e\u0301",
+        "sub\\\u00e9.jpg",
+        "plain more",
+        "plain.jpg plain.xml",
+        "v1.2",
+        "v1.2.jpg",
+    ],
+)
 def test_a_line_of_a_list_names_an_image_in_any_of_the_usual_ways(tmp_path, line):
     root = write_voc(tmp_path, {"my cat": [], "plain": [], "v1.2": []}, train=[line, "", line])
     for folder, end in (("JPEGImages", ".jpg"), ("Annotations", ".xml")):
         (root / folder / "sub").mkdir()
-        shutil.copy(root / folder / f"plain{end}", root / folder / "sub" / f"e\u0301{end}")  # as macOS writes it
+        shutil.copy(
+            root / folder / f"plain{end}", root / folder / "sub" / f"e\u0301{end}"
+        )  # as macOS writes it
     (image_id,) = ssd.read_annotations(root, "train")
     stem = os.path.splitext(os.path.basename(ssd.find_file(root, "JPEGImages", image_id)))[0]
     assert stem[0] == line.strip().replace("sub", "").strip("/\\")[0].replace("\u00e9", "e")
@@ -363,14 +395,17 @@ def test_lists_that_are_not_named_are_chosen_from_those_there(tmp_path, there, a
     assert (lists["train"], lists["test"]) == chosen
 
 
-@pytest.mark.parametrize(("there", "asked", "chosen"), [
-    (["train", "val"], (None, None, None), "val"),
-    (["train", "val"], (None, "", None), ""),
-    (["train", "val"], ("train", None, None), ""),
-    (["train", "val"], (None, None, "val"), ""),
-    (["trainval", "val"], (None, None, None), ""),
-    (["train", "mine"], (None, "mine", None), "mine"),
-])
+@pytest.mark.parametrize(
+    ("there", "asked", "chosen"),
+    [
+        (["train", "val"], (None, None, None), "val"),
+        (["train", "val"], (None, "", None), ""),
+        (["train", "val"], ("train", None, None), ""),
+        (["train", "val"], (None, None, "val"), ""),
+        (["trainval", "val"], (None, None, None), ""),
+        (["train", "mine"], (None, "mine", None), "mine"),
+    ],
+)
 def test_val_beside_train_validates_unless_a_flag_says_otherwise(tmp_path, there, asked, chosen):
     write_voc(tmp_path, {"a": [CAT]}, **{name: ["a"] for name in there})
     assert ssd.find_data(str(tmp_path), "nowhere", *asked)[1]["val"] == chosen
@@ -474,11 +509,14 @@ def test_named_lists_are_used_as_they_are(tmp_path):
     assert load(root, test_split="").test == []
 
 
-@pytest.mark.parametrize("lists", [
-    {"train": "abc", "val": "c", "test": "d"},
-    {"train": "ab", "val": "c", "test": "bd"},
-    {"train": "a", "val": "cd", "test": "bd"},
-])
+@pytest.mark.parametrize(
+    "lists",
+    [
+        {"train": "abc", "val": "c", "test": "d"},
+        {"train": "ab", "val": "c", "test": "bd"},
+        {"train": "a", "val": "cd", "test": "bd"},
+    ],
+)
 def test_an_image_in_two_lists_is_an_input_error_that_names_it(tmp_path, lists):
     root = write_voc(tmp_path, {i: [CAT] for i in "abcd"}, **lists)
     message = input_error(load, root, val_split="val")
@@ -569,7 +607,9 @@ def server(tmp_path, monkeypatch):
 
         def serve(*manners):
             address = f"http://127.0.0.1:{running.server_port}"
-            monkeypatch.setattr(ssd, "VOC_URLS", [f"{address}/{manner}/{{year}}/{{name}}" for manner in manners])
+            monkeypatch.setattr(
+                ssd, "VOC_URLS", [f"{address}/{manner}/{{year}}/{{name}}" for manner in manners]
+            )
             return data
 
         yield serve
@@ -580,9 +620,17 @@ def load_voc(data):
     return load("voc2007", data_root=str(data), test_split="", classes=("cat", "dog"))
 
 
-@pytest.mark.parametrize("manners", [
-    ["good"], ["forbidden", "good"], ["html", "good"], ["silent", "good"], ["cut"], ["cut", "plain"],
-])
+@pytest.mark.parametrize(
+    "manners",
+    [
+        ["good"],
+        ["forbidden", "good"],
+        ["html", "good"],
+        ["silent", "good"],
+        ["cut"],
+        ["cut", "plain"],
+    ],
+)
 def test_an_archive_is_fetched_from_the_first_server_that_has_it(server, manners, tmp_path):
     if "cut" in manners:
         assert len(Server.content) < 40_000  # two rounds of 20,000 bytes
@@ -596,9 +644,14 @@ def test_an_archive_is_fetched_from_the_first_server_that_has_it(server, manners
     assert Server.asked == []
 
 
-@pytest.mark.parametrize(("manner", "problem"), [
-    ("forbidden", "403"), ("html", "MD5"), ("silent", "timed out"),
-])
+@pytest.mark.parametrize(
+    ("manner", "problem"),
+    [
+        ("forbidden", "403"),
+        ("html", "MD5"),
+        ("silent", "timed out"),
+    ],
+)
 def test_an_archive_that_cannot_be_had_is_an_input_error_that_says_what_to_do(server, manner, problem):
     data = server(manner)
     message = input_error(load_voc, data)
@@ -658,7 +711,11 @@ def test_lists_that_voc_has_not_are_not_fetched(tmp_path, monkeypatch):
     fetched = []
     monkeypatch.setattr(ssd, "download", lambda urls, path, md5: fetched.append(path.name))
     write_voc(tmp_path / "VOCdevkit" / "VOC2007", {"a": [CAT]}, trainval=["a"])
-    cases = [(("trainval", "mine", "test"), "test"), (("", "", None), "test"), (("train", "", ""), "trainval")]
+    cases = [
+        (("trainval", "mine", "test"), "test"),
+        (("", "", None), "test"),
+        (("train", "", ""), "trainval"),
+    ]
     for asked, kind in cases:
         assert "was not unpacked" in input_error(ssd.find_data, "voc2007", tmp_path, *asked)
         assert fetched == [f"VOC{kind}_06-Nov-2007.tar"]
@@ -696,7 +753,9 @@ def test_shapes_are_drawn_by_the_script_beside_the_module(tmp_path, monkeypatch)
 # -- Images
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpeg", ".PNG", ".Jpg", ".tif", ".TIFF", ".gif", ".bmp", ".webp", ".jfif"])
+@pytest.mark.parametrize(
+    "suffix", [".png", ".jpeg", ".PNG", ".Jpg", ".tif", ".TIFF", ".gif", ".bmp", ".webp", ".jfif"]
+)
 def test_images_of_other_endings_are_found(tmp_path, suffix):
     (record,) = load(write_voc(tmp_path, {"a": [CAT]}, suffix=suffix)).train
     assert record.image_path.endswith("a" + suffix)
@@ -732,10 +791,16 @@ def test_a_turned_image_is_read_as_its_annotation_means_it(tmp_path):
 
 
 def test_turned_images_whose_annotations_fit_both_readings_are_counted(tmp_path, capsys):
-    root = write_voc(tmp_path, {"plain": [CAT], "half": [CAT], "none": [], "quarter": [CAT], "sizeless": [CAT]})
+    root = write_voc(
+        tmp_path, {"plain": [CAT], "half": [CAT], "none": [], "quarter": [CAT], "sizeless": [CAT]}
+    )
     exif = Image.Exif()
-    for name, tag, size in (("half", 3, (40, 30)), ("none", 3, (40, 30)), ("quarter", 6, (30, 40)),
-                            ("sizeless", 6, (30, 40))):
+    for name, tag, size in (
+        ("half", 3, (40, 30)),
+        ("none", 3, (40, 30)),
+        ("quarter", 6, (30, 40)),
+        ("sizeless", 6, (30, 40)),
+    ):
         exif[0x0112] = tag
         Image.new("RGB", size).save(root / "JPEGImages" / f"{name}.jpg", exif=exif)
     path = root / "Annotations" / "sizeless.xml"
@@ -825,8 +890,12 @@ def equal(a, b):
 def test_a_sample_has_the_documented_form(records):
     sample = dataset_of(records)[2, 0]
     forms = {name: (tuple(v.shape), v.dtype) for name, v in sample.items() if name != "indices"}
-    assert forms == {"images": ((3, 300, 300), torch.uint8), "matched_gt": ((9966,), torch.int16),
-                     "gt_boxes": ((2, 4), torch.float32), "gt_labels": ((2,), torch.int64)}
+    assert forms == {
+        "images": ((3, 300, 300), torch.uint8),
+        "matched_gt": ((9966,), torch.int16),
+        "gt_boxes": ((2, 4), torch.float32),
+        "gt_labels": ((2,), torch.int64),
+    }
     assert sample["indices"] == 2
 
 
@@ -975,9 +1044,13 @@ def test_a_batch_stacks_its_samples(records):
     dataset = dataset_of(records)
     (batch,) = ssd.make_loader(dataset, batch_size=6)
     forms = {name: (tuple(value.shape), value.dtype) for name, value in batch.items()}
-    assert forms == {"images": ((6, 3, 300, 300), torch.uint8), "matched_gt": ((6, 9966), torch.int16),
-                     "gt_boxes": ((6, 2, 4), torch.float32), "gt_labels": ((6, 2), torch.int64),
-                     "indices": ((6,), torch.int64)}
+    assert forms == {
+        "images": ((6, 3, 300, 300), torch.uint8),
+        "matched_gt": ((6, 9966), torch.int16),
+        "gt_boxes": ((6, 2, 4), torch.float32),
+        "gt_labels": ((6, 2), torch.int64),
+        "indices": ((6,), torch.int64),
+    }
     assert equal({name: value[4] for name, value in batch.items()}, dataset[4])
 
 
@@ -990,8 +1063,9 @@ def test_loader_processes_change_nothing(records, in_memory):
         batches[workers] = list(ssd.make_loader(dataset, workers=workers, batch_sampler=sampler))
     assert len(batches[0]) == 6
     assert all(equal(a, b) for a, b in zip(batches[0], batches[2], strict=True))
-    first, second = (torch.cat([b["images"][b["indices"] == 2] for b in part])
-                     for part in (batches[0][:3], batches[0][3:]))
+    first, second = (
+        torch.cat([b["images"][b["indices"] == 2] for b in part]) for part in (batches[0][:3], batches[0][3:])
+    )
     assert len(first) == len(second) == 1
     assert not torch.equal(first, second)  # an image of two epochs
 
@@ -1019,9 +1093,17 @@ def test_cores_are_shared_by_the_processes_of_the_machine(monkeypatch):
 # -- Shared memory
 
 
-@pytest.mark.parametrize(("batches", "expected"), [
-    (1000, (4, 4)), (40, (4, 3)), (18, (4, 1)), (12, (2, 1)), (7, (0, 1)), (0, (0, 1)),
-])
+@pytest.mark.parametrize(
+    ("batches", "expected"),
+    [
+        (1000, (4, 4)),
+        (40, (4, 3)),
+        (18, (4, 1)),
+        (12, (2, 1)),
+        (7, (0, 1)),
+        (0, (0, 1)),
+    ],
+)
 @pytest.mark.parametrize("world", [1, 3])
 def test_loader_processes_fit_into_shared_memory(monkeypatch, capsys, batches, expected, world):
     free = world * batches * 10_000_000

@@ -91,12 +91,15 @@ STEPS = every_step()
 # -- Every step
 
 
-@pytest.mark.parametrize(("name", "color", "measure", "limit"), [
-    ("4_RandomBrightnessContrast", (128, 128, 128), lambda p: p[0] - 128, 32),
-    ("5_RandomBrightnessContrast", (100, 100, 100), lambda p: p[0] / 100 - 1, 0.5),
-    ("6_ColorJitter", (150, 110, 110), lambda p: (p[0] - p[1]) / 40 - 1, 0.5),
-    ("7_HueSaturationValue", (60, 200, 60), lambda p: 360 * colorsys.rgb_to_hsv(*p / 255)[0] - 120, 18),
-])
+@pytest.mark.parametrize(
+    ("name", "color", "measure", "limit"),
+    [
+        ("4_RandomBrightnessContrast", (128, 128, 128), lambda p: p[0] - 128, 32),
+        ("5_RandomBrightnessContrast", (100, 100, 100), lambda p: p[0] / 100 - 1, 0.5),
+        ("6_ColorJitter", (150, 110, 110), lambda p: (p[0] - p[1]) / 40 - 1, 0.5),
+        ("7_HueSaturationValue", (60, 200, 60), lambda p: 360 * colorsys.rgb_to_hsv(*p / 255)[0] - 120, 18),
+    ],
+)
 def test_colours_change_as_much_as_in_the_paper(name, color, measure, limit):
     image = np.full((8, 8, 3), color, np.uint8)
     images = [run(STEPS[name], image, np.zeros((0, 4)), seed)[0] for seed in range(60)]
@@ -113,7 +116,12 @@ def test_training_pipeline_has_the_documented_steps():
     names = [name.split("_")[1] for name in STEPS]
     assert names[:4] == ["SSDZoomOut", "SSDCrop", "HorizontalFlip", "Resize"]
     assert set(names[4:]) == {
-        "RandomBrightnessContrast", "ColorJitter", "HueSaturationValue", "Shadow", "Noise", "GaussianBlur"
+        "RandomBrightnessContrast",
+        "ColorJitter",
+        "HueSaturationValue",
+        "Shadow",
+        "Noise",
+        "GaussianBlur",
     }
 
 

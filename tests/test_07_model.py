@@ -52,8 +52,11 @@ def test_outputs_have_one_row_an_anchor_and_one_column_a_class(images, width, ba
 
 
 def test_width_scales_channels_to_multiples_of_eight():
-    for width, counts in ((0.25, (16, 32, 64, 128, 128)), (0.01, (8, 8, 8, 8, 8)),
-                          (0.3, (16, 40, 80, 152, 152))):  # 19.2, 38.4, 76.8, 153.6
+    for width, counts in (
+        (0.25, (16, 32, 64, 128, 128)),
+        (0.01, (8, 8, 8, 8, 8)),
+        (0.3, (16, 40, 80, 152, 152)),
+    ):  # 19.2, 38.4, 76.8, 153.6
         blocks = ssd.SSD300(1, width=width).blocks
         assert tuple(block[0].out_channels for block in blocks) == counts
 
@@ -179,8 +182,16 @@ def test_frozen_blocks_stay_and_the_rest_learns(images):
     after = model.state_dict()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert not any(k.startswith(("blocks.0.", "blocks.1.")) for k in changed)
-    for part in ("blocks.2.0.weight", "blocks.2.1.running_mean", "blocks.4.1.running_var", "fc.0.weight",
-                 "extras.2.0.weight", "cls_heads.5.bias", "box_heads.0.weight", "l2_norm.weight"):
+    for part in (
+        "blocks.2.0.weight",
+        "blocks.2.1.running_mean",
+        "blocks.4.1.running_var",
+        "fc.0.weight",
+        "extras.2.0.weight",
+        "cls_heads.5.bias",
+        "box_heads.0.weight",
+        "l2_norm.weight",
+    ):
         assert part in changed
 
 
@@ -242,6 +253,7 @@ def vgg16_file(tmp_path_factory):
 
     Of fc6 the element (o, i) is (7 o + i) % 2048, of fc7 (3 o + i) % 2048: overlapping strides, no memory.
     """
+
     def rolled(step, rows, columns):
         return (torch.arange(step * rows + columns) % 2048).half().as_strided((rows, columns), (step, 1))
 
@@ -293,7 +305,9 @@ def weights_in(state):
 
 
 SHAPES = ((4096, 25088), (4096,), (4096, 4096), (4096,))
-NAN_CLASSIFIER = {name: torch.tensor(math.nan).expand(shape) for name, shape in zip(CLASSIFIER, SHAPES, strict=True)}
+NAN_CLASSIFIER = {
+    name: torch.tensor(math.nan).expand(shape) for name, shape in zip(CLASSIFIER, SHAPES, strict=True)
+}
 
 
 def test_weights_with_batch_norm_but_no_classifier_keep_the_normalisation():
@@ -351,10 +365,15 @@ def test_a_checkpoint_keeps_the_normalisation(tmp_path):
     assert loaded.std.flatten().tolist() == pytest.approx([6, 6, 6])
 
 
-@pytest.mark.parametrize("changes", [
-    {"features.0.weight": torch.zeros(8, 3, 5, 5)}, {"features.30.weight": torch.zeros(8)},
-    {"features.28.weight": None}, {"features.2.bias": "no tensor"},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"features.0.weight": torch.zeros(8, 3, 5, 5)},
+        {"features.30.weight": torch.zeros(8)},
+        {"features.28.weight": None},
+        {"features.2.bias": "no tensor"},
+    ],
+)
 def test_weights_of_another_network_are_an_input_error_that_changes_nothing(changes):
     model = narrow()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -364,10 +383,17 @@ def test_weights_of_another_network_are_an_input_error_that_changes_nothing(chan
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("content", [
-    {}, {"model": torch.zeros(1)}, {1: torch.zeros(1)}, torch.zeros(3),
-    [1, 2], "text",
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"model": torch.zeros(1)},
+        {1: torch.zeros(1)},
+        torch.zeros(3),
+        [1, 2],
+        "text",
+    ],
+)
 def test_a_backbone_file_of_something_else_is_an_input_error(tmp_path, content):
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(ssd.InputError) as error:
@@ -421,9 +447,16 @@ def test_a_narrow_network_starts_from_the_largest_filters(random_filters, batch_
         np.testing.assert_allclose(found, expected * factor, rtol=1e-4, atol=1e-6)
         assert found.std(ddof=1) == pytest.approx(old.weight.std().item(), rel=1e-4)  # He's
         assert not own.bias.any()
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(before.state_dict()[name], value)}
-    assert changed == {name for name, _ in model.named_parameters() if name.startswith("blocks.")
-                       and model.state_dict()[name].ndim == 4} | {"mean", "std"}
+    changed = {
+        name
+        for name, value in model.state_dict().items()
+        if not torch.equal(before.state_dict()[name], value)
+    }
+    assert changed == {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith("blocks.") and model.state_dict()[name].ndim == 4
+    } | {"mean", "std"}
     expected = [(255 - 123.68) / 6, (0 - 116.779) / 6, (127.5 - 103.939) / 6]
     assert normalised(model.eval(), [255.0, 0.0, 127.5]) == pytest.approx(expected, abs=1e-3)
 
@@ -438,16 +471,25 @@ def test_a_narrow_network_starts_from_weights_with_a_classifier_too(vgg16_file):
 def test_a_narrow_network_does_not_start_from_weights_of_another_network():
     model = narrow()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for wrong in ({}, vgg16_features(model), vgg16_features(ssd.SSD300(1, batch_norm="all"), batch_norm=True)):
+    for wrong in (
+        {},
+        vgg16_features(model),
+        vgg16_features(ssd.SSD300(1, batch_norm="all"), batch_norm=True),
+    ):
         with pytest.raises(ssd.InputError, match="do not fit"):
             ssd.load_narrow_backbone(model, wrong)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("source", "batch_norm", "weights"), [
-    ("caffe", False, VGG16_Weights.IMAGENET1K_FEATURES), ("imagenet", False, VGG16_Weights.IMAGENET1K_V1),
-    ("caffe", True, VGG16_BN_Weights.IMAGENET1K_V1), ("imagenet", True, VGG16_BN_Weights.IMAGENET1K_V1),
-])
+@pytest.mark.parametrize(
+    ("source", "batch_norm", "weights"),
+    [
+        ("caffe", False, VGG16_Weights.IMAGENET1K_FEATURES),
+        ("imagenet", False, VGG16_Weights.IMAGENET1K_V1),
+        ("caffe", True, VGG16_BN_Weights.IMAGENET1K_V1),
+        ("imagenet", True, VGG16_BN_Weights.IMAGENET1K_V1),
+    ],
+)
 def test_a_kind_of_backbone_weights_is_fetched_through_torchvision(monkeypatch, source, batch_norm, weights):
     def fetch(self, **options):
         assert options["check_hash"]

@@ -216,7 +216,8 @@ def drawn_records(folder):
     """Return records of three images with a filled circle, a bright square, or both."""
     rng, records = np.random.default_rng(5), []
     scenes = [
-        [(1, (40, 60, 140, 160))], [(2, (150, 90, 270, 210))],
+        [(1, (40, 60, 140, 160))],
+        [(2, (150, 90, 270, 210))],
         [(2, (20, 20, 110, 110)), (1, (150, 150, 280, 280))],
     ]
     for number, objects in enumerate(scenes):

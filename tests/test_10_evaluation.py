@@ -21,15 +21,23 @@ A_BOX, B_BOX, C_BOX, FAR = [1, 1, 10, 10], [21, 21, 30, 30], [41, 41, 50, 50], [
 def detections_of(rows):
     """Return (image_id, label, score, box) rows in the form that evaluate_voc takes."""
     image_ids, labels, scores, boxes_px = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return {"image_ids": np.array(image_ids, int), "labels": np.array(labels, int),
-            "scores": np.array(scores, float), "boxes_px": np.array(boxes_px, float).reshape(-1, 4)}
+    return {
+        "image_ids": np.array(image_ids, int),
+        "labels": np.array(labels, int),
+        "scores": np.array(scores, float),
+        "boxes_px": np.array(boxes_px, float).reshape(-1, 4),
+    }
 
 
 def truth_of(rows):
     """Return (image_id, label, box, difficult) rows in the form that evaluate_voc takes."""
     image_ids, labels, boxes_px, difficult = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return {"image_ids": np.array(image_ids, int), "labels": np.array(labels, int),
-            "boxes_px": np.array(boxes_px, float).reshape(-1, 4), "difficult": np.array(difficult, bool)}
+    return {
+        "image_ids": np.array(image_ids, int),
+        "labels": np.array(labels, int),
+        "boxes_px": np.array(boxes_px, float).reshape(-1, 4),
+        "difficult": np.array(difficult, bool),
+    }
 
 
 def score(detections, truth, num_classes=1, **settings):
@@ -353,8 +361,15 @@ def test_detections_of_another_image_are_false(records):
 
 
 def test_the_strict_figures_ask_for_an_overlap_of_three_quarters():
-    record = ssd.Record("a", "a.png", 100, 100, np.array([[0, 0, 10, 10], [20, 20, 30, 30]], np.float32),
-                        np.array([1, 2]), np.zeros(2, bool))
+    record = ssd.Record(
+        "a",
+        "a.png",
+        100,
+        100,
+        np.array([[0, 0, 10, 10], [20, 20, 30, 30]], np.float32),
+        np.array([1, 2]),
+        np.zeros(2, bool),
+    )
     # Of VOC pixels: an IoU of .7 with the first object, of .8 with the second.
     detections = detections_of([(0, 1, 0.9, [1, 1, 10, 7]), (0, 2, 0.9, [21, 21, 30, 28])])
     result = ssd.score_detections(detections, [record], 2)

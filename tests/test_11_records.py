@@ -146,8 +146,13 @@ class Foreign:
 
 @pytest.mark.parametrize(
     "content",
-    [b"hello\n", b"\x89PNG\r\n\x1a\n" + bytes(100), pickle.dumps({"a": 1}, protocol=2),
-     pickle.dumps(Foreign(), protocol=2), bytes(1000)],
+    [
+        b"hello\n",
+        b"\x89PNG\r\n\x1a\n" + bytes(100),
+        pickle.dumps({"a": 1}, protocol=2),
+        pickle.dumps(Foreign(), protocol=2),
+        bytes(1000),
+    ],
     ids=["text", "png", "pickle", "object", "zeros"],
 )
 def test_a_foreign_file_is_one_line_that_names_the_file(tmp_path, content):
@@ -393,7 +398,10 @@ def test_files_of_an_earlier_run_are_moved_aside_whole(tmp_path, capsys):
     for name in ("evaluation/mistakes.png", "loss.png", "mistakes.html", "notes.txt", "example.jpg"):
         (plots / name).write_text(name)
     ssd.prepare_folders(checkpoints, plots, keep=False)
-    assert {p.name for p in plots.iterdir() if p.is_file()} == {"notes.txt", "example.jpg"}  # no result of a run
+    assert {p.name for p in plots.iterdir() if p.is_file()} == {
+        "notes.txt",
+        "example.jpg",
+    }  # no result of a run
     (earlier,) = [p for p in plots.iterdir() if p.is_dir()]
     assert (earlier / "evaluation" / "mistakes.png").read_text() == "evaluation/mistakes.png"
     assert {p.name for p in earlier.iterdir()} == {"evaluation", "loss.png", "mistakes.html"}
@@ -435,8 +443,22 @@ def test_metrics_are_one_json_object_an_epoch(tiny_run):
     text = (tiny_run.output / "checkpoints" / "metrics.jsonl").read_text()
     rows = [strict_json(line) for line in text.splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
-    keys = {"train_loss", "train_loss_cls", "train_loss_box", "val_loss", "val_loss_cls", "val_loss_box",
-            "val_map_area", "val_map11", "val_map75", "lr", "skipped", "images_per_s", "data_wait", "seconds"}
+    keys = {
+        "train_loss",
+        "train_loss_cls",
+        "train_loss_box",
+        "val_loss",
+        "val_loss_cls",
+        "val_loss_box",
+        "val_map_area",
+        "val_map11",
+        "val_map75",
+        "lr",
+        "skipped",
+        "images_per_s",
+        "data_wait",
+        "seconds",
+    }
     for row in rows:
         assert keys <= row.keys()
         assert row["train_loss"] == pytest.approx(row["train_loss_cls"] + row["train_loss_box"], rel=1e-4)

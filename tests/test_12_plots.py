@@ -14,13 +14,26 @@ RED = ImageColor.getrgb(ssd.PALETTE[0])
 
 
 def row(epoch, **more):
-    return {"epoch": epoch, "train_loss": 3.0 / epoch, "train_loss_cls": 2.0 / epoch,
-            "train_loss_box": 1.0 / epoch, "lr": 1e-3, "images_per_s": 20.0, **more}
+    return {
+        "epoch": epoch,
+        "train_loss": 3.0 / epoch,
+        "train_loss_cls": 2.0 / epoch,
+        "train_loss_box": 1.0 / epoch,
+        "lr": 1e-3,
+        "images_per_s": 20.0,
+        **more,
+    }
 
 
 def val(value=0.5):
-    return {"val_loss": 3.5, "val_loss_cls": 2.5, "val_loss_box": 1.0,
-            "val_map_area": value, "val_map11": value, "val_map75": value / 2}
+    return {
+        "val_loss": 3.5,
+        "val_loss_cls": 2.5,
+        "val_loss_box": 1.0,
+        "val_map_area": value,
+        "val_map11": value,
+        "val_map75": value / 2,
+    }
 
 
 HISTORIES = {
@@ -143,8 +156,12 @@ def record(boxes_px, size, path):
 def found(*rows):
     """Return (image id, score, box) rows as `evaluate` returns detections of label 1."""
     image_ids, scores, boxes_px = zip(*rows, strict=True) if rows else ((), (), ())
-    return {"image_ids": np.array(image_ids, int), "labels": np.ones(len(rows), int),
-            "scores": np.array(scores), "boxes_px": np.array(boxes_px, float).reshape(-1, 4)}
+    return {
+        "image_ids": np.array(image_ids, int),
+        "labels": np.ones(len(rows), int),
+        "scores": np.array(scores),
+        "boxes_px": np.array(boxes_px, float).reshape(-1, 4),
+    }
 
 
 def test_the_prediction_sheet_shows_truth_in_white_and_detections_in_the_class_colour(tmp_path):
@@ -246,13 +263,17 @@ def test_colours_can_be_told_apart_from_one_another_and_from_white(eye):
     seen = lab(linear @ np.transpose(COLOUR_BLIND[eye]))
     distance = np.linalg.norm(seen[:, None] - seen, axis=2)[np.triu_indices(len(seen), 1)]
     assert distance.min() > 20  # 2.3 is just noticeable
-    assert (1.05 / (linear[:-1] @ [0.2126, 0.7152, 0.0722] + 0.05)).min() > 3  # white captions on it: WCAG, large
+    assert (
+        1.05 / (linear[:-1] @ [0.2126, 0.7152, 0.0722] + 0.05)
+    ).min() > 3  # white captions on it: WCAG, large
 
 
 def test_captions_of_white_boxes_are_black_and_within_them():
     image = Image.new("RGB", (300, 200), (120, 120, 120))
-    plain, drawn = (np.asarray(ssd.draw_boxes(image, np.array([[50, 50, 200, 150]]), [text], ["white"]))
-                    for text in ("", "dog"))
+    plain, drawn = (
+        np.asarray(ssd.draw_boxes(image, np.array([[50, 50, 200, 150]]), [text], ["white"]))
+        for text in ("", "dog")
+    )
     ys, xs = np.nonzero((plain != drawn).any(axis=2))
     assert ys.min() > 100
     assert ys.max() <= 150

@@ -17,8 +17,18 @@ import ssd_object_detection as ssd
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-FLAGS = ["--recipe", "small", "--no-pretrained", "--width", ".0625", "--no-compile", "--device", "cpu",
-         "--amp", "off"]
+FLAGS = [
+    "--recipe",
+    "small",
+    "--no-pretrained",
+    "--width",
+    ".0625",
+    "--no-compile",
+    "--device",
+    "cpu",
+    "--amp",
+    "off",
+]
 LOSSES = ("focal", "multibox")
 
 
@@ -26,8 +36,10 @@ def make_batch():
     """Return a batch of four images with 2, 0, 1 and 3 objects, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     low = [torch.rand(count, 2, generator=generator) * 0.5 for count in (2, 0, 1, 3)]
-    boxes = [torch.cat((corner, corner + 0.1 + 0.4 * torch.rand(corner.shape, generator=generator)), dim=1)
-             for corner in low]
+    boxes = [
+        torch.cat((corner, corner + 0.1 + 0.4 * torch.rand(corner.shape, generator=generator)), dim=1)
+        for corner in low
+    ]
     batch = reference.batch(boxes, [[1, 2], [], [2], [1, 1, 2]])
     images = torch.randint(0, 256, (4, 3, 300, 300), dtype=torch.uint8, generator=generator)
     return batch | {"images": images, "indices": torch.arange(4)}
@@ -53,6 +65,7 @@ def take_step(state, args, batch):
 
 def to_fake(module, device, memory_format=torch.preserve_format):
     """Move a module as Module.to does, which cannot swap parameters without numbers."""
+
     def move(tensor):
         return tensor.detach().to(device, memory_format=memory_format if tensor.ndim == 4 else None)
 
@@ -213,8 +226,9 @@ def test_detections_are_the_cpu_s():
         chosen = torch.randperm(len(anchors), generator=generator)[:candidates]
         logits[chosen, 1 + chosen % 2] = 12 + torch.linspace(-3, 3, candidates)
     box_deltas = torch.randn(4, len(anchors), 4, generator=generator)
-    found = [ssd.detect(cls_logits.to(device), box_deltas.to(device), anchors.to(device))
-             for device in (CPU, CUDA)]
+    found = [
+        ssd.detect(cls_logits.to(device), box_deltas.to(device), anchors.to(device)) for device in (CPU, CUDA)
+    ]
     for ours, theirs in zip(*found, strict=True):
         assert len(ours[0]) > 20
         assert torch.equal(ours[1], theirs[1].cpu())
@@ -231,8 +245,10 @@ def test_steps_have_the_cpu_s_losses_and_weights(optimizer):
         for _ in range(3):
             expected, found = (take_step(one, args, make_batch()) for one in (state, other))
             assert found == pytest.approx(expected, rel=0.01)
-    assert_close(ssd.build_targets(make_batch(), state.model.anchors)[1],
-                 ssd.build_targets(ssd.to_device(make_batch(), CUDA), other.model.anchors)[1])
+    assert_close(
+        ssd.build_targets(make_batch(), state.model.anchors)[1],
+        ssd.build_targets(ssd.to_device(make_batch(), CUDA), other.model.anchors)[1],
+    )
     models = make_state(CPU, *flags)[0].model, state.model, other.model
     moved, differs = 0.0, 0.0
     for before, ours, theirs in zip(*(model.parameters() for model in models), strict=True):

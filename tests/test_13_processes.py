@@ -58,8 +58,18 @@ def gradients(batch):
     found = {}
     for loss in ("focal", "multibox"):
         torch.manual_seed(0)
-        args = ssd.parse_args(["--recipe", "small", "--no-pretrained", "--width", ".0625", "--no-compile",
-                               "--batch-norm", "none"])
+        args = ssd.parse_args(
+            [
+                "--recipe",
+                "small",
+                "--no-pretrained",
+                "--width",
+                ".0625",
+                "--no-compile",
+                "--batch-norm",
+                "none",
+            ]
+        )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ssd, "SSD300", DoubleSSD300)
             state, _ = ssd.build_state(args, 3, CPU, None)
@@ -77,8 +87,15 @@ def torchrun(*command, cwd, code=0):
     paths = os.pathsep.join([str(MODULE.parent), str(Path(__file__).parent)])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run([*launcher, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True,
-                          timeout=300, check=False)
+    done = subprocess.run(
+        [*launcher, *map(str, command)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 
@@ -174,6 +191,7 @@ def test_a_network_that_cannot_be_compiled_is_one_line(tiny_voc, flags_of, tmp_p
     def broken(model, **options):
         def run(images):
             raise InductorError(RuntimeError("no compiler here\nand a long story"), None)
+
         return run
 
     monkeypatch.setattr(torch, "compile", broken)

@@ -19,8 +19,22 @@ import torch
 
 import ssd_object_detection as ssd
 
-TINY = ["--data", "shapes", "--width", ".0625", "--epochs", "10", "--device", "cpu", "--amp", "off",
-        "--lr", ".01", "--warmup-epochs", "2"]
+TINY = [
+    "--data",
+    "shapes",
+    "--width",
+    ".0625",
+    "--epochs",
+    "10",
+    "--device",
+    "cpu",
+    "--amp",
+    "off",
+    "--lr",
+    ".01",
+    "--warmup-epochs",
+    "2",
+]
 CPU = torch.device("cpu")
 
 
@@ -113,10 +127,15 @@ def assert_equal(ours, theirs):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize(("width", "batch_norm", "loader", "fetched"), [
-    ("1", "all", "load_backbone", True), ("1", "new", "load_backbone", False),
-    (".25", "all", "load_narrow_backbone", False), (".25", "none", "load_narrow_backbone", False),
-])
+@pytest.mark.parametrize(
+    ("width", "batch_norm", "loader", "fetched"),
+    [
+        ("1", "all", "load_backbone", True),
+        ("1", "new", "load_backbone", False),
+        (".25", "all", "load_narrow_backbone", False),
+        (".25", "none", "load_narrow_backbone", False),
+    ],
+)
 def test_a_narrow_network_starts_from_the_weights_without_batch_norm(
     monkeypatch, width, batch_norm, loader, fetched
 ):
@@ -182,8 +201,15 @@ def test_weight_decay_falls_on_convolutions_and_not_on_biases_and_norms(name):
         assert (group["momentum"] if name == "sgd" else group["betas"][0]) == 0.7
 
 
-@pytest.mark.parametrize("flags", [["--optimizer", "sgd"], ["--optimizer", "adamw"], ["--loss", "multibox"],
-                                   ["--batch-norm", "none", "--optimizer", "sgd"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer", "sgd"],
+        ["--optimizer", "adamw"],
+        ["--loss", "multibox"],
+        ["--batch-norm", "none", "--optimizer", "sgd"],
+    ],
+)
 def test_steps_lower_the_loss_of_a_fixed_batch(batch, flags):
     state, args = tiny_state("--lr", ".002", *flags)
     losses = [take_step(state, args, batch) for _ in range(4)]
@@ -275,8 +301,12 @@ def test_a_gpu_takes_bfloat16_only_where_it_is_not_emulated(monkeypatch, native,
 
 @pytest.mark.parametrize(
     ("capabilities", "dtype"),
-    [({"avx2": True, "avx512_bf16": False}, None), ({"avx512_bf16": True}, torch.bfloat16), ({}, None),
-     ({"amx_bf16": True}, torch.bfloat16)],
+    [
+        ({"avx2": True, "avx512_bf16": False}, None),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({}, None),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ],
 )
 def test_a_cpu_takes_bfloat16_only_with_instructions_for_it(monkeypatch, capabilities, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
@@ -349,8 +379,10 @@ def test_a_device_that_is_not_there_is_one_line(monkeypatch):
 # ---- steps that are not finite ----
 
 
-@pytest.mark.parametrize(("flags", "settings"), [(["--optimizer", "sgd"], {}), (["--optimizer", "adamw"], {}),
-                                                 ([], {"clip_grad": 0.0})])
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [(["--optimizer", "sgd"], {}), (["--optimizer", "adamw"], {}), ([], {"clip_grad": 0.0})],
+)
 @pytest.mark.parametrize("good_before", [0, 2])
 def test_a_step_that_is_not_finite_changes_nothing(batch, flags, settings, good_before):
     (state, args), (other, _) = tiny_state(*flags, **settings), tiny_state(*flags, **settings)
@@ -366,10 +398,13 @@ def test_a_step_that_is_not_finite_changes_nothing(batch, flags, settings, good_
     assert_equal(everything(state), everything(other))
 
 
-@pytest.mark.parametrize("poison", [
-    pytest.param(lambda x: (x * math.inf).sum(), id="loss"),
-    pytest.param(lambda x: (x - x.detach()).abs().pow(0.3).sum(), id="only its gradient"),
-])
+@pytest.mark.parametrize(
+    "poison",
+    [
+        pytest.param(lambda x: (x * math.inf).sum(), id="loss"),
+        pytest.param(lambda x: (x - x.detach()).abs().pow(0.3).sum(), id="only its gradient"),
+    ],
+)
 def test_a_loss_or_only_its_gradient_that_is_not_finite_is_found(batch, poison):
     state, _ = tiny_state()
     state.model.train()
@@ -547,16 +582,30 @@ def run_fit(monkeypatch, folder, maps, *flags, val=True):
     """Run `fit` on a script: maps are the validation mAPs in turn. Returns (state, validated epochs)."""
     state, args = tiny_state(*flags)
     values, validated = iter(maps), []
-    row = {"train_loss": 1.0, "train_loss_cls": 0.5, "train_loss_box": 0.5, "lr": 1e-3, "images_per_s": 1.0,
-           "data_wait": 0.0, "skipped": 0}
+    row = {
+        "train_loss": 1.0,
+        "train_loss_cls": 0.5,
+        "train_loss_box": 0.5,
+        "lr": 1e-3,
+        "images_per_s": 1.0,
+        "data_wait": 0.0,
+        "skipped": 0,
+    }
 
     def evaluate(model, loader, *, amp_dtype, loss, nms_iou_thresh):
         assert model is state.ema.model  # whose weights are saved
         assert (amp_dtype, nms_iou_thresh) == (torch.bfloat16, args.nms_iou)
         validated.append(state.epoch + 1)  # an epoch is finished when it is validated
         value = next(values)
-        return {"loss": 1.0, "loss_cls": 0.5, "loss_box": 0.5, "classes": {}, "map_area": value,
-                "map11": 1 - value, "map75": 1 - value}  # the area alone chooses
+        return {
+            "loss": 1.0,
+            "loss_cls": 0.5,
+            "loss_box": 0.5,
+            "classes": {},
+            "map_area": value,
+            "map11": 1 - value,
+            "map75": 1 - value,
+        }  # the area alone chooses
 
     def train(state, loader, batches, loss, args, *, amp_dtype):
         assert amp_dtype is torch.bfloat16
@@ -565,8 +614,15 @@ def run_fit(monkeypatch, folder, maps, *flags, val=True):
     monkeypatch.setattr(ssd, "train_one_epoch", train)
     monkeypatch.setattr(ssd, "evaluate", evaluate)
     writer = ssd.CheckpointWriter(folder, {"config": {}, "classes": []})
-    ssd.fit(state, ("loader", "loader" if val else None), args, loss=None, amp_dtype=torch.bfloat16,
-            writer=writer, redraw=lambda state: None)
+    ssd.fit(
+        state,
+        ("loader", "loader" if val else None),
+        args,
+        loss=None,
+        amp_dtype=torch.bfloat16,
+        writer=writer,
+        redraw=lambda state: None,
+    )
     writer.flush()
     return state, validated
 
@@ -636,8 +692,10 @@ def test_a_saved_state_comes_back_with_both_sets_of_weights_moments_and_counters
     take_step(state, args, batch)
     state.epoch, state.best_map, state.best_epoch, state.history = 3, 0.25, 2, [{"epoch": 1}]
     averaged = state.ema.model.state_dict()
-    ssd.save_checkpoint(tmp_path / "last.pth", {"model": averaged, "config": {}, "classes": [],
-                                                "train_state": state.state_dict()})
+    ssd.save_checkpoint(
+        tmp_path / "last.pth",
+        {"model": averaged, "config": {}, "classes": [], "train_state": state.state_dict()},
+    )
     loaded = ssd.load_checkpoint(tmp_path / "last.pth", resumable=True)
     other, _ = tiny_state(seed=1)
     other.load_state_dict(loaded["train_state"], loaded["model"])
@@ -650,10 +708,13 @@ def test_a_saved_state_comes_back_with_both_sets_of_weights_moments_and_counters
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize(("before", "after"), [(torch.contiguous_format, torch.channels_last),
-                                               (torch.channels_last, torch.contiguous_format)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(torch.contiguous_format, torch.channels_last), (torch.channels_last, torch.contiguous_format)],
+)
 def test_moments_take_the_memory_order_of_their_parameter(batch, optimizer, before, after):
     """A run of a GPU, in channels_last, goes on on a CPU and the other way round."""
+
     def state_in(order):
         state, args = tiny_state("--optimizer", optimizer)
         state.model.to(memory_format=order)
@@ -710,8 +771,9 @@ def test_a_run_killed_after_an_epoch_that_was_not_saved_goes_on_to_the_same_bits
 ):
     same = {"PYTHONPATH": str(Path(ssd.__file__).parent), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", KILLED, *flags_of(tiny_voc, tmp_path, "--epochs", "3")]
-    done = subprocess.run(command, env=os.environ | same, cwd=tmp_path, capture_output=True, text=True,
-                          timeout=300, check=False)
+    done = subprocess.run(
+        command, env=os.environ | same, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     checkpoints = tmp_path / "checkpoints"
     assert len(rows_of(checkpoints)) == 2
@@ -844,8 +906,13 @@ def start_of(folder, *flags):
     """Return the state, before its first step, of a run with --init-from and these flags."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssd, "fit", lambda state, *args, **more: seen.append(state) or (_ for _ in ()).throw(
-            ssd.InputError("far enough")))
+        patch.setattr(
+            ssd,
+            "fit",
+            lambda state, *args, **more: (
+                seen.append(state) or (_ for _ in ()).throw(ssd.InputError("far enough"))
+            ),
+        )
         flags = ["--output-dir", folder, "--device", "cpu", "--workers", "0", *flags]
         assert ssd.main(list(map(str, flags))) == 2
     return seen[0]
@@ -866,7 +933,9 @@ def test_a_run_starts_from_the_weights_of_another_with_its_recipe_and_its_own_sc
     assert "recipe   small: 5 epochs" in out
 
 
-def test_heads_of_shared_classes_are_kept_and_others_begin_anew(tiny_run, make_voc, tmp_path, capsys, no_pictures):
+def test_heads_of_shared_classes_are_kept_and_others_begin_anew(
+    tiny_run, make_voc, tmp_path, capsys, no_pictures
+):
     root = make_voc(tmp_path / "other")
     for path in (root / "Annotations").glob("*.xml"):
         path.write_text(path.read_text().replace("<name>angular</name>", "<name>zigzag</name>"))
@@ -917,7 +986,12 @@ def test_another_network_than_that_of_a_checkpoint_to_start_from_is_refused(tiny
 def test_blocks_of_a_checkpoint_may_be_frozen(tiny_run, tmp_path, no_pictures):
     state = start_of(tmp_path, "--init-from", tiny_run.final, "--freeze-blocks", "3")
     assert [all(p.requires_grad for p in block.parameters()) for block in state.model.blocks] == [
-        False, False, False, True, True]
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 # ---- whole runs ----
@@ -935,10 +1009,16 @@ def test_training_on_every_image_tests_the_last_checkpoint(tiny_voc, flags_of, t
     assert "train_state" not in final
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+    ],
+)
 def test_an_error_for_want_of_memory_names_the_flags_that_help(error):
     assert "--batch-size" in ssd.advise(error)
     assert "--workers" in ssd.advise(RuntimeError("DataLoader worker (pid(s) 5) exited unexpectedly"))

@@ -37,10 +37,15 @@ def assert_same(ours, theirs, atol=0.01):
     np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-5)
 
 
-@pytest.mark.parametrize(("size", "box"), [
-    ((300, 300), (60, 90, 150, 240)), ((640, 200), (320, 20, 600, 120)), ((150, 900), (30, 90, 90, 450)),
-    ((2000, 1500), (400, 300, 1200, 900)),
-])
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [
+        ((300, 300), (60, 90, 150, 240)),
+        ((640, 200), (320, 20, 600, 120)),
+        ((150, 900), (30, 90, 90, 450)),
+        ((2000, 1500), (400, 300, 1200, 900)),
+    ],
+)
 def test_boxes_are_in_the_pixels_of_the_original_picture(pointer, size, box):
     found = pointer.predict(red_box(size, box))
     assert (found.labels, found.names) == ([2], ["red"])
@@ -81,8 +86,14 @@ def test_path_picture_and_array_give_the_same_result(detector, picture, tmp_path
     expected = detector.predict(picture, **EVERYTHING)
     assert len(expected) == 50
     pixels = np.asarray(picture)
-    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), pixels, np.dstack((pixels, pixels[..., 0])),
-                   pixels[::-1][::-1], picture.convert("RGBA")):
+    for source in (
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        pixels,
+        np.dstack((pixels, pixels[..., 0])),
+        pixels[::-1][::-1],
+        picture.convert("RGBA"),
+    ):
         assert_same(detector.predict(source, **EVERYTHING), expected)
 
 
@@ -206,8 +217,10 @@ def test_drawing_marks_the_box_on_a_copy(pointer):
     assert (drawn[200, x1] == color).all()
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((30, 30, 3), np.float32), np.zeros((30, 30, 5), np.uint8),
-                                   np.zeros((2, 30, 30, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "wrong",
+    [np.zeros((30, 30, 3), np.float32), np.zeros((30, 30, 5), np.uint8), np.zeros((2, 30, 30, 3), np.uint8)],
+)
 def test_an_array_that_is_no_picture_is_refused(detector, wrong):
     with pytest.raises(TypeError):
         detector.predict(wrong)
@@ -272,19 +285,27 @@ def test_a_missing_checkpoint_is_one_line(tmp_path, name):
         ssd.load_detector(tmp_path / name)
 
 
-@pytest.mark.parametrize(("values", "expected"), [
-    (np.array([[0.0, 0.5], [1.0, 0.25]], np.float32), [[0, 128], [255, 64]]),
-    (np.array([[0, 257], [65535, 2570]], np.int32), [[0, 1], [255, 10]]),
-])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0.0, 0.5], [1.0, 0.25]], np.float32), [[0, 128], [255, 64]]),
+        (np.array([[0, 257], [65535, 2570]], np.int32), [[0, 1], [255, 10]]),
+    ],
+)
 def test_grey_images_of_floats_and_of_32_bits_are_scaled(tmp_path, values, expected):
     Image.fromarray(values).save(tmp_path / "a.tif")
     assert np.asarray(ssd.open_image(tmp_path / "a.tif"))[..., 0].tolist() == expected
 
 
-@pytest.mark.parametrize("values", [
-    np.array([[0.0, 37.5]], np.float32), np.array([[-1.0, 0.5]], np.float32), np.array([[np.nan, 0.5]], np.float32),
-    np.array([[0, 2**24]], np.int32),
-])
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([[0.0, 37.5]], np.float32),
+        np.array([[-1.0, 0.5]], np.float32),
+        np.array([[np.nan, 0.5]], np.float32),
+        np.array([[0, 2**24]], np.int32),
+    ],
+)
 def test_grey_images_of_an_unknown_range_are_refused_by_name(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "a.tif")
     with pytest.raises(ssd.InputError, match=r"a\.tif: its grey values"):

@@ -89,7 +89,11 @@ def test_every_entry_of_a_recipe_is_a_flag_or_read(name):
 def test_every_flag_without_a_printed_default_has_one():
     none = {action.dest for action in actions() if action.default == "==SUPPRESS=="}
     assert none == {*ssd.RECIPES["voc"], *ssd.OPTIONAL_FLAGS, "data", "recipe"} - {
-        "momentum", "schedule", "clip_grad", "ema_decay"}
+        "momentum",
+        "schedule",
+        "clip_grad",
+        "ema_decay",
+    }
     assert {action.dest for action in actions()} <= vars(ssd.parse_args([])).keys()
 
 
@@ -144,11 +148,34 @@ def test_the_paper_s_recipe_is_the_paper_s():
 
 @pytest.mark.parametrize("recipe", ssd.RECIPES)
 def test_a_flag_beats_the_recipe(recipe):
-    flags = ["--epochs", "3", "--lr", ".5", "--batch-norm", "all", "--no-pretrained", "--optimizer", "sgd",
-             "--weight-decay", "0", "--test-split", "val", "--width", "1"]
+    flags = [
+        "--epochs",
+        "3",
+        "--lr",
+        ".5",
+        "--batch-norm",
+        "all",
+        "--no-pretrained",
+        "--optimizer",
+        "sgd",
+        "--weight-decay",
+        "0",
+        "--test-split",
+        "val",
+        "--width",
+        "1",
+    ]
     args = ssd.parse_args(["--recipe", recipe, *flags])
-    given = {"epochs": 3, "lr": 0.5, "batch_norm": "all", "pretrained": False, "optimizer": "sgd",
-             "weight_decay": 0.0, "test_split": "val", "width": 1.0}
+    given = {
+        "epochs": 3,
+        "lr": 0.5,
+        "batch_norm": "all",
+        "pretrained": False,
+        "optimizer": "sgd",
+        "weight_decay": 0.0,
+        "test_split": "val",
+        "width": 1.0,
+    }
     assert {name: getattr(args, name) for name in given} == given
     for name in ssd.RECIPES[recipe].keys() - given.keys() - {"freeze_blocks"}:
         assert getattr(args, name) == ssd.RECIPES[recipe][name], name
@@ -171,15 +198,40 @@ def test_a_flag_beats_a_saved_run_which_beats_the_recipe(tiny_run, tmp_path):
 # ---- mistakes on the command line ----
 
 
-@pytest.mark.parametrize(("flag", "value"), [
-    ("--epochs", "-1"), ("--epochs", "0"), ("--epochs", "2.5"), ("--epochs", "many"), ("--val-fraction", "2"),
-    ("--val-fraction", "-.1"), ("--val-fraction", "1.1"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "inf"),
-    ("--lr", "-1"), ("--focal-gamma", "-1"),
-    ("--batch-size", "0"), ("--width", "0"), ("--crop", "1.1"), ("--zoom-out", "nan"),
-    ("--freeze-blocks", "6"), ("--amp", "fp8"), ("--loss", "hinge"), ("--optimizer", "adam"),
-    ("--seed", "-1"), ("--workers", "-1"), ("--score-thresh", "2"), ("--nms-iou", "-1"), ("--patience", "-1"),
-    ("--eval-interval", "0"), ("--weight-decay", "-1"), ("--warmup-epochs", "-1"), ("--recipe", "best"),
-])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--epochs", "-1"),
+        ("--epochs", "0"),
+        ("--epochs", "2.5"),
+        ("--epochs", "many"),
+        ("--val-fraction", "2"),
+        ("--val-fraction", "-.1"),
+        ("--val-fraction", "1.1"),
+        ("--lr", "0"),
+        ("--lr", "nan"),
+        ("--lr", "inf"),
+        ("--lr", "-1"),
+        ("--focal-gamma", "-1"),
+        ("--batch-size", "0"),
+        ("--width", "0"),
+        ("--crop", "1.1"),
+        ("--zoom-out", "nan"),
+        ("--freeze-blocks", "6"),
+        ("--amp", "fp8"),
+        ("--loss", "hinge"),
+        ("--optimizer", "adam"),
+        ("--seed", "-1"),
+        ("--workers", "-1"),
+        ("--score-thresh", "2"),
+        ("--nms-iou", "-1"),
+        ("--patience", "-1"),
+        ("--eval-interval", "0"),
+        ("--weight-decay", "-1"),
+        ("--warmup-epochs", "-1"),
+        ("--recipe", "best"),
+    ],
+)
 def test_a_bad_value_is_refused_with_a_message_that_names_the_flag(capsys, flag, value):
     assert f"argument {flag}: " in refused(capsys, [flag, value])
 
@@ -189,13 +241,16 @@ def test_a_typo_in_a_flag_is_refused_by_name(capsys):
     assert "stray" in refused(capsys, ["stray"])
 
 
-@pytest.mark.parametrize(("argv", "named"), [
-    (["--weights", "a.pth"], ["--predict", "--weights"]),
-    (["--width", "1.5"], ["--width", "--no-pretrained"]),
-    (["--no-pretrained", "--freeze-blocks", "2"], ["--freeze-blocks"]),
-    (["--width", ".5", "--freeze-blocks", "2"], ["--freeze-blocks"]),
-    (["--data", "shapes", "--freeze-blocks", "2"], ["--freeze-blocks"]),
-])
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--weights", "a.pth"], ["--predict", "--weights"]),
+        (["--width", "1.5"], ["--width", "--no-pretrained"]),
+        (["--no-pretrained", "--freeze-blocks", "2"], ["--freeze-blocks"]),
+        (["--width", ".5", "--freeze-blocks", "2"], ["--freeze-blocks"]),
+        (["--data", "shapes", "--freeze-blocks", "2"], ["--freeze-blocks"]),
+    ],
+)
 def test_a_contradiction_is_refused(capsys, argv, named):
     message = refused(capsys, argv)
     assert all(flag in message for flag in named)
@@ -203,8 +258,11 @@ def test_a_contradiction_is_refused(capsys, argv, named):
 
 def test_only_one_thing_is_done_at_a_time(capsys, tiny_run):
     last = tiny_run.output / "checkpoints" / "last.pth"
-    pairs = (["--resume", "--output-dir", tiny_run.output, "--predict", "b.jpg", "--weights", last],
-             ["--evaluate", last, "--resume"], ["--evaluate", last, "--predict", "b.jpg", "--weights", last])
+    pairs = (
+        ["--resume", "--output-dir", tiny_run.output, "--predict", "b.jpg", "--weights", last],
+        ["--evaluate", last, "--resume"],
+        ["--evaluate", last, "--predict", "b.jpg", "--weights", last],
+    )
     for argv in pairs:
         assert "--evaluate, --predict and --resume exclude one another" in refused(capsys, argv)
 
@@ -212,7 +270,10 @@ def test_only_one_thing_is_done_at_a_time(capsys, tiny_run):
 FLAGS = [flag for action in ssd.build_parser()._actions for flag in action.option_strings]
 ODD_VALUES = ["", "-", "--", "-1", "0", "1e999", "nan", "a,b", ",", ".", "..", "shapes", "auto", "focal", "="]
 words = st.one_of(
-    st.sampled_from(FLAGS), st.sampled_from(ODD_VALUES), st.integers().map(str), st.floats().map(str),
+    st.sampled_from(FLAGS),
+    st.sampled_from(ODD_VALUES),
+    st.integers().map(str),
+    st.floats().map(str),
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6),
     st.tuples(st.sampled_from(FLAGS), st.sampled_from(ODD_VALUES)).map("=".join),
 ).filter(lambda word: word not in ("--evaluate=--", "--output-dir=--"))  # see the test below
@@ -226,8 +287,10 @@ words = st.one_of(
 def test_any_command_line_is_understood_or_refused_in_words(argv):
     out, err, code = io.StringIO(), io.StringIO(), None
     with (
-        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-        tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder),  # where no checkpoint is
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),  # where no checkpoint is
     ):
         try:
             args = ssd.parse_args(argv)
@@ -343,9 +406,16 @@ def test_an_output_folder_that_cannot_be_made_ends_without_a_traceback(
 ):
     monkeypatch.setattr(ssd, "fit", None)
     (tmp_path / "file").write_text("in the way")
-    flags = {"train": flags_of(tiny_run.data, tmp_path), "evaluate": ["--evaluate", str(tiny_run.final)],
-             "predict": ["--predict", str(tiny_run.data / "JPEGImages" / "test_0.jpg"), "--weights",
-                         str(tiny_run.final)]}
+    flags = {
+        "train": flags_of(tiny_run.data, tmp_path),
+        "evaluate": ["--evaluate", str(tiny_run.final)],
+        "predict": [
+            "--predict",
+            str(tiny_run.data / "JPEGImages" / "test_0.jpg"),
+            "--weights",
+            str(tiny_run.final),
+        ],
+    }
     assert ssd.main([*flags[task], *HERE, "--output-dir", str(tmp_path / "file" / "out")]) == 2
     assert re.fullmatch(r"error: .*file.*", capsys.readouterr().err.splitlines()[-1])
 
@@ -419,14 +489,24 @@ def test_the_command_to_go_on_with_is_one_for_a_shell(tiny_run, tmp_path, monkey
 
 def start(flags):
     """Start the real program, in a process group of its own."""
-    return subprocess.Popen([sys.executable, ssd.__file__, *flags], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, ssd.__file__, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
-@pytest.mark.parametrize(("name", "workers", "send"), [
-    ("SIGTERM", "1", os.kill), ("SIGINT", "0", os.kill),
-    ("SIGTERM", "2", os.killpg), ("SIGINT", "1", os.killpg),  # to its loader processes too, as by torchrun
-])
+@pytest.mark.parametrize(
+    ("name", "workers", "send"),
+    [
+        ("SIGTERM", "1", os.kill),
+        ("SIGINT", "0", os.kill),
+        ("SIGTERM", "2", os.killpg),
+        ("SIGINT", "1", os.killpg),  # to its loader processes too, as by torchrun
+    ],
+)
 def test_a_signal_ends_a_real_run_after_a_save_and_the_command_it_prints_goes_on(
     tiny_voc, flags_of, tmp_path, no_pictures, name, workers, send
 ):
@@ -564,9 +644,14 @@ def test_evaluating_the_final_checkpoint_repeats_what_training_printed(tiny_run,
     assert numbers == json.loads(json.dumps(ssd.load_checkpoint(tiny_run.final)["test"]))
     assert numbers["map_area"] > 0
     assert numbers["per_class"].keys() == {"angular", "round"}
-    expected = {"checkpoint": str(tiny_run.final), "data": str(tiny_run.data), "split": "test",
-                "num_images": 4, "precision": "float32",
-                "detection": {"score_thresh": 0.001, "nms_iou_thresh": 0.45}}
+    expected = {
+        "checkpoint": str(tiny_run.final),
+        "data": str(tiny_run.data),
+        "split": "test",
+        "num_images": 4,
+        "precision": "float32",
+        "detection": {"score_thresh": 0.001, "nms_iou_thresh": 0.45},
+    }
     assert {name: numbers[name] for name in expected} == expected
     png(tmp_path / "plots" / "predictions.png")
     assert not (tmp_path / "checkpoints").exists()
@@ -586,7 +671,9 @@ def test_steps_are_logged_and_printed_and_a_resumed_run_keeps_them(
     assert first[0].keys() == {"step", "loss", "loss_cls", "loss_box", "lr", "images_per_s"}
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in printed] == ["1", "2"]
-    assert ssd.main(["--resume", "--epochs", "2", "--log-every", "2", "--output-dir", str(tmp_path), *HERE]) == 0
+    assert (
+        ssd.main(["--resume", "--epochs", "2", "--log-every", "2", "--output-dir", str(tmp_path), *HERE]) == 0
+    )
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows[:2] == first
     assert [row["step"] for row in rows[2:]] == [4]
@@ -701,7 +788,9 @@ def test_files_of_the_same_name_keep_pictures_of_their_own(tiny_run, tmp_path, c
     assert ssd.main(["--predict", *map(str, images), *flags]) == 0
     folder, targets = tmp_path / "plots" / "predictions", set()
     for path, line in zip(images, capsys.readouterr().out.splitlines()[1:-1], strict=True):
-        source, target = re.fullmatch(r"(.*): nothing found, at best (?:angular|round) \d\.\d\d -> (.*)", line).groups()
+        source, target = re.fullmatch(
+            r"(.*): nothing found, at best (?:angular|round) \d\.\d\d -> (.*)", line
+        ).groups()
         assert source == str(path)
         targets.add(Path(target))
     assert targets == set(folder.glob("*.png"))

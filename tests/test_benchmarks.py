@@ -86,8 +86,10 @@ def test_a_short_case_is_called_until_its_time_is_over(monkeypatch):
 
 def test_table_has_a_dash_for_what_is_missing():
     text = common.markdown([{"case": "one", "a": 0.25, "b": float("nan")}, {"case": "two", "c": 1234.5}])
-    assert parse(text) == [{"case": "one", "a": "0.25", "b": "-", "c": "-"},
-                           {"case": "two", "a": "-", "b": "-", "c": "1,234"}]
+    assert parse(text) == [
+        {"case": "one", "a": "0.25", "b": "-", "c": "-"},
+        {"case": "two", "a": "-", "b": "-", "c": "1,234"},
+    ]
 
 
 def test_peer_gets_the_boxes_of_its_own_image(tiny_voc):
@@ -134,6 +136,11 @@ def test_a_damaged_file_of_the_data_is_named_and_mended_again(make_voc, flags_of
     before = {path: path.read_bytes() for path in files}
     monkeypatch.setattr(faults, "mutate", lambda content, rng: content[:50])
     counts = faults.mutate_data(flags_of(data, tmp_path), data, tmp_path, 2, random.Random(0))
-    assert counts == {"damaged annotations and images": 2, "stopped, naming the file": 2,
-                      "trained through": 0, "ended otherwise": 0, "foretold by the audit": 2}
+    assert counts == {
+        "damaged annotations and images": 2,
+        "stopped, naming the file": 2,
+        "trained through": 0,
+        "ended otherwise": 0,
+        "foretold by the audit": 2,
+    }
     assert {path: path.read_bytes() for path in files} == before

@@ -17,13 +17,23 @@ import against_torchvision
 import common
 import recipes
 
-FLAGS = "--recipe small --no-pretrained --width .0625 --epochs 1 --batch-size 4 --workers 0 --device cpu --amp off"
+FLAGS = "--recipe small --no-pretrained --width .0625 --epochs 1 --batch-size 4 --workers 0 --device cpu"
+FLAGS += " --amp off"
 
 
 def line(variant, seed, value, **more):
-    return {"variant": variant, "flags": ["--x", variant], "seed": seed, "map_area": value, "map11": value,
-            "coco_ap": value / 2, "ap75": None, "seconds": 10.0 * seed + 60,
-            "environment": {"device": "abacus"}, **more}
+    return {
+        "variant": variant,
+        "flags": ["--x", variant],
+        "seed": seed,
+        "map_area": value,
+        "map11": value,
+        "coco_ap": value / 2,
+        "ap75": None,
+        "seconds": 10.0 * seed + 60,
+        "environment": {"device": "abacus"},
+        **more,
+    }
 
 
 def test_recipes_run_what_is_missing_and_nothing_twice(tiny_voc, tiny_run, tmp_path, monkeypatch, capsys):
@@ -33,11 +43,28 @@ def test_recipes_run_what_is_missing_and_nothing_twice(tiny_voc, tiny_run, tmp_p
         calls.append(output.name)
         shutil.copytree(tiny_run.output, output, dirs_exist_ok=True)
         run = json.loads((output / "checkpoints" / "run.json").read_text())
-        return run | {"checkpoint": output / "checkpoints" / tiny_run.final.name, "seconds": 1.0, "images": 16}
+        return run | {
+            "checkpoint": output / "checkpoints" / tiny_run.final.name,
+            "seconds": 1.0,
+            "images": 16,
+        }
 
     monkeypatch.setattr(common, "train", train)
-    argv = ["--data", str(tiny_voc), "--set", "shapes", "--flags", f"{FLAGS} --val-split val", "--seeds", "3",
-            "--folder", str(tmp_path), "--pool", "val", "test"]
+    argv = [
+        "--data",
+        str(tiny_voc),
+        "--set",
+        "shapes",
+        "--flags",
+        f"{FLAGS} --val-split val",
+        "--seeds",
+        "3",
+        "--folder",
+        str(tmp_path),
+        "--pool",
+        "val",
+        "test",
+    ]
     assert recipes.main([*argv, "--only", "base"]) == 0
     assert recipes.main([*argv, "--only", "base", "multibox"]) == 0
     printed = capsys.readouterr().out
@@ -86,8 +113,10 @@ def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(common, "train", stop)
-    commands = [(recipes.main, ["--set", "shapes", "--folder", str(tmp_path)]),
-                (against_torchvision.main, ["--output-dir", str(tmp_path)])]
+    commands = [
+        (recipes.main, ["--set", "shapes", "--folder", str(tmp_path)]),
+        (against_torchvision.main, ["--output-dir", str(tmp_path)]),
+    ]
     for main, argv in commands:
         assert main(argv) == 130
         assert capsys.readouterr().err == "stopped; the same command goes on\n"
@@ -118,8 +147,10 @@ def test_tables_have_mean_and_spread_best_first(tmp_path, capsys):
 
 
 def test_a_variant_is_compared_with_the_base_of_its_own_seeds_and_flags():
-    lines = [line("base", seed, 0.5 + seed / 10, flags=["--epochs", "3"], pooled_map_area=0.6 + seed / 10)
-             for seed in range(3)]
+    lines = [
+        line("base", seed, 0.5 + seed / 10, flags=["--epochs", "3"], pooled_map_area=0.6 + seed / 10)
+        for seed in range(3)
+    ]
     lines += [line("base", 1, 0.1, flags=["--epochs", "4"])]
     lines += [line("one", seed, 0, flags=["--epochs", "3", "--x"], pooled_map_area=0.8) for seed in (1, 2, 5)]
     lines += [line("two", 1, 0.3, flags=["--epochs", "4", "--y"])]

@@ -62,8 +62,14 @@ def pictures(tiny_voc, tmp_path_factory):
 
 def run_alone(*argv):
     command = [sys.executable, "-c", ALONE, EXAMPLE, *argv]
-    return subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=300, check=False,
-                          env={**os.environ, "PYTHONPATH": ""})
+    return subprocess.run(
+        list(map(str, command)),
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])

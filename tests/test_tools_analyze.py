@@ -23,11 +23,19 @@ B_LOOSE = [21, 26, 30, 35]  # shares 50 of 150 pixels with B
 def arrays(detections, truth):
     """(image, label, score, box) and (image, label, box, difficult) as `ssd.evaluate_voc` takes them."""
     images, labels, scores, boxes_px = list(zip(*detections, strict=True)) or [[]] * 4
-    det = {"image_ids": np.array(images, int), "labels": np.array(labels, int),
-           "scores": np.array(scores, float), "boxes_px": np.array(boxes_px, float).reshape(-1, 4)}
+    det = {
+        "image_ids": np.array(images, int),
+        "labels": np.array(labels, int),
+        "scores": np.array(scores, float),
+        "boxes_px": np.array(boxes_px, float).reshape(-1, 4),
+    }
     images, labels, boxes_px, difficult = list(zip(*truth, strict=True)) or [[]] * 4
-    gt = {"image_ids": np.array(images, int), "labels": np.array(labels, int),
-          "difficult": np.array(difficult, bool), "boxes_px": np.array(boxes_px, float).reshape(-1, 4)}
+    gt = {
+        "image_ids": np.array(images, int),
+        "labels": np.array(labels, int),
+        "difficult": np.array(difficult, bool),
+        "boxes_px": np.array(boxes_px, float).reshape(-1, 4),
+    }
     return det, gt
 
 
@@ -99,10 +107,23 @@ def test_missed_object():
 def test_thresholds_of_overlap():
     truth = [(0, 1, A, False), (1, 2, A, False)]
     tenth, more, half = [1, 1, 10, 1], [1, 1, 10, 1.1], [1, 1, 10, 5]  # of A's 100 pixels: 10, 11, 50
-    found = [(0, 1, 0.9, A), (0, 1, 0.8, tenth), (1, 1, 0.7, tenth), (1, 1, 0.6, more), (1, 1, 0.5, half),
-             (0, 1, 0.4, half), (0, 1, 0.3, [1, 1, 10, 4.9])]
+    found = [
+        (0, 1, 0.9, A),
+        (0, 1, 0.8, tenth),
+        (1, 1, 0.7, tenth),
+        (1, 1, 0.6, more),
+        (1, 1, 0.5, half),
+        (0, 1, 0.4, half),
+        (0, 1, 0.3, [1, 1, 10, 4.9]),
+    ]
     assert kinds_of(found, truth) == [
-        "hit", "localisation", "background", "both", "classification", "duplicate", "localisation"
+        "hit",
+        "localisation",
+        "background",
+        "both",
+        "classification",
+        "duplicate",
+        "localisation",
     ]
 
 
@@ -264,8 +285,10 @@ def ranges_of(detections, truth, num_images, num_classes=2):
 def test_range_of_one_list_is_the_ap_of_its_images_as_often_as_drawn(detections, truth):
     detections = [(i, k, (n + 1) / 30, box) for n, (i, k, _, box) in enumerate(detections)]  # no two alike
     drawn = np.random.default_rng(0).integers(2, size=2)
-    copies = ([(n, *row[1:]) for n, i in enumerate(drawn) for row in rows if row[0] == i]
-              for rows in (detections, truth))
+    copies = (
+        [(n, *row[1:]) for n, i in enumerate(drawn) for row in rows if row[0] == i]
+        for rows in (detections, truth)
+    )
     aps = [row["ap_area"] for row in ssd.evaluate_voc(*arrays(*copies), 2).values()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(analyze, "NUM_LISTS", 1)
@@ -371,8 +394,14 @@ def test_sizes_by_hand():
     records = [record("0", 1000, 1000), record("1", 100, 100)]
     small, large, other = [1, 1, 50, 50], [101, 101, 600, 600], [1, 1, 50, 50]
     truth = [(0, 1, small, False), (0, 1, large, False), (1, 2, other, False), (1, 2, [61, 61, 90, 90], True)]
-    found = [(0, 1, 0.9, [701, 701, 750, 750]), (0, 1, 0.8, small), (1, 2, 0.7, other), (1, 2, 0.6, other),
-             (0, 1, 0.95, [451, 451, 950, 950]), (1, 2, 0.95, [91, 1, 95, 5])]
+    found = [
+        (0, 1, 0.9, [701, 701, 750, 750]),
+        (0, 1, 0.8, small),
+        (1, 2, 0.7, other),
+        (1, 2, 0.6, other),
+        (0, 1, 0.95, [451, 451, 950, 950]),
+        (1, 2, 0.95, [91, 1, 95, 5]),
+    ]
     det, gt = arrays(found, truth)
     ranges = analyze.analyze_sizes(analyze.find_errors(det, gt, 2)[0], gt, records, 2)
     rows = {row["low"]: row for row in ranges}
@@ -411,8 +440,14 @@ def test_best_f1_of_nothing_is_nan():
 
 def test_calibration_by_hand():
     truth = [(0, 1, A, False), (0, 1, B, False), (1, 1, A, True)]
-    found = [(0, 1, 0.95, A), (0, 1, 0.91, FAR), (0, 1, 0.2, B), (0, 1, 0.29, FAR), (1, 1, 0.5, A),
-             (0, 1, 0.42, FAR)]
+    found = [
+        (0, 1, 0.95, A),
+        (0, 1, 0.91, FAR),
+        (0, 1, 0.2, B),
+        (0, 1, 0.29, FAR),
+        (1, 1, 0.5, A),
+        (0, 1, 0.42, FAR),
+    ]
     result = analyze.calibrate(analyze.find_errors(*arrays(found, truth), 1)[0])
     bins = result["bins"]
     assert [b["count"] for b in bins] == [0, 0, 2, 0, 1, 0, 0, 0, 0, 2]  # the ignored one is left out
@@ -430,14 +465,23 @@ def evaluation(curves):
     """Return what `ssd.evaluate` does of one (recall, precision, AP, objects) a class."""
     classes = {}
     for label, (recall, precision, ap, num_gt) in enumerate(curves, start=1):
-        classes[label] = {"recall": np.array(recall), "precision": np.array(precision), "ap_area": ap,
-                          "scores": np.linspace(0.9, 0.1, len(recall)), "num_gt": num_gt}
+        classes[label] = {
+            "recall": np.array(recall),
+            "precision": np.array(precision),
+            "ap_area": ap,
+            "scores": np.linspace(0.9, 0.1, len(recall)),
+            "num_gt": num_gt,
+        }
     return {"map_area": analyze.mean(row["ap_area"] for row in classes.values()), "classes": classes}
 
 
 def test_precision_recall_has_a_curve_for_each_class_with_objects_best_first():
-    curves = [([0.5], [1.0], 0.5, 2), ([], [], math.nan, 0), ([0.5, 1.0], [1.0, 1.0], 1.0, 2),
-              ([], [], 0.0, 3)]
+    curves = [
+        ([0.5], [1.0], 0.5, 2),
+        ([], [], math.nan, 0),
+        ([0.5, 1.0], [1.0, 1.0], 1.0, 2),
+        ([], [], 0.0, 3),
+    ]
     figure = analyze.plot_precision_recall(evaluation(curves), ["a", "b", "c", "d"])
     lines = figure.axes[0].lines
     assert [line.get_label() for line in lines] == ["c 1.000", "a 0.500", "d 0.000"]
@@ -506,8 +550,10 @@ def test_object_is_drawn_where_it_is(picture):
     np.testing.assert_allclose(extent(pixels.min(axis=2) > 200), box, atol=0.02)
 
 
-@pytest.mark.parametrize(("box", "expected"), [([1, 1, 40, 40], (1 / 6, 1 / 6, 1, 1)),
-                                               ([1, 1, 200, 100], (4 / 208, 54 / 208, 204 / 208, 154 / 208))])
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [([1, 1, 40, 40], (1 / 6, 1 / 6, 1, 1)), ([1, 1, 200, 100], (4 / 208, 54 / 208, 204 / 208, 154 / 208))],
+)
 def test_what_is_outside_the_image_is_gray(picture, box, expected):
     pixels = drawn(picture, truth=box)
     np.testing.assert_allclose(extent(np.abs(pixels - 128).max(axis=2) > 20), expected, atol=0.02)
@@ -538,8 +584,14 @@ def test_sheet_has_one_error_an_image():
     def error(kind, index, score):
         return {"kind": kind, "index": index, "score": score}
 
-    errors = [error("background", 0, 0.5), error("background", 1, 0.6), error("missed", 1, ""),
-              error("missed", 2, 0.3), error("localisation", 1, 0.9), error("localisation", 3, 0.7)]
+    errors = [
+        error("background", 0, 0.5),
+        error("background", 1, 0.6),
+        error("missed", 1, ""),
+        error("missed", 2, 0.3),
+        error("localisation", 1, 0.9),
+        error("localisation", 3, 0.7),
+    ]
     picked = analyze.pick_errors(errors, 2)
     assert picked == [errors[4], errors[5], errors[3]]
     assert analyze.pick_errors(errors, 9) == [errors[4], errors[5], errors[0], errors[3]]
@@ -547,14 +599,21 @@ def test_sheet_has_one_error_an_image():
 
 def test_misses_are_the_largest_objects_that_are_not_drawn():
     records = [record("0", 100, 100), record("1", 1000, 1000)]
-    truth = [(0, 1, [1, 1, 20, 20], False), (1, 1, [1, 1, 90, 90], False), (0, 1, [41, 41, 99, 99], True),
-             (0, 1, [50, 1, 59, 10], False), (0, 1, [1, 50, 40, 90], False)]
+    truth = [
+        (0, 1, [1, 1, 20, 20], False),
+        (1, 1, [1, 1, 90, 90], False),
+        (0, 1, [41, 41, 99, 99], True),
+        (0, 1, [50, 1, 59, 10], False),
+        (0, 1, [1, 50, 40, 90], False),
+    ]
     found = [(0, 1, 0.9, [1, 50, 40, 90]), (0, 1, 0.3, [1, 1, 20, 20])]
     errors = analyze.list_errors(*analyze.find_errors(*arrays(found, truth), 1), records, ["cat"])
     # 400 of 10,000 pixels; 100 of 10,000; 8,100 of 1,000,000. One is difficult, one is found.
     assert [error["target"] for error in errors] == [0, 3, 1]
     assert [error["text"] for error in errors] == [
-        "missed cat\nnear it cat 0.30, IoU 1.00", *["missed cat\nnothing near it"] * 2]
+        "missed cat\nnear it cat 0.30, IoU 1.00",
+        *["missed cat\nnothing near it"] * 2,
+    ]
 
 
 def test_hit_of_another_object_stands_beside_a_miss_only_if_it_covers_it():
@@ -563,15 +622,23 @@ def test_hit_of_another_object_stands_beside_a_miss_only_if_it_covers_it():
     sides = analyze.find_errors(*arrays(found, truth), 1)
     errors = analyze.list_errors(*sides, [record("0", 50, 50)], ["cat"])
     assert {error["target"]: error["text"].splitlines()[1] for error in errors} == {
-        1: "near it cat 0.90, IoU 1.00, a hit of another", 2: "near it cat 0.10, IoU 0.54"}
+        1: "near it cat 0.90, IoU 1.00, a hit of another",
+        2: "near it cat 0.10, IoU 0.54",
+    }
 
 
 def test_pictures_say_what_each_mistake_is(picture, tmp_path):
     square, records = [51, 31, 70, 50], [picture] * 4
     truth = [(0, 1, square, False), (1, 2, square, True), (2, 1, square, False), (3, 1, square, False)]
     loose = [51, 41, 70, 60]  # 200 of 600 pixels
-    found = [(0, 1, 0.95, square), (0, 1, 0.9, square), (1, 1, 0.8, square), (2, 1, 0.7, loose),
-             (1, 1, 0.6, loose), (2, 2, 0.5, [151, 61, 190, 99])]
+    found = [
+        (0, 1, 0.95, square),
+        (0, 1, 0.9, square),
+        (1, 1, 0.8, square),
+        (2, 1, 0.7, loose),
+        (1, 1, 0.6, loose),
+        (2, 2, 0.5, [151, 61, 190, 99]),
+    ]
     sides = analyze.find_errors(*arrays(found, truth), 2)
     errors = analyze.list_errors(*sides, records, ("cat", "dog"))
     texts = [
@@ -613,9 +680,12 @@ def test_nothing_to_find_and_nothing_found_is_drawn(picture):
     figure = analyze.plot_mistakes([], [picture], *errors)
     assert figure.get_suptitle().startswith("0 false detections")
     for drawn in (
-        figure, analyze.plot_errors(analysis["tide"]), analyze.plot_f1(result, analysis["best_f1"], ("cat",)),
+        figure,
+        analyze.plot_errors(analysis["tide"]),
+        analyze.plot_f1(result, analysis["best_f1"], ("cat",)),
         analyze.plot_sizes(numbers["coco"]["per_class"], analysis["sizes"]),
-        analyze.plot_calibration(analysis["calibration"]), analyze.plot_precision_recall(result, ("cat",)),
+        analyze.plot_calibration(analysis["calibration"]),
+        analyze.plot_precision_recall(result, ("cat",)),
         analyze.plot_confusion(np.array(numbers["confusion"]["matrix"]), ("cat",)),
     ):
         drawn.draw_without_rendering()
@@ -664,8 +734,16 @@ def test_command_draws_its_pictures_and_prints_its_tables(analyzed):
         with Image.open(path) as image:
             assert min(image.size) > 300
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
-    for text in ("AP@.5 (area) gained", "Of 500 lists drawn at random", "COCO's AP and AR", "best F1",
-                 "Expected calibration error", "mistakes.csv", "mistakes.html", str(plots)):
+    for text in (
+        "AP@.5 (area) gained",
+        "Of 500 lists drawn at random",
+        "COCO's AP and AR",
+        "best F1",
+        "Expected calibration error",
+        "mistakes.csv",
+        "mistakes.html",
+        str(plots),
+    ):
         assert text in printed
     assert (plots / "mistakes.png").stat().st_size < 1.5e6
     with open(plots / "mistakes.csv", encoding="utf-8", newline="") as file:

@@ -28,7 +28,8 @@ def annotation(objects, size=SIZE):
     """objects: (name, (xmin, ymin, xmax, ymax))."""
     nodes = "".join(
         f"<object><name>{name}</name><bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[2]}</xmax>"
-        f"<ymax>{box[3]}</ymax></bndbox></object>" for name, box in objects
+        f"<ymax>{box[3]}</ymax></bndbox></object>"
+        for name, box in objects
     )
     return f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>{nodes}</annotation>"
 
@@ -126,16 +127,26 @@ def test_all_faults_are_named_together(findings, tmp_path, capsys):
     code, found = findings(root)
     assert code == 1
     assert {kind: len(places) for kind, places in found.items()} == {
-        "image missing": 4, "image unreadable": 1, "annotation missing": 1, "annotation unreadable": 1}
+        "image missing": 4,
+        "image unreadable": 1,
+        "annotation missing": 1,
+        "annotation unreadable": 1,
+    }
     out = capsys.readouterr().out
     assert f"mend before a training: {', '.join(found)}\n" in out
     assert "c.jpg\n         ... and 1 more in audit.json\n" in out
 
 
-@pytest.mark.parametrize(("content", "is_complete"), [
-    (jpeg(), True), (jpeg()[:20_000], False), (jpeg()[:-40], False), (jpeg() + b"\0", True),
-    (cv2.imencode(".png", np.zeros((300, 400), np.uint8))[1].tobytes(), True),
-])
+@pytest.mark.parametrize(
+    ("content", "is_complete"),
+    [
+        (jpeg(), True),
+        (jpeg()[:20_000], False),
+        (jpeg()[:-40], False),
+        (jpeg() + b"\0", True),
+        (cv2.imencode(".png", np.zeros((300, 400), np.uint8))[1].tobytes(), True),
+    ],
+)
 def test_an_image_that_is_cut_off_is_unreadable(content, is_complete, findings, tmp_path):
     root = write_voc(tmp_path, {"a": [CAT], "b": [CAT]})
     (root / "JPEGImages" / "b.jpg").write_bytes(content)
@@ -152,16 +163,25 @@ def save_turned(path, orientation, size):
     Image.new("RGB", size, (9, 99, orientation)).save(path, exif=exif)
 
 
-@pytest.mark.parametrize(("orientation", "stored", "annotated", "reading"), [
-    (6, (30, 40), (40, 30), "annotated upright"), (8, (30, 40), (40, 30), "annotated upright"),
-    (5, (40, 30), (40, 30), "annotated as stored"),
-    (3, (40, 30), (40, 30), "both readings fit"), (2, (40, 30), (40, 30), "both readings fit"),
-    (6, (40, 40), (40, 40), "both readings fit"), (6, (30, 40), (0, 0), "both readings fit"),
-    (1, (40, 30), (40, 30), None), (0, (40, 30), (40, 30), None), (9, (40, 30), (40, 30), None),
-])
+@pytest.mark.parametrize(
+    ("orientation", "stored", "annotated", "reading"),
+    [
+        (6, (30, 40), (40, 30), "annotated upright"),
+        (8, (30, 40), (40, 30), "annotated upright"),
+        (5, (40, 30), (40, 30), "annotated as stored"),
+        (3, (40, 30), (40, 30), "both readings fit"),
+        (2, (40, 30), (40, 30), "both readings fit"),
+        (6, (40, 40), (40, 40), "both readings fit"),
+        (6, (30, 40), (0, 0), "both readings fit"),
+        (1, (40, 30), (40, 30), None),
+        (0, (40, 30), (40, 30), None),
+        (9, (40, 30), (40, 30), None),
+    ],
+)
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
 def test_the_reading_of_a_turned_image_is_told(
-        orientation, stored, annotated, reading, ending, findings, tmp_path):
+    orientation, stored, annotated, reading, ending, findings, tmp_path
+):
     root = write_voc(tmp_path, {"a": [CAT], "b": [CAT]})
     (root / "JPEGImages" / "b.jpg").unlink()
     path = root / "JPEGImages" / f"b.{ending}"
@@ -217,8 +237,10 @@ def test_an_annotation_without_a_size_is_used_with_that_of_the_image(findings, t
     path.write_text(path.read_text().replace("<width>40", "<width>0"))
     code, found = findings(root)
     assert code == 0
-    assert found == {"annotation without a size": [str(path)],
-                     "box beyond the image": [f"{path}: object 1 (cat) [1, 1, 99, 15]"]}
+    assert found == {
+        "annotation without a size": [str(path)],
+        "box beyond the image": [f"{path}: object 1 (cat) [1, 1, 99, 15]"],
+    }
     assert "train       2 images        2 objects" in capsys.readouterr().out
 
 
@@ -235,8 +257,17 @@ def test_an_image_without_annotation_is_negative_if_asked(findings, tmp_path):
 
 def test_what_a_training_mends_is_noted_with_file_and_object(findings, tmp_path, capsys):
     other = ("dog", *CAT[1:])
-    boxes = [CAT, other, CAT, ("cat", (20, 1, 20, 9)), ("cat", (9, 20, 5, 25)), ("cat", (60, 1, 70, 9)),
-             ("dog", (30, 20, 45, 30)), ("dog", (0, 0, 40, 30)), ("dog", (1, 4, 40, 7))]  # the last: IoU .46
+    boxes = [
+        CAT,
+        other,
+        CAT,
+        ("cat", (20, 1, 20, 9)),
+        ("cat", (9, 20, 5, 25)),
+        ("cat", (60, 1, 70, 9)),
+        ("dog", (30, 20, 45, 30)),
+        ("dog", (0, 0, 40, 30)),
+        ("dog", (1, 4, 40, 7)),
+    ]  # the last: IoU .46
     boxes += [("cat", (1, 1, 20, 15 - n / 9)) for n in range(1, 41)]  # less than a tenth is left out
     boxes.append(("cat", (5, 9, 9, 5)))
     root = write_voc(tmp_path, {"a": boxes})
@@ -245,8 +276,10 @@ def test_what_a_training_mends_is_noted_with_file_and_object(findings, tmp_path,
     path = root / "Annotations" / "a.xml"
     assert found == {
         "same box and class twice": [f"{path}: object 3 (cat) [1, 1, 20, 15]"],
-        "box without area or outside": [f"{path}: object 4 (cat) [20, 1, 20, 9]",
-                                        f"{path}: object 6 (cat) [60, 1, 70, 9]"],
+        "box without area or outside": [
+            f"{path}: object 4 (cat) [20, 1, 20, 9]",
+            f"{path}: object 6 (cat) [60, 1, 70, 9]",
+        ],
         "box reversed": [f"{path}: object 5 (cat) [9, 20, 5, 25]", f"{path}: object 50 (cat) [5, 9, 9, 5]"],
         "box beyond the image": [f"{path}: object 7 (dog) [30, 20, 45, 30]"],  # object 8 is 0-based
         "object that no anchor overlaps by half": [f"{path}: object 9 (dog) [1, 4, 40, 7]"],
@@ -271,16 +304,20 @@ def test_the_objects_that_are_kept_are_those_of_the_module(tmp_path_factory, obj
     found = {kind: [] for kind in audit.KINDS}
     kept = audit.check_objects(audit.inspect_files(root, "a")["annotation"], str(path), "ab", found)
     assert [(" ab".index(name), *box) for _, name, box in kept] == [
-        (label, *box) for label, box in zip(record.labels, record.boxes, strict=True)]
+        (label, *box) for label, box in zip(record.labels, record.boxes, strict=True)
+    ]
     assert sorted(found["box reversed"] + found["box without area or outside"]) == sorted(dropped)
     assert len(kept) + len(dropped) + len(found["same box and class twice"]) == len(annotation_of_a[2])
 
 
-@pytest.mark.parametrize(("objects", "kind", "cause"), [
-    ([("cat", (0.1, 0.2, 0.5, 0.9)), ("cat", (0, 0, 0.5, 1))], "box under a pixel", "fractions"),
-    ([("cat", (20, 15, 1, 1))] * 2, "box reversed", "swapped corners"),
-    ([("cat", (20, 15, 9, 9)), ("cat", (10, 9, 9, 8)), CAT], "box reversed", "sizes or swapped corners?"),
-])
+@pytest.mark.parametrize(
+    ("objects", "kind", "cause"),
+    [
+        ([("cat", (0.1, 0.2, 0.5, 0.9)), ("cat", (0, 0, 0.5, 1))], "box under a pixel", "fractions"),
+        ([("cat", (20, 15, 1, 1))] * 2, "box reversed", "swapped corners"),
+        ([("cat", (20, 15, 9, 9)), ("cat", (10, 9, 9, 8)), CAT], "box reversed", "sizes or swapped corners?"),
+    ],
+)
 def test_a_list_of_boxes_written_otherwise_stops_with_the_cause(objects, kind, cause, findings, tmp_path):
     root = write_voc(tmp_path, {"a": [CAT, DOG], "b": objects}, train="a", val="b")
     code, found = findings(root)
@@ -332,7 +369,9 @@ def test_classes_given_leave_others_out(findings, tmp_path):
     code, found = findings(root, "--classes", "cat")
     assert code == 0
     assert [place.split("Annotations")[1][1:] for place in found["object of another class"]] == [
-        "a.xml: object 2 (dog) [11, 6, 40, 30]", "b.xml: object 1 (walrus) [1, 1, 20, 15]"]
+        "a.xml: object 2 (dog) [11, 6, 40, 30]",
+        "b.xml: object 1 (walrus) [1, 1, 20, 15]",
+    ]
 
 
 def test_objects_too_small_to_be_seen_are_named(findings, tmp_path):
@@ -359,17 +398,24 @@ def test_an_image_in_two_lists_stops_a_training(findings, tmp_path):
     root = write_voc(tmp_path, {name: [CAT] for name in "abc"}, train="ab", val="bc", test="c")
     code, found = findings(root, "--val-split", "val")
     assert code == 1
-    assert found == {"image in two lists": [f"{root}/JPEGImages/b.jpg (train, val)",
-                                            f"{root}/JPEGImages/c.jpg (val, test)"]}
+    assert found == {
+        "image in two lists": [
+            f"{root}/JPEGImages/b.jpg (train, val)",
+            f"{root}/JPEGImages/c.jpg (val, test)",
+        ]
+    }
     with pytest.raises(ssd.InputError, match=r"b\.jpg"):
         ssd.load_data(str(root), val_split="val")
 
 
-@pytest.mark.parametrize(("objects", "lists", "code"), [
-    ([CAT], {"train": "ab", "test": "c"}, 1),
-    ([CAT], {"train": "abc"}, 0),
-    ([], {"train": "ab", "test": "c"}, 0),
-])
+@pytest.mark.parametrize(
+    ("objects", "lists", "code"),
+    [
+        ([CAT], {"train": "ab", "test": "c"}, 1),
+        ([CAT], {"train": "abc"}, 0),
+        ([], {"train": "ab", "test": "c"}, 0),
+    ],
+)
 def test_the_same_pixels_in_two_lists_are_a_leak(objects, lists, code, findings, tmp_path):
     root = write_voc(tmp_path, {"a": [CAT], "b": objects, "c": objects}, **lists)
     shutil.copy(root / "JPEGImages" / "b.jpg", root / "JPEGImages" / "c.jpg")
@@ -478,7 +524,8 @@ def test_the_plot_counts_the_objects_and_those_matched_by_an_anchor():
     assert "0.500" in shares.get_title()
     assert "4 objects in 3" in counts.get_title()
     assert sizes.collections[0].get_offsets().tolist() == pytest.approx(
-        np.array([[30, 30], [60, 60], [2, 2], [290, 8]]), abs=1e-3)
+        np.array([[30, 30], [60, 60], [2, 2], [290, 8]]), abs=1e-3
+    )
     figure.canvas.draw()  # of a formula between two $ it would raise
     labels = [label.get_text() for label in counts.get_yticklabels()]
     assert labels == ["a", r"\$", r"c\$", r"\u732b" " \u00f6"]  # the font has no Chinese letters
@@ -508,9 +555,15 @@ def test_the_program_writes_audit_json_and_data_png_alone(make_voc, tmp_path, mo
     assert before == {path: path.read_bytes() for path in before}
 
 
-@pytest.mark.parametrize("flags", [
-    ["--data", "nowhere"], ["--train-split", "none"], ["--classes", "cat,walrus"], ["--val-split", "none"],
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data", "nowhere"],
+        ["--train-split", "none"],
+        ["--classes", "cat,walrus"],
+        ["--val-split", "none"],
+    ],
+)
 def test_a_mistake_is_told_in_one_line(flags, tmp_path, capsys):
     root = write_voc(tmp_path, {"a": [CAT], "b": [CAT]})
     assert audit.main(flags_of(root, *flags)) == 2

@@ -15,8 +15,18 @@ import ssd_object_detection as ssd
 from tools import coco
 
 NAMES = (
-    "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
-    "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large",
+    "ap",
+    "ap50",
+    "ap75",
+    "ap_small",
+    "ap_medium",
+    "ap_large",
+    "ar1",
+    "ar10",
+    "ar100",
+    "ar_small",
+    "ar_medium",
+    "ar_large",
 )
 BOX = [1, 1, 10, 10]
 
@@ -24,15 +34,23 @@ BOX = [1, 1, 10, 10]
 def detections_of(rows):
     """rows: (image, label, score, box), as `ssd.evaluate_voc` takes them."""
     images, labels, scores, boxes = list(zip(*rows, strict=True)) or [[]] * 4
-    return {"image_ids": np.array(images, int), "labels": np.array(labels, int),
-            "scores": np.array(scores, float), "boxes_px": np.array(boxes, float).reshape(-1, 4)}
+    return {
+        "image_ids": np.array(images, int),
+        "labels": np.array(labels, int),
+        "scores": np.array(scores, float),
+        "boxes_px": np.array(boxes, float).reshape(-1, 4),
+    }
 
 
 def truth_of(rows):
     """rows: (image, label, box, difficult)."""
     images, labels, boxes, difficult = list(zip(*rows, strict=True)) or [[]] * 4
-    return {"image_ids": np.array(images, int), "labels": np.array(labels, int),
-            "boxes_px": np.array(boxes, float).reshape(-1, 4), "difficult": np.array(difficult, bool)}
+    return {
+        "image_ids": np.array(images, int),
+        "labels": np.array(labels, int),
+        "boxes_px": np.array(boxes, float).reshape(-1, 4),
+        "difficult": np.array(difficult, bool),
+    }
 
 
 def annotations(side):
@@ -41,8 +59,14 @@ def annotations(side):
     columns = (side["image_ids"].tolist(), side["labels"].tolist(), side["boxes_px"].tolist())
     for image_id, label, (x1, y1, x2, y2) in zip(*columns, strict=True):
         width, height = x2 - x1 + 1, y2 - y1 + 1
-        rows.append({"image_id": image_id, "category_id": label, "bbox": [x1 - 1, y1 - 1, width, height],
-                     "area": width * height})
+        rows.append(
+            {
+                "image_id": image_id,
+                "category_id": label,
+                "bbox": [x1 - 1, y1 - 1, width, height],
+                "area": width * height,
+            }
+        )
     return rows
 
 
@@ -51,12 +75,17 @@ def judged(detections, truth, num_classes):
     objects = annotations(truth)
     for number, row in enumerate(objects, start=1):
         row |= {"id": number, "iscrowd": int(truth["difficult"][number - 1])}
-    found = [{**row, "score": score} for row, score in
-             zip(annotations(detections), detections["scores"].tolist(), strict=True)]
+    found = [
+        {**row, "score": score}
+        for row, score in zip(annotations(detections), detections["scores"].tolist(), strict=True)
+    ]
     images = {*detections["image_ids"].tolist(), *truth["image_ids"].tolist()}
     data = pycocotools.coco.COCO()
-    data.dataset = {"images": [{"id": image} for image in images], "annotations": objects,
-                    "categories": [{"id": label} for label in range(1, num_classes + 1)]}
+    data.dataset = {
+        "images": [{"id": image} for image in images],
+        "annotations": objects,
+        "categories": [{"id": label} for label in range(1, num_classes + 1)],
+    }
     data.createIndex()
     judge = pycocotools.cocoeval.COCOeval(data, data.loadRes(found), "bbox")
     judge.evaluate()
@@ -78,8 +107,10 @@ def assert_equals_pycocotools(detections, truth, num_classes):
     expected = figures_of(detections, truth, num_classes)
     assert {name: figures[name] for name in NAMES} == pytest.approx(expected, abs=1e-9, nan_ok=True)
     for label in range(1, num_classes + 1):  # a class alone
-        sides = [{name: column[side["labels"] == label] for name, column in side.items()}
-                 for side in (detections, truth)]
+        sides = [
+            {name: column[side["labels"] == label] for name, column in side.items()}
+            for side in (detections, truth)
+        ]
         expected = figures_of(*sides, num_classes)
         if expected:
             assert figures["per_class"][label] == pytest.approx(expected, abs=1e-9, nan_ok=True)
@@ -91,9 +122,12 @@ def random_detections(rng, *, images, objects, found, num_classes, whole_pixels)
     low = rng.uniform(1, 200, (objects, 2))
     size = np.exp(rng.uniform(np.log(8), np.log(180), (objects, 2)))
     boxes = np.concatenate((low, low + size), axis=1)
-    truth = {"image_ids": rng.integers(images, size=objects), "difficult": rng.random(objects) < 0.15,
-             "labels": rng.integers(1, num_classes + 1, objects),
-             "boxes_px": boxes.round() if whole_pixels else boxes}
+    truth = {
+        "image_ids": rng.integers(images, size=objects),
+        "difficult": rng.random(objects) < 0.15,
+        "labels": rng.integers(1, num_classes + 1, objects),
+        "boxes_px": boxes.round() if whole_pixels else boxes,
+    }
     source = rng.integers(objects, size=found)
     noise = rng.normal(0, 1, (found, 4)) * rng.choice([0.02, 0.08, 0.3], (found, 1))
     moved = boxes[source] + noise * np.tile(size[source], 2)
@@ -101,8 +135,12 @@ def random_detections(rng, *, images, objects, found, num_classes, whole_pixels)
     labels, image_ids = truth["labels"][source], truth["image_ids"][source]
     labels = np.where(rng.random(found) < 0.8, labels, rng.integers(1, num_classes + 1, found))
     image_ids = np.where(rng.random(found) < 0.8, image_ids, rng.integers(images, size=found))
-    detections = {"image_ids": image_ids, "labels": labels, "scores": rng.random(found).round(2),
-                  "boxes_px": moved.round() if whole_pixels else moved}
+    detections = {
+        "image_ids": image_ids,
+        "labels": labels,
+        "scores": rng.random(found).round(2),
+        "boxes_px": moved.round() if whole_pixels else moved,
+    }
     return detections, truth
 
 

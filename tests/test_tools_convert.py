@@ -47,13 +47,28 @@ def picture(path, size=(100, 80), **options):
 
 def write_coco(path, images, objects, names=("blob", "cell")):
     """Write a COCO JSON. images: {id: name}, of 100x80; objects: (image id, category id, bbox[, iscrowd])."""
-    path.write_text(json.dumps({
-        "images": [{"id": number, "file_name": name, "width": 100, "height": 80}
-                   for number, name in images.items()],
-        "categories": [{"id": 10 * k, "name": name} for k, name in enumerate(names, start=1)],
-        "annotations": [{"id": 500 + number, "image_id": image, "category_id": category, "bbox": box,
-                         "iscrowd": crowd[0] if crowd else 0}
-                        for number, (image, category, box, *crowd) in enumerate(objects)]}), encoding="utf-8")
+    path.write_text(
+        json.dumps(
+            {
+                "images": [
+                    {"id": number, "file_name": name, "width": 100, "height": 80}
+                    for number, name in images.items()
+                ],
+                "categories": [{"id": 10 * k, "name": name} for k, name in enumerate(names, start=1)],
+                "annotations": [
+                    {
+                        "id": 500 + number,
+                        "image_id": image,
+                        "category_id": category,
+                        "bbox": box,
+                        "iscrowd": crowd[0] if crowd else 0,
+                    }
+                    for number, (image, category, box, *crowd) in enumerate(objects)
+                ],
+            }
+        ),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -77,11 +92,18 @@ def write_pair(folder, stem, objects=(("cell", [11, 21, 40, 60]),)):
 
 def boxes_of(out, split="train"):
     """Return {image id: [[class, x1, y1, x2, y2], ...]} of a list as the module reads it."""
-    classes = tuple(sorted({name for _, _, objects in ssd.read_annotations(out, split).values()
-                            for name, _, _ in objects}))
-    return {record.image_id: [[classes[k - 1], *np.round(box.astype(float), 3).tolist()]
-                              for k, box in zip(record.labels, record.boxes_px, strict=True)]
-            for record in ssd.read_records(out, split, classes)}
+    classes = tuple(
+        sorted(
+            {name for _, _, objects in ssd.read_annotations(out, split).values() for name, _, _ in objects}
+        )
+    )
+    return {
+        record.image_id: [
+            [classes[k - 1], *np.round(box.astype(float), 3).tolist()]
+            for k, box in zip(record.labels, record.boxes_px, strict=True)
+        ]
+        for record in ssd.read_records(out, split, classes)
+    }
 
 
 # ---- there and back ----
@@ -142,9 +164,15 @@ def test_coco_comes_back_box_for_box_list_by_list(odd_voc, tmp_path, capsys):
             content["images"].append({"id": number, "file_name": Path(record.image_path).name, **size})
             for box, label in zip(record.boxes_px.astype(float).tolist(), record.labels, strict=True):
                 x1, y1, x2, y2 = box
-                content["annotations"].append({
-                    "id": len(content["annotations"]) + 1, "image_id": number, "iscrowd": int(label == 2),
-                    "category_id": 7 if label == 2 else 3, "bbox": [x1, y1, x2 - x1, y2 - y1]})
+                content["annotations"].append(
+                    {
+                        "id": len(content["annotations"]) + 1,
+                        "image_id": number,
+                        "iscrowd": int(label == 2),
+                        "category_id": 7 if label == 2 else 3,
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    }
+                )
         path = tmp_path / f"instances_{split}.json"
         path.write_text(json.dumps(content), encoding="utf-8")
         assert pycocotools.coco.COCO(str(path)).getImgIds()
@@ -153,8 +181,10 @@ def test_coco_comes_back_box_for_box_list_by_list(odd_voc, tmp_path, capsys):
         out, err = capsys.readouterr()
         counts = [sum(int((record.labels == k).sum()) for record in records) for k in (1, 2)]
         empty = sum(len(record.labels) == 0 for record in records)
-        assert out == (f"{split}: {len(records)} pictures ({empty} without objects), {sum(counts)} objects "
-                       f"({counts[1]} difficult or crowds): angular {counts[0]}, round {counts[1]}\n")
+        assert out == (
+            f"{split}: {len(records)} pictures ({empty} without objects), {sum(counts)} objects "
+            f"({counts[1]} difficult or crowds): angular {counts[0]}, round {counts[1]}\n"
+        )
         assert err == ""
     assert assert_same_boxes(tmp_path / "out", odd_voc, with_difficult=True) == KEPT_STEMS
     assert all(path.is_symlink() for path in (tmp_path / "out" / "JPEGImages").iterdir())
@@ -178,7 +208,8 @@ def test_yolo_comes_back_box_for_box(odd_voc, tmp_path):
                 label_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     (tmp_path / "data.yaml").write_text(
         "path: .\ntrain: images/train\nval: images/val\ntest: images/test\nnc: 2\nnames:\n  0: angular\n"
-        "  1: round\n")
+        "  1: round\n"
+    )
     assert run("yolo", tmp_path / "data.yaml", tmp_path / "out") == 0
     expected = {}
     for split, records in odd_voc.items():
@@ -230,11 +261,15 @@ def test_flat_folders_come_back_box_for_box(make_voc, tmp_path, folders, capsys)
 
 def test_edges_of_a_coco_box_are_read_back_and_its_crowd_is_difficult(tmp_path):
     picture(tmp_path / "in" / "deep" / "a.png")
-    path = write_coco(tmp_path / "odd.json", {1: "deep\\a.png"}, [
-        (1, 10, [0, 0, 100, 80]), (1, 20, [10.25, 20.5, 30.125, 1.5]), (1, 20, [90, 70, 30, 30], 1)])
+    path = write_coco(
+        tmp_path / "odd.json",
+        {1: "deep\\a.png"},
+        [(1, 10, [0, 0, 100, 80]), (1, 20, [10.25, 20.5, 30.125, 1.5]), (1, 20, [90, 70, 30, 30], 1)],
+    )
     assert run("coco", path, tmp_path / "in", tmp_path / "out", "--list", "train") == 0
-    assert boxes_of(tmp_path / "out") == {"a": [
-        ["blob", 0, 0, 100, 80], ["cell", 10.25, 20.5, 40.375, 22], ["cell", 90, 70, 100, 80]]}
+    assert boxes_of(tmp_path / "out") == {
+        "a": [["blob", 0, 0, 100, 80], ["cell", 10.25, 20.5, 40.375, 22], ["cell", 90, 70, 100, 80]]
+    }
     text = (tmp_path / "out" / "Annotations" / "a.xml").read_text(encoding="utf-8")
     assert "<xmin>11.25</xmin><ymin>21.5</ymin><xmax>40.375</xmax><ymax>22</ymax>" in text
     (record,) = ssd.read_records(tmp_path / "out", "train", ("blob", "cell"))
@@ -246,21 +281,28 @@ def test_a_yolo_line_is_a_box_a_polygon_or_key_points(tmp_path):
     path = write_yolo(tmp_path / "in", {"a.png": lines, "empty.png": "", "none.png": None})
     assert run("yolo", path, tmp_path / "out") == 0
     assert boxes_of(tmp_path / "out") == {
-        "a": [["blob", 40, 20, 60, 60], ["cell", 10, 8, 30, 48]], "empty": [], "none": []}
-    path = write_yolo(tmp_path / "pose", {"a.png": "0 .5 .5 .2 .5 .9 .9 2"},
-                      "train: images\nnc: 1\nkpt_shape: [1, 3]\n")
+        "a": [["blob", 40, 20, 60, 60], ["cell", 10, 8, 30, 48]],
+        "empty": [],
+        "none": [],
+    }
+    path = write_yolo(
+        tmp_path / "pose", {"a.png": "0 .5 .5 .2 .5 .9 .9 2"}, "train: images\nnc: 1\nkpt_shape: [1, 3]\n"
+    )
     assert run("yolo", path, tmp_path / "pose out") == 0
     assert boxes_of(tmp_path / "pose out") == {"a": [["class_0", 40, 20, 60, 60]]}
 
 
-@pytest.mark.parametrize(("text", "lists"), [
-    ("train: ../train/images\nval: ../valid/images\ntest: ../test/images\n", {"train": 1, "val": 1}),
-    ("path: /no/such/machine\ntrain: [train/images, valid/images]\n", {"train": 2}),
-    ("path: train\ntrain: images\nval:\n", {"train": 1}),
-    ("train: train/list.txt\n", {"train": 2}),
-    ("train: .\n", {"train": 2}),
-    ("train: [train/images, train]\n", {"train": 1}),
-])
+@pytest.mark.parametrize(
+    ("text", "lists"),
+    [
+        ("train: ../train/images\nval: ../valid/images\ntest: ../test/images\n", {"train": 1, "val": 1}),
+        ("path: /no/such/machine\ntrain: [train/images, valid/images]\n", {"train": 2}),
+        ("path: train\ntrain: images\nval:\n", {"train": 1}),
+        ("train: train/list.txt\n", {"train": 2}),
+        ("train: .\n", {"train": 2}),
+        ("train: [train/images, train]\n", {"train": 1}),
+    ],
+)
 def test_paths_of_a_data_yaml(tmp_path, capsys, text, lists):
     for name in ("train", "valid"):
         picture(tmp_path / "in" / name / "images" / f"{name}.png")
@@ -310,8 +352,9 @@ def test_pictures_of_one_stem_are_named_apart(tmp_path):
     assert len({name.casefold() for name in found}) == 5
     for number, (image_id, boxes) in enumerate(found.items()):
         assert boxes == [["blob", number, 0, number + 50, 50]]
-        assert os.path.samefile(ssd.find_file(tmp_path / "out", "JPEGImages", image_id),
-                                tmp_path / "in" / names[number])
+        assert os.path.samefile(
+            ssd.find_file(tmp_path / "out", "JPEGImages", image_id), tmp_path / "in" / names[number]
+        )
     picture(tmp_path / "more" / "x.png")  # of a second list
     path = write_coco(tmp_path / "val.json", {1: "x.png"}, [(1, 20, [5, 5, 50, 50])])
     assert run("coco", path, tmp_path / "more", tmp_path / "out") == 0
@@ -367,19 +410,22 @@ def test_few_faulty_annotations_are_left_out_and_named_many_are_refused(tmp_path
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize(("bad", "message"), [
-    ("2 .5 .5 .5 .5", "no class 2 among the 2 names"),
-    ("0.5 .5 .5 .5 .5", "no class 0.5 among"),
-    ("-1 .5 .5 .5 .5", "no class -1 among"),
-    ("0 50 50 20 20", "has other numbers than fractions from 0 to 1"),
-    ("0 .5 .5 -.5 .5", "has other numbers than fractions"),
-    ("0 .5 nan .5 .5", "has other numbers than fractions"),
-    ("0 .5 .5 0 .5", "is a pixel or less across"),
-    ("0 .5 .5 .5", "is neither a box nor a polygon"),
-    ("0 .5 .5", "is neither a box nor a polygon"),
-    ("cell .5 .5 .5 .5", "is neither a box nor a polygon"),
-    ("0 .5 .5 .5 .5 .9", "is neither a box nor a polygon"),
-])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("2 .5 .5 .5 .5", "no class 2 among the 2 names"),
+        ("0.5 .5 .5 .5 .5", "no class 0.5 among"),
+        ("-1 .5 .5 .5 .5", "no class -1 among"),
+        ("0 50 50 20 20", "has other numbers than fractions from 0 to 1"),
+        ("0 .5 .5 -.5 .5", "has other numbers than fractions"),
+        ("0 .5 nan .5 .5", "has other numbers than fractions"),
+        ("0 .5 .5 0 .5", "is a pixel or less across"),
+        ("0 .5 .5 .5", "is neither a box nor a polygon"),
+        ("0 .5 .5", "is neither a box nor a polygon"),
+        ("cell .5 .5 .5 .5", "is neither a box nor a polygon"),
+        ("0 .5 .5 .5 .5 .9", "is neither a box nor a polygon"),
+    ],
+)
 def test_a_faulty_line_of_labels_is_left_out_and_named(tmp_path, capsys, bad, message):
     path = write_yolo(tmp_path / "in", {"a.png": f"0 .5 .5 .5 .5\n{bad}\n"})
     assert run("yolo", path, tmp_path / "out") == 0
@@ -400,7 +446,8 @@ def test_a_missing_picture_is_an_error(tmp_path, capsys):
     write_pair(tmp_path / "flat", "a")
     (tmp_path / "flat" / "a.png").unlink()
     assert f"no picture beside {tmp_path / 'flat' / 'a.xml'}" in fails(
-        capsys, "flat", tmp_path / "flat", tmp_path / "out")
+        capsys, "flat", tmp_path / "flat", tmp_path / "out"
+    )
     (tmp_path / "list.txt").write_text("in/none.png\n")
     (tmp_path / "data.yaml").write_text("train: list.txt\nnames: [a]\n")
     line = fails(capsys, "yolo", tmp_path / "data.yaml", tmp_path / "out")
@@ -417,9 +464,13 @@ def test_pictures_without_an_xml_are_not_taken_for_empty_ones(tmp_path, capsys):
     picture(tmp_path / "in" / "unlabelled.png")
     assert run("flat", tmp_path / "in", tmp_path / "out", "--test-fraction", "0") == 0
     assert capsys.readouterr().err == (
-        f"warning: left out, without an XML beside it: {tmp_path / 'in' / 'unlabelled.png'}\n")
+        f"warning: left out, without an XML beside it: {tmp_path / 'in' / 'unlabelled.png'}\n"
+    )
     assert {name: len(boxes) for name, boxes in boxes_of(tmp_path / "out").items()} == {
-        "a": 1, "b": 1, "no objects": 0}
+        "a": 1,
+        "b": 1,
+        "no objects": 0,
+    }
     assert [path.name for path in (tmp_path / "out" / "ImageSets" / "Main").iterdir()] == ["train.txt"]
 
 
@@ -473,12 +524,23 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
-    (tmp_path / "twice.json").write_text(json.dumps({
-        "images": [{"id": 1, "file_name": "a.png", "width": 1, "height": 1}] * 2, "annotations": [],
-        "categories": []}))
-    for name, text in (("bad", "names: ["), ("lacks", "names: [a]"), ("text", "train"),
-                       ("nothing", "train: images"), ("none", "train: images\nnames: [a]"),
-                       ("empty", "train: empty\nnames: [a]")):
+    (tmp_path / "twice.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "a.png", "width": 1, "height": 1}] * 2,
+                "annotations": [],
+                "categories": [],
+            }
+        )
+    )
+    for name, text in (
+        ("bad", "names: ["),
+        ("lacks", "names: [a]"),
+        ("text", "train"),
+        ("nothing", "train: images"),
+        ("none", "train: images\nnames: [a]"),
+        ("empty", "train: empty\nnames: [a]"),
+    ):
         (tmp_path / f"{name}.yaml").write_text(text)
     picture(tmp_path / "bare" / "images" / "a.png")
     (tmp_path / "bare" / "a.yaml").write_text("train: images\nnames: [a]\n")

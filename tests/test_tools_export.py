@@ -55,6 +55,7 @@ def hf_folder(tiny_run, tmp_path_factory):
 @pytest.fixture
 def refused(capsys):
     """A function that runs the tool, demands exit code 2 and one line, and returns it."""
+
     def run(*argv):
         capsys.readouterr()
         assert export.main([str(a) for a in argv]) == 2
@@ -87,7 +88,9 @@ def rows_of(outputs, image):
 def test_the_file_finds_what_pytorch_finds_whatever_the_batch(onnx_file, model, tiny_voc):
     paths = sorted((tiny_voc / "JPEGImages").glob("*.jpg"))[:5]
     resize = ssd.resize_transform()
-    images = np.stack([resize(image=np.asarray(ssd.open_image(p)))["image"] for p in paths]).transpose(0, 3, 1, 2)
+    images = np.stack([resize(image=np.asarray(ssd.open_image(p)))["image"] for p in paths]).transpose(
+        0, 3, 1, 2
+    )
     with torch.inference_mode():
         expected = ssd.detect(*model(torch.from_numpy(images)), model.anchors, score_thresh=float(THRESH))
     for size in (1, 3, 5):
@@ -140,8 +143,16 @@ def test_the_graph_has_the_run_s_suppression_unless_another_is_given(tiny_run, t
 
 
 @pytest.mark.parametrize("num_anchors", [60, 700])
-@pytest.mark.parametrize("settings", [{}, {"score_thresh": 0.0}, {"score_thresh": 0.3, "nms_iou_thresh": 0.7},
-                                      {"max_detections": 7}, {"nms_iou_thresh": 0.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"score_thresh": 0.0},
+        {"score_thresh": 0.3, "nms_iou_thresh": 0.7},
+        {"max_detections": 7},
+        {"nms_iou_thresh": 0.0},
+    ],
+)
 def test_the_graph_after_the_network_is_detect(num_anchors, settings):
     torch.manual_seed(num_anchors)
     batch, num_classes = 3, 4
@@ -336,8 +347,13 @@ def test_the_folder_detects_as_the_checkpoint_does(hf_folder, tiny_run, tiny_voc
             found.append(json.loads((tmp_path / "plots" / "predictions" / "predictions.json").read_text()))
     assert found[:2] == found[2:]
     assert len(found[1][picture]["labels"]) > max(20, len(found[0][picture]["labels"]))
-    assert {p.name for p in hf_folder.iterdir()} == {"README.md", "config.json", "model.safetensors", "plots",
-                                                     "ssd_object_detection.py"}
+    assert {p.name for p in hf_folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "plots",
+        "ssd_object_detection.py",
+    }
     assert (hf_folder / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -351,7 +367,17 @@ def test_the_folder_becomes_a_checkpoint_that_is_measured_and_trained_further(
     assert back["model"].keys() == first["model"].keys()
     assert all(torch.equal(value, first["model"][name]) for name, value in back["model"].items())
     assert [back[name] for name in ("classes", "score_thresh")] == [first["classes"], first["score_thresh"]]
-    flags = ["--data", str(tiny_run.data), "--device", "cpu", "--amp", "off", "--workers", "0", "--output-dir"]
+    flags = [
+        "--data",
+        str(tiny_run.data),
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+        "--workers",
+        "0",
+        "--output-dir",
+    ]
     assert ssd.main(["--evaluate", str(path), *flags, str(tmp_path / "a")]) == 0
     measured = json.loads((tmp_path / "a" / "plots" / "evaluation" / "evaluation.json").read_text())
     assert measured["map_area"] == first["test"]["map_area"]
@@ -378,7 +404,8 @@ def test_the_card_tells_what_the_run_recorded(hf_folder, tiny_run, tiny_voc):
     data = hub.ModelCard(card).data
     assert (data.license, data.pipeline_tag) == ("cc-by-4.0", "object-detection")
     assert [(e.metric_type, e.metric_value, e.dataset_split) for e in data.eval_results] == [
-        ("mAP", round(test[key], 4), "test") for key in ("map_area", "map11", "map75")]
+        ("mAP", round(test[key], 4), "test") for key in ("map_area", "map11", "map75")
+    ]
     for name, row in test["per_class"].items():
         aps = " | ".join(f"{row[key]:.4f}" for key in ("ap_area", "ap11", "ap75"))
         assert f"| {name} | {row['num_gt']} | {aps} |" in card
@@ -396,8 +423,14 @@ def test_the_card_s_program_loads_the_model_in_the_folder(hf_folder, tiny_run, t
     folder = shutil.copytree(hf_folder, tmp_path / "downloaded")
     picture = shutil.copy(tiny_voc / "JPEGImages" / "test_1.jpg", folder / "picture.jpg")
     program = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, env={**os.environ, "PYTHONPATH": ""},
-                          text=True, capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": ""},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     found = ssd.load_detector(tiny_run.final, "cpu", "off").predict(picture)
     assert len(found) > 0
     assert done.stdout.startswith(f"{found.names} {found.scores} ")
@@ -414,7 +447,18 @@ def test_a_folder_of_something_else_is_refused_and_one_of_its_own_renewed(tiny_r
 
 
 def test_a_model_trained_further_says_so_and_names_no_folder(tiny_run, tmp_path, no_pictures):
-    flags = ["--data", str(tiny_run.data), "--device", "cpu", "--amp", "off", "--workers", "0", "--epochs", "1"]
+    flags = [
+        "--data",
+        str(tiny_run.data),
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+        "--workers",
+        "0",
+        "--epochs",
+        "1",
+    ]
     out = tmp_path / "secret"
     assert ssd.main([f"--init-from={tiny_run.final}", *flags, "--output-dir", str(out)]) == 0
     assert export.main(["hf", str(out / "checkpoints" / tiny_run.final.name), str(tmp_path / "hf")]) == 0
@@ -461,13 +505,19 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch):
         export.optional_import("safetensors.torch", "reading x")
 
 
-@pytest.mark.parametrize(("files", "message"), [
-    ({}, r"lacks config\.json and model\.safetensors"), ({"config.json": "{}"}, r"lacks model\.safetensors"),
-    ({"config.json": "{", "model.safetensors": "x"}, "not a model of this module"),
-    ({"config.json": "{}", "model.safetensors": "x"}, "not a model of this module"),
-    ({"config.json": '{"format_version": 2}', "model.safetensors": "x"},
-     f"format 2, this program reads {ssd.FORMAT_VERSION}"),
-])
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"lacks config\.json and model\.safetensors"),
+        ({"config.json": "{}"}, r"lacks model\.safetensors"),
+        ({"config.json": "{", "model.safetensors": "x"}, "not a model of this module"),
+        ({"config.json": "{}", "model.safetensors": "x"}, "not a model of this module"),
+        (
+            {"config.json": '{"format_version": 2}', "model.safetensors": "x"},
+            f"format 2, this program reads {ssd.FORMAT_VERSION}",
+        ),
+    ],
+)
 def test_a_folder_that_is_no_model_is_one_line(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
@@ -566,9 +616,13 @@ def test_a_pushed_model_comes_back_from_the_hub(hf_folder, tiny_run, tiny_voc, t
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     picture = str(tiny_voc / "JPEGImages" / "test_1.jpg")
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-                   "HF_HOME": str(tmp_path), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools'}",
-                   "HF_HUB_DISABLE_XET": "1"}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools'}",
+        "HF_HUB_DISABLE_XET": "1",
+    }
     argv = [sys.executable, "-c", PUSH_AND_LOAD, str(hf_folder), picture]
     try:
         done = subprocess.run(argv, env=environment, text=True, capture_output=True, timeout=240)

@@ -184,7 +184,8 @@ def test_files_of_the_same_name_keep_images_of_their_own(pointer, tmp_path, caps
 
 
 def test_a_file_without_a_detection_is_reported_with_the_best_score_of_the_classes_asked_for(
-        tiny_run, tmp_path, capsys):
+    tiny_run, tmp_path, capsys
+):
     image = tiny_run.data / "JPEGImages" / "test_0.jpg"
     scores = {"angular": 0.0, "round": 0.0}
     detector = ssd.load_detector(tiny_run.final, "cpu", "off")
@@ -202,7 +203,8 @@ def test_a_file_without_a_detection_is_reported_with_the_best_score_of_the_class
 
 def test_many_objects_are_printed_as_counts(pointer, tmp_path, capsys):
     pointer.detect_in = lambda pictures, **_: [
-        ssd.Detections(np.zeros((8, 4), np.float32), [1] + [2] * 7, ["blue"] + ["red"] * 7, [0.9] * 8)]
+        ssd.Detections(np.zeros((8, 4), np.float32), [1] + [2] * 7, ["blue"] + ["red"] * 7, [0.9] * 8)
+    ]
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     predict.predict_files(pointer, [tmp_path / "a.png"], tmp_path / "out")
     assert f"{tmp_path / 'a.png'}: red 7, blue 1 -> " in capsys.readouterr().out
@@ -258,8 +260,15 @@ def test_photos_stay_jpeg_and_others_become_png(pointer, tmp_path):
     assert [path.name for path in found] == list(names)
     assert predict.predict_files(pointer, found, tmp_path / "out") == []
     kinds = {path.name: Image.open(path).format for path in (tmp_path / "out").glob("*.*g")}
-    assert kinds == {"a.jpg": "JPEG", "b.jpg": "JPEG", "c.png": "PNG", "d.png": "PNG", "e.png": "PNG",
-                     "f.png": "PNG", "g.jpg": "JPEG"}
+    assert kinds == {
+        "a.jpg": "JPEG",
+        "b.jpg": "JPEG",
+        "c.png": "PNG",
+        "d.png": "PNG",
+        "e.png": "PNG",
+        "f.png": "PNG",
+        "g.jpg": "JPEG",
+    }
 
 
 def test_unreadable_files_are_returned_and_the_others_done(pointer, tmp_path):
@@ -289,11 +298,19 @@ def test_sources_where_the_results_go_are_left_alone(pointer, tmp_path):
 
 def write_instances(path, images, categories, annotations=()):
     """Write a COCO JSON; images: {id: (file name, (width, height))}, categories: {id: name}."""
-    path.write_text(json.dumps({
-        "images": [{"id": number, "file_name": name, "width": size[0], "height": size[1]}
-                   for number, (name, size) in images.items()],
-        "categories": [{"id": number, "name": name} for number, name in categories.items()],
-        "annotations": list(annotations)}), encoding="utf-8")
+    path.write_text(
+        json.dumps(
+            {
+                "images": [
+                    {"id": number, "file_name": name, "width": size[0], "height": size[1]}
+                    for number, (name, size) in images.items()
+                ],
+                "categories": [{"id": number, "name": name} for number, name in categories.items()],
+                "annotations": list(annotations),
+            }
+        ),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -304,8 +321,17 @@ def test_coco_results_with_ids_are_accepted_and_scored_by_pycocotools(pointer, t
         red_box((200, 100), box).save(tmp_path / name)
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "b_x.png").symlink_to(tmp_path / "b" / "x.png")  # as tools/convert.py names it
-    rows = [{"id": number, "image_id": 10 * number, "category_id": 90, "iscrowd": 0, "area": 1.0,
-             "bbox": [x1, y1, x2 - x1, y2 - y1]} for number, (x1, y1, x2, y2) in enumerate(boxes.values(), 1)]
+    rows = [
+        {
+            "id": number,
+            "image_id": 10 * number,
+            "category_id": 90,
+            "iscrowd": 0,
+            "area": 1.0,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+        }
+        for number, (x1, y1, x2, y2) in enumerate(boxes.values(), 1)
+    ]
     images = {10 * number: (name, (200, 100)) for number, name in enumerate(boxes, start=1)}
     truth = write_instances(tmp_path / "instances.json", images, {7: "blue", 90: "red", 3: "red"}, rows)
     paths = [tmp_path / "links" / "b_x.png", tmp_path / "猫 & <y>.png", tmp_path / "a" / "x.png"]
@@ -318,7 +344,9 @@ def test_coco_results_with_ids_are_accepted_and_scored_by_pycocotools(pointer, t
         assert ours["category_id"] == 90  # of two categories of one name the one in use
         np.testing.assert_allclose(ours["bbox"], row["bbox"], atol=4)
         name = images[row["image_id"]][0]
-        assert ours["score"] == pytest.approx(pointer.predict(tmp_path / name).scores[0], abs=1e-7)  # not rounded
+        assert ours["score"] == pytest.approx(
+            pointer.predict(tmp_path / name).scores[0], abs=1e-7
+        )  # not rounded
 
 
 def test_coco_without_ids_is_a_data_set_that_stands_alone(pointer, tmp_path):
@@ -340,11 +368,18 @@ def test_coco_without_ids_is_a_data_set_that_stands_alone(pointer, tmp_path):
     assert row["area"] == pytest.approx(row["bbox"][2] * row["bbox"][3], abs=0.01)
 
 
-@pytest.mark.parametrize(("images", "categories", "message"), [
-    ({1: ("other.png", (9, 9))}, {1: "blue", 2: "red"}, "none of its images is .*a.png"),
-    ({1: ("a.png", (9, 9))}, {1: "blue"}, "no category red"),
-    ({1: ("a.png", (9, 9)), 2: ("c/a.png", (9, 9))}, {1: "blue", 2: "red"}, ".*a.png and .*a.png are one image, 1"),
-])
+@pytest.mark.parametrize(
+    ("images", "categories", "message"),
+    [
+        ({1: ("other.png", (9, 9))}, {1: "blue", 2: "red"}, "none of its images is .*a.png"),
+        ({1: ("a.png", (9, 9))}, {1: "blue"}, "no category red"),
+        (
+            {1: ("a.png", (9, 9)), 2: ("c/a.png", (9, 9))},
+            {1: "blue", 2: "red"},
+            ".*a.png and .*a.png are one image, 1",
+        ),
+    ],
+)
 def test_what_coco_ids_lacks_is_said_before_the_work(pointer, tmp_path, images, categories, message):
     for name in ("a.png", "b/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -397,7 +432,9 @@ def test_of_several_frames_or_pages_the_first_is_used_and_that_is_said(pointer, 
 def test_results_for_a_test_list_whose_annotations_are_kept_back(pointer, tmp_path):
     red_box((60, 40), (5, 5, 30, 30)).save(tmp_path / "a.png")
     truth = write_instances(tmp_path / "instances.json", {4: ("a.png", (60, 40))}, {1: "blue", 2: "red"})
-    truth.write_text(json.dumps({k: v for k, v in json.loads(truth.read_text()).items() if k != "annotations"}))
+    truth.write_text(
+        json.dumps({k: v for k, v in json.loads(truth.read_text()).items() if k != "annotations"})
+    )
     files = {"save_coco": tmp_path / "found.json", "coco_ids": truth}
     predict.predict_files(pointer, [tmp_path / "a.png"], tmp_path / "out", **files)
     (row,) = json.loads(files["save_coco"].read_text())
@@ -417,7 +454,7 @@ def write_video(path, boxes, size=(160, 120), fps=10):
 
 
 class Announcing:
-    """A cv2.VideoCapture that announces `count` frames at `fps`, and has one at each of some times (seconds)."""
+    """A cv2.VideoCapture that announces `count` frames at `fps`; it has one at each of `times` (seconds)."""
 
     def __init__(self, count, fps, times):
         self.values = {cv2.CAP_PROP_FRAME_COUNT: count, cv2.CAP_PROP_FPS: fps, cv2.CAP_PROP_POS_MSEC: 0.0}
@@ -529,6 +566,7 @@ class Camera:
 @pytest.fixture
 def camera(monkeypatch):
     """Return a function that puts a Camera of a script in cv2's place."""
+
     def put(*script):
         kind = type("FakeCamera", (Camera,), {"script": script})
         monkeypatch.setattr(cv2, "VideoCapture", kind)
@@ -710,8 +748,11 @@ def test_a_network_camera_is_live_and_opened_again(pointer, tmp_path, monkeypatc
 
 
 def test_a_password_is_not_told_whatever_it_holds():
-    for address in ("rtsp://me:pass@robot/eye?user=a@b", "rtsp://me:p@ss@robot/eye?user=a@b",
-                    "rtsp://robot/eye?user=a@b"):
+    for address in (
+        "rtsp://me:pass@robot/eye?user=a@b",
+        "rtsp://me:p@ss@robot/eye?user=a@b",
+        "rtsp://robot/eye?user=a@b",
+    ):
         assert predict.public_name(address) == "rtsp://robot/eye?user=a@b"
 
 
@@ -723,7 +764,12 @@ def test_sources_are_told_from_files_and_have_files_of_their_own(tmp_path, monke
     assert paths == ["0", Path("1"), *sources[2:]]
     targets = predict.name_targets(paths, Path("out"))
     assert [path.name for path in targets.values()] == [
-        "camera_0.mp4", "1.png", "live.mp4", "live_1.mp4", "stream.mp4"]
+        "camera_0.mp4",
+        "1.png",
+        "live.mp4",
+        "live_1.mp4",
+        "stream.mp4",
+    ]
 
 
 # ---- the command ----
@@ -784,11 +830,27 @@ def test_the_command_goes_on_behind_what_cannot_be_read_and_says_so(tiny_run, tm
     (tmp_path / "in" / "broken.mp4").write_text("no video")
     inputs = (tmp_path / "in", tmp_path / "in" / "test_*.jpg")
     csv_file, coco_file = tmp_path / "a.csv", tmp_path / "a.json"
-    images = {number: (f"{split}_{i}.jpg", (1, 1)) for number, (split, i) in enumerate(
-        [("train", i) for i in range(8)] + [(split, i) for split in ("val", "test") for i in range(4)])}
+    images = {
+        number: (f"{split}_{i}.jpg", (1, 1))
+        for number, (split, i) in enumerate(
+            [("train", i) for i in range(8)] + [(split, i) for split in ("val", "test") for i in range(4)]
+        )
+    }
     truth = write_instances(tmp_path / "instances.json", images | {99: ("broken.png", (1, 1))}, {5: "round"})
-    flags = ("--score-thresh", .01, "--classes", "round", "--save-crops", "--save-xml",
-             "--save-csv", csv_file, "--save-coco", coco_file, "--coco-ids", truth)
+    flags = (
+        "--score-thresh",
+        0.01,
+        "--classes",
+        "round",
+        "--save-crops",
+        "--save-xml",
+        "--save-csv",
+        csv_file,
+        "--save-coco",
+        coco_file,
+        "--coco-ids",
+        truth,
+    )
     assert predict.main(command(*inputs, "--weights", tiny_run.final, *flags, out=tmp_path / "out")) == 1
     out, err = capfd.readouterr()
     folder = tmp_path / "out" / "plots" / "predictions"
@@ -814,11 +876,14 @@ def test_classes_that_are_not_asked_for_do_not_use_up_the_detections(tiny_run, t
     saved["score_thresh"] = thresholds or {}
     torch.save(saved, tmp_path / "other.pth")
     image = tiny_run.data / "JPEGImages" / "test_0.jpg"
-    flags = ("--classes", "round", "--max-detections", 10, *(() if thresholds else ("--score-thresh", .02)))
+    flags = ("--classes", "round", "--max-detections", 10, *(() if thresholds else ("--score-thresh", 0.02)))
     assert predict.main(command(image, "--weights", tmp_path / "other.pth", *flags, out=tmp_path)) == 0
     found = predictions_in(tmp_path / "plots" / "predictions")[str(image)]
-    everything = ssd.load_detector(tmp_path / "other.pth", "cpu", "off").predict(
-        image, score_thresh=0.02, max_detections=99_999).to_dict()
+    everything = (
+        ssd.load_detector(tmp_path / "other.pth", "cpu", "off")
+        .predict(image, score_thresh=0.02, max_detections=99_999)
+        .to_dict()
+    )
     scores = [s for s, name in zip(everything["scores"], everything["names"], strict=True) if name == "round"]
     assert found["scores"] == scores[:10]
     assert found["names"] == ["round"] * len(found["scores"])

@@ -86,8 +86,16 @@ def test_embedded_images_are_small_and_right(tiny_run, tmp_path):
 def test_the_page_says_what_was_recorded(tiny_run, run):
     page = Page(report.page(run))
     test = ssd.load_checkpoint(tiny_run.final)["test"]
-    assert page.headings == ["Results", "Curves", "Classes", "Gallery", "Mistakes", "Data", "Settings",
-                             "Environment"]
+    assert page.headings == [
+        "Results",
+        "Curves",
+        "Classes",
+        "Gallery",
+        "Mistakes",
+        "Data",
+        "Settings",
+        "Environment",
+    ]
     assert f"{run['epoch']} of 2\n" in page.text
     numbers = [f"{test[key]:.4f}" for key in ("map_area", "map11", "map75")]
     for text in (*numbers, torch.__version__, "angular", "round", str(test["num_images"])):
@@ -113,7 +121,8 @@ def test_files_of_this_machine_are_named_without_their_folders(run):
     assert (settings["init from"], settings["backbone weights"]) == ("a.pth", "vgg.pth")
     told = "x.py --data /home/me/VOC2007/ --init-from=/home/me/secret/a.pth --lr 1e-3"
     assert report.command({"environment": {"command": told}}) == (
-        "python x.py --data VOC2007/ --init-from=a.pth --lr 1e-3")
+        "python x.py --data VOC2007/ --init-from=a.pth --lr 1e-3"
+    )
 
 
 def test_names_cannot_break_the_page(run):
@@ -153,7 +162,9 @@ def test_missing_and_damaged_records_cost_their_section_only(tiny_run, tmp_path,
     page = Page(report.page(run))
     assert "Results" in page.headings
     assert run["environment"] == {}
-    assert len(report.read_rows(folder / "checkpoints" / "metrics.jsonl", "epoch")) == (1 if damage == "cut" else 0)
+    assert len(report.read_rows(folder / "checkpoints" / "metrics.jsonl", "epoch")) == (
+        1 if damage == "cut" else 0
+    )
 
 
 def test_the_analysis_and_its_pictures_are_shown_if_they_are_of_this_measurement(tiny_run, tmp_path):
@@ -202,7 +213,9 @@ def test_the_analysis_is_put_in_words():
         "analysis": {"tide": tide, "calibration": {"ece": 0.0667}, "ap_ranges": {"mean": [0.8682, 0.91789]}},
     }
     drawn, wrong, best, sizes, ece = report.analysis_in_words(extra)
-    assert drawn.startswith("Of lists drawn at random from the test images 95 % have a mAP@.5 of 0.868 to 0.918:")
+    assert drawn.startswith(
+        "Of lists drawn at random from the test images 95 % have a mAP@.5 of 0.868 to 0.918:"
+    )
     assert wrong.startswith("Of the detections that score 0.4 or more, 9 are on nothing, 5 have the right")
     assert wrong.endswith("1 have the wrong class; 8 objects have no hit of that score.")
     assert best == "Finding what was missed would raise the mAP@.5 most, by 0.0300."
@@ -360,10 +373,19 @@ def test_the_command_compares_several_runs(tiny_run, tmp_path, capsys):
 def test_words_follow_the_numbers():
     row = {"ap_area": 0.9, "ap11": 0.8, "ap75": 0.7, "num_gt": 90}
     nothing = {"ap_area": None, "ap11": None, "ap75": None, "num_gt": 0}
-    test = {"map_area": 0.7, "map11": 0.6, "map75": 0.5, "per_class": {
-        "cat": {**row, "ap_area": 0.5, "num_gt": 9}, "dog": row, "emu": nothing}}
-    run = {"test": test, "extra": {}, "val": {"val_map_area": 0.75}, "epoch": 4,
-           "history": [{"epoch": e, "val_loss": v} for e, v in enumerate((3, 2, 2.5))]}
+    test = {
+        "map_area": 0.7,
+        "map11": 0.6,
+        "map75": 0.5,
+        "per_class": {"cat": {**row, "ap_area": 0.5, "num_gt": 9}, "dog": row, "emu": nothing},
+    }
+    run = {
+        "test": test,
+        "extra": {},
+        "val": {"val_map_area": 0.75},
+        "epoch": 4,
+        "history": [{"epoch": e, "val_loss": v} for e, v in enumerate((3, 2, 2.5))],
+    }
     best, few, gap, loss = report.in_words(run)
     assert best == "Best found class: dog (AP 0.900, 90 objects); worst: cat (AP 0.500, 9 objects)."
     assert few.endswith(": cat (9).")
@@ -378,7 +400,10 @@ def test_words_follow_the_numbers():
     head, *rows = report.table_rows(test)
     assert len(head) == 5
     assert rows == [
-        ("dog", "90", "0.9000", "0.8000", "0.7000"), ("cat", "9", "0.5000", "0.8000", "0.7000"),
-        ("emu", "0", "no object", "no object", "no object"), ("mean", "", "0.7000", "0.6000", "0.5000")]
+        ("dog", "90", "0.9000", "0.8000", "0.7000"),
+        ("cat", "9", "0.5000", "0.8000", "0.7000"),
+        ("emu", "0", "no object", "no object", "no object"),
+        ("mean", "", "0.7000", "0.6000", "0.5000"),
+    ]
     assert report.markdown([("a", "b|c"), ("1", "2")]) == "| a | b\\|c |\n| --- | --- |\n| 1 | 2 |"
     assert report.markdown(report.table_rows({})) == ""

@@ -9,8 +9,12 @@ import ssd_object_detection as ssd
 from tools import score
 
 CLASSES = ("cat", "dog")
-NOTHING = {"image_ids": np.zeros(0, int), "labels": np.zeros(0, int), "scores": np.zeros(0),
-           "boxes_px": np.zeros((0, 4))}
+NOTHING = {
+    "image_ids": np.zeros(0, int),
+    "labels": np.zeros(0, int),
+    "scores": np.zeros(0),
+    "boxes_px": np.zeros((0, 4)),
+}
 
 
 @pytest.fixture
@@ -23,9 +27,12 @@ def records():
 def random_detections(count=60):
     rng = np.random.default_rng(1)
     low = rng.uniform(1, 60, (count, 2))
-    return {"image_ids": rng.integers(5, size=count), "labels": np.sort(rng.integers(1, 3, count)),
-            "scores": rng.random(count, dtype=np.float32),
-            "boxes_px": np.concatenate((low, low + rng.uniform(1, 20, (count, 2))), axis=1)}
+    return {
+        "image_ids": rng.integers(5, size=count),
+        "labels": np.sort(rng.integers(1, 3, count)),
+        "scores": rng.random(count, dtype=np.float32),
+        "boxes_px": np.concatenate((low, low + rng.uniform(1, 20, (count, 2))), axis=1),
+    }
 
 
 # -- The files
@@ -38,8 +45,9 @@ def test_files_come_back_as_they_were(records, tmp_path):
     assert files == ["comp4_det_test_cat.txt", "comp4_det_test_dog.txt"]
     image_id, *numbers = (tmp_path / "new" / "folder" / files[0]).read_text().splitlines()[0].split()
     assert image_id == f"img_{detections['image_ids'][0]}"
-    assert [float(number) for number in numbers] == pytest.approx([detections["scores"][0],
-                                                                   *detections["boxes_px"][0]])
+    assert [float(number) for number in numbers] == pytest.approx(
+        [detections["scores"][0], *detections["boxes_px"][0]]
+    )
     back = score.read_devkit_files(tmp_path / "new" / "folder", "test", records, CLASSES)
     assert back["image_ids"].tolist() == detections["image_ids"].tolist()
     assert back["labels"].tolist() == detections["labels"].tolist()
@@ -48,9 +56,15 @@ def test_files_come_back_as_they_were(records, tmp_path):
 
 
 def test_names_of_images_may_have_blanks(tmp_path):
-    records = [ssd.Record("my image 2", "", 9, 9, np.array([[0, 0, 5, 5.0]]), np.array([1]), np.array([False]))]
-    found = {"image_ids": np.array([0]), "labels": np.array([1]), "scores": np.array([0.5]),
-             "boxes_px": np.array([[1.0, 1, 5, 5]])}
+    records = [
+        ssd.Record("my image 2", "", 9, 9, np.array([[0, 0, 5, 5.0]]), np.array([1]), np.array([False]))
+    ]
+    found = {
+        "image_ids": np.array([0]),
+        "labels": np.array([1]),
+        "scores": np.array([0.5]),
+        "boxes_px": np.array([[1.0, 1, 5, 5]]),
+    }
     score.write_devkit_files(tmp_path, "test", found, records, ("cat",))
     assert score.read_devkit_files(tmp_path, "test", records, ("cat",))["image_ids"].tolist() == [0]
 
@@ -98,8 +112,12 @@ def test_missing_file_is_named(records, tmp_path):
 
 def test_files_of_another_program_are_scored_by_the_voc_rules(records, tmp_path):
     # Edges 10 to 30 are the pixels 11 to 30. Windows line ends, tabs, scores above 1, boxes beyond the image.
-    lines = ["img_0 7.5 11 11 30 30", "img_1\t3\t11 11 30 20", "img_2 2e0 -50 -50 300 300",
-             "img_3 -1 11 11 30 19"]
+    lines = [
+        "img_0 7.5 11 11 30 30",
+        "img_1\t3\t11 11 30 20",
+        "img_2 2e0 -50 -50 300 300",
+        "img_3 -1 11 11 30 19",
+    ]
     (tmp_path / "comp4_det_test_cat.txt").write_bytes("\r\n".join(lines).encode())
     detections = score.read_devkit_files(tmp_path, "test", records, ("cat",))
     result = ssd.score_detections(detections, records, 1)
@@ -148,7 +166,9 @@ def test_classes_may_be_named(tiny_run, tmp_path, capsys):
 
 
 def test_images_without_annotations_count_as_training_counts_them(make_voc, tmp_path):
-    data = make_voc(tmp_path / "data", {"test": 2}, empty_every=0)  # no training list is there, and none is needed
+    data = make_voc(
+        tmp_path / "data", {"test": 2}, empty_every=0
+    )  # no training list is there, and none is needed
     (data / "Annotations" / "test_1.xml").unlink()
     for name in ("angular", "round"):
         (tmp_path / f"comp4_det_test_{name}.txt").write_text("")

@@ -32,14 +32,23 @@ from tools import coco, report  # noqa: E402
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1  # t_f and t_b of TIDE section 2.2
 HEADINGS = {  # of a table's columns: the six kinds of error, then the two sums of TIDE section 2.3
-    "classification": "class", "localisation": "place", "both": "both", "duplicate": "twice",
-    "background": "backgr", "missed": "missed", "false_positives": "allFP", "false_negatives": "allFN",
+    "classification": "class",
+    "localisation": "place",
+    "both": "both",
+    "duplicate": "twice",
+    "background": "backgr",
+    "missed": "missed",
+    "false_positives": "allFP",
+    "false_negatives": "allFN",
 }
 KINDS = tuple(HEADINGS)[:6]
 MENDED_KINDS = ("classification", "localisation")  # their repair makes hits; those of the others are left out
 DESCRIPTIONS = {
-    "classification": "wrong class", "localisation": "loose", "both": "wrong class and loose",
-    "duplicate": "found already", "background": "nothing there",
+    "classification": "wrong class",
+    "localisation": "loose",
+    "both": "wrong class and loose",
+    "duplicate": "found already",
+    "background": "nothing there",
 }
 RELATIVE_EDGES = (0.0, *ssd.ANCHOR_SCALES[:5], math.inf)  # of the box's side over the image's
 NUM_BINS = 10  # of the reliability curve
@@ -112,8 +121,14 @@ def find_errors(detections, truth, num_classes):
     kind = np.select(list(rules.values()), list(rules), default="both")
     is_of_other = np.isin(kind, ("classification", "both")) | ((kind == "background") & (other > own))
     target = np.where(is_of_other, other_target, own_target)
-    found |= {"is_hit": is_hit, "is_ignored": is_ignored, "kind": kind, "target": target,
-              "iou": np.where(is_of_other, other, own), "own_iou": own}
+    found |= {
+        "is_hit": is_hit,
+        "is_ignored": is_ignored,
+        "kind": kind,
+        "target": target,
+        "iou": np.where(is_of_other, other, own),
+        "own_iou": own,
+    }
     is_found = np.zeros(len(truth["labels"]), dtype=bool)
     is_found[target[is_hit]] = True
     is_missed = ~is_found & ~truth["difficult"]
@@ -231,8 +246,15 @@ def analyze_sizes(found, truth, records, num_classes):
         det = {name: found[name][kept] for name in ("image_ids", "labels", "scores", "boxes_px")}
         rows = ssd.evaluate_voc(det, {**truth, "difficult": ignored}, num_classes).values()
         recalls = [row["recall"][-1] if len(row["recall"]) else 0.0 for row in rows if row["num_gt"]]
-        ranges.append({"low": low, "high": min(high, 1.0), "objects": int((~ignored).sum()),
-                       "ap": mean(row["ap_area"] for row in rows), "recall": mean(recalls)})
+        ranges.append(
+            {
+                "low": low,
+                "high": min(high, 1.0),
+                "objects": int((~ignored).sum()),
+                "ap": mean(row["ap_area"] for row in rows),
+                "recall": mean(recalls),
+            }
+        )
     return ranges
 
 
@@ -246,8 +268,12 @@ def best_f1(row):
     scores, f1 = ssd.f1_curve(row)
     best = f1.argmax()
     last = np.flatnonzero(row["scores"] >= scores[best])[-1]
-    return {"score_thresh": float(scores[best]), "f1": float(f1[best]),
-            "precision": float(row["precision"][last]), "recall": float(row["recall"][last])}
+    return {
+        "score_thresh": float(scores[best]),
+        "f1": float(f1[best]),
+        "precision": float(row["precision"][last]),
+        "recall": float(row["recall"][last]),
+    }
 
 
 def calibrate(found):
@@ -264,8 +290,15 @@ def calibrate(found):
         inside = place == number
         count = int(inside.sum())
         means = [float(values[inside].mean()) if count else math.nan for values in (scores, is_hit)]
-        bins.append({"low": number / NUM_BINS, "high": (number + 1) / NUM_BINS, "count": count,
-                     "score": means[0], "precision": means[1]})
+        bins.append(
+            {
+                "low": number / NUM_BINS,
+                "high": (number + 1) / NUM_BINS,
+                "count": count,
+                "score": means[0],
+                "precision": means[1],
+            }
+        )
 
     def error(rows):
         gaps = [abs(row["precision"] - row["score"]) for row in rows]
@@ -280,9 +313,9 @@ def draw_lists(found, objects, class_names, num_images):
     """Return (ranges, maps): what AP and mAP (area, IoU .5) lists drawn from this one have (Efron 1979).
 
     NUM_LISTS lists of as many images are drawn with replacement, always the same ones: of two models, drawn
-    from the same list, the differences of maps say whether it can tell them apart. ranges: {name: [low, high]}
-    by class and "mean", within which 95 % lie (NaN for a class without objects; a list without any of a class
-    does not count for it). maps: of each drawn list. found, objects: of `find_errors`.
+    from the same list, the differences of maps say whether it can tell them apart. ranges: {name: [low,
+    high]} by class and "mean", within which 95 % lie (NaN for a class without objects; a list without any of
+    a class does not count for it). maps: of each drawn list. found, objects: of `find_errors`.
     """
     is_counted, is_real = ~found["is_ignored"], ~objects["difficult"]
     parts = []  # of each class: images of its detections, best first, which are hits, images of its objects
@@ -318,15 +351,19 @@ def analyze(result, records, class_names):
     ranges, maps = draw_lists(found, objects, class_names, len(records))
     numbers = {
         "coco": coco.by_name(coco.coco_figures(detections, truth, num_classes), class_names),
-        "confusion": {"score_thresh": ssd.DRAW_SCORE_THRESH, "iou_thresh": FOREGROUND_IOU,
-                      "classes": ["background", *class_names],
-                      "matrix": confusion_matrix(found, objects, num_classes).tolist()},
+        "confusion": {
+            "score_thresh": ssd.DRAW_SCORE_THRESH,
+            "iou_thresh": FOREGROUND_IOU,
+            "classes": ["background", *class_names],
+            "matrix": confusion_matrix(found, objects, num_classes).tolist(),
+        },
         "analysis": {
             "tide": analyze_errors(found, objects, class_names),
             "sizes": analyze_sizes(found, truth, records, num_classes),
             "best_f1": {name: best_f1(result["classes"][k]) for k, name in enumerate(class_names, start=1)},
             "calibration": calibrate(found),
-            "ap_ranges": ranges, "drawn_maps": maps,
+            "ap_ranges": ranges,
+            "drawn_maps": maps,
         },
     }
     return numbers, found, objects
@@ -350,23 +387,32 @@ def tables(numbers):
     def row(name, cells):
         return f"{name:<{width}}" + "".join(f"{text_of(cell):>10}" for cell in cells)
 
-    lines = ["AP@.5 (area) gained if that kind of error were repaired (TIDE):",
-             row("", ["AP", *HEADINGS.values()])]
+    lines = [
+        "AP@.5 (area) gained if that kind of error were repaired (TIDE):",
+        row("", ["AP", *HEADINGS.values()]),
+    ]
     lines += [row(name, [tide["ap"][name], *gain.values()]) for name, gain in tide["gain"].items()]
     lines.append(row("errors", ["", *tide["counts"].values()]))
     lines.append(row(f"at {ssd.DRAW_SCORE_THRESH}", ["", *tide["confident"].values()]))
     low, high = map(text_of, numbers["analysis"]["ap_ranges"]["mean"])
-    lines.append(f"Of {NUM_LISTS} lists drawn at random from these images 95 % have a mAP@.5 of {low} to {high}.")
+    lines.append(
+        f"Of {NUM_LISTS} lists drawn at random from these images 95 % have a mAP@.5 of {low} to {high}."
+    )
     lines += ["", coco.table(numbers["coco"])]
     columns = {"f1": "F1", "score_thresh": "at score", "precision": "precision", "recall": "recall"}
     lines += ["", "The score threshold of the best F1 at IoU .5:", row("", columns.values())]
     lines += [row(name, [top[key] for key in columns]) for name, top in best.items()]
     lines += ["", "By relative size (square root of the share of the image), IoU .5:"]
     for size in numbers["analysis"]["sizes"]:
-        lines.append(f"{size['low']:.2f} to {size['high']:.2f}: {size['objects']:6d} objects, "
-                     f"AP {text_of(size['ap']):>5}, recall {text_of(size['recall']):>5}")
-    lines += ["", f"Expected calibration error: {text_of(calibration['ece'])}; of detections at "
-                  f"{ssd.DRAW_SCORE_THRESH} or more: {text_of(calibration['ece_confident'])}"]
+        lines.append(
+            f"{size['low']:.2f} to {size['high']:.2f}: {size['objects']:6d} objects, "
+            f"AP {text_of(size['ap']):>5}, recall {text_of(size['recall']):>5}"
+        )
+    lines += [
+        "",
+        f"Expected calibration error: {text_of(calibration['ece'])}; of detections at "
+        f"{ssd.DRAW_SCORE_THRESH} or more: {text_of(calibration['ece_confident'])}",
+    ]
     return "\n".join(lines)
 
 
@@ -392,8 +438,10 @@ def plot_curves(curves, legend_title, **settings):
 def plot_precision_recall(result, class_names):
     """Return precision_recall.png: a curve a class with its area AP in the legend, best first."""
     rows = [(k, row) for k, row in result["classes"].items() if row["num_gt"]]
-    curves = [(k, f"{class_names[k - 1]} {row['ap_area']:.3f}", row["recall"], row["precision"])
-              for k, row in sorted(rows, key=lambda pair: -pair[1]["ap_area"])]
+    curves = [
+        (k, f"{class_names[k - 1]} {row['ap_area']:.3f}", row["recall"], row["precision"])
+        for k, row in sorted(rows, key=lambda pair: -pair[1]["ap_area"])
+    ]
     title = f"Precision and recall at IoU .5, mAP {text_of(result['map_area'])} (area)"
     return plot_curves(curves, "AP (area)", xlabel="recall", ylabel="precision", title=title)
 
@@ -408,8 +456,13 @@ def plot_f1(result, best, class_names):
         text = f"{name} {top['f1']:.3f} at {top['score_thresh']:.3f}"
         curves.append((label, text, *ssd.f1_curve(result["classes"][label])))
         marks.append((top["score_thresh"], top["f1"], ssd.color_of(label)))
-    figure = plot_curves(curves, "best F1", ylabel="F1", title="F1 at IoU .5 over the score threshold",
-                         xlabel=f"score threshold (line: {ssd.DRAW_SCORE_THRESH}, the default)")
+    figure = plot_curves(
+        curves,
+        "best F1",
+        ylabel="F1",
+        title="F1 at IoU .5 over the score threshold",
+        xlabel=f"score threshold (line: {ssd.DRAW_SCORE_THRESH}, the default)",
+    )
     axes = figure.axes[0]
     for x, y, color in marks:
         axes.plot(x, y, "o", color=color)
@@ -433,17 +486,22 @@ def plot_confusion(matrix, class_names):
     size = max(7.0, 3.5 + 0.5 * len(shown))
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
-    figure.colorbar(axes.imshow(share, cmap="Blues", vmin=0, vmax=1), shrink=0.8,
-                    label="share of the class's objects (first row: of its sum)")
+    figure.colorbar(
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1),
+        shrink=0.8,
+        label="share of the class's objects (first row: of its sum)",
+    )
     for row, column in zip(*np.nonzero(matrix), strict=True):
         color = "white" if share[row, column] > 0.5 else "black"
         axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=color, fontsize=8)
     slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(len(shown)), ["missed", *names], **slanted)
     axes.set_yticks(range(len(shown)), ["other errors", *names])
-    title = (f"Detections of {ssd.DRAW_SCORE_THRESH} or more by the object they cover (IoU .5 or more)\n"
-             "An object may be hit and also be taken for another class. Other errors: loose boxes,\n"
-             "second boxes on one object, nothing there. Missed: objects without a hit")
+    title = (
+        f"Detections of {ssd.DRAW_SCORE_THRESH} or more by the object they cover (IoU .5 or more)\n"
+        "An object may be hit and also be taken for another class. Other errors: loose boxes,\n"
+        "second boxes on one object, nothing there. Missed: objects without a hit"
+    )
     if len(worst) < len(class_names):
         title += f"\nthe {len(worst)} classes with the most errors of {len(class_names)}"
     axes.set(xlabel="detected", ylabel="true")
@@ -477,8 +535,13 @@ def plot_errors(tide):
     left.margins(x=0.15)
     title = f"If one kind were repaired: mAP@.5 {text_of(tide['ap']['mean'])} would gain"
     left.set(xlabel="mAP gained", title=title)
-    draw_heatmap(right, [[tide["gain"][name][kind] for kind in KINDS] for name in names],
-                 [f"{name} (AP {text_of(tide['ap'][name])})" for name in names], KINDS, "AP gained, by class")
+    draw_heatmap(
+        right,
+        [[tide["gain"][name][kind] for kind in KINDS] for name in names],
+        [f"{name} (AP {text_of(tide['ap'][name])})" for name in names],
+        KINDS,
+        "AP gained, by class",
+    )
     return figure
 
 
@@ -564,8 +627,15 @@ def list_errors(found, objects, records, class_names):
         box = source["boxes_px"][place].round(1).tolist()
         values = (records[index].image_id, kind, said, true, score, iou, *box)
         text = text.format(said, true, score, iou)
-        errors.append({"index": index, "row": row, "target": target, "text": text,
-                       **dict(zip(MISTAKE_COLUMNS, values, strict=True))})
+        errors.append(
+            {
+                "index": index,
+                "row": row,
+                "target": target,
+                "text": text,
+                **dict(zip(MISTAKE_COLUMNS, values, strict=True)),
+            }
+        )
 
     is_sure = found["scores"] >= ssd.DRAW_SCORE_THRESH
     for row in np.flatnonzero((found["kind"] != "") & is_sure).tolist():
@@ -589,6 +659,7 @@ def list_errors(found, objects, records, class_names):
 
 def write_mistakes(path, errors):
     """Write mistakes.csv: see `list_errors` and MISTAKE_COLUMNS."""
+
     def write(temporary):
         with open(temporary, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, MISTAKE_COLUMNS, extrasaction="ignore")
@@ -639,9 +710,11 @@ def plot_mistakes(errors, records, found, objects, count=12, columns=4):
     num_missed = sum(error["kind"] == "missed" for error in picked)
     height = max(1, math.ceil(len(picked) / columns))
     figure = Figure(figsize=(3.2 * columns, 3.8 * height + 0.8), layout="constrained")
-    figure.suptitle(f"{len(picked) - num_missed} false detections of the highest scores, then {num_missed} "
-                    f"largest objects without a hit of {ssd.DRAW_SCORE_THRESH} or more\n"
-                    "coloured: detection; white: the object as annotated; one error an image")
+    figure.suptitle(
+        f"{len(picked) - num_missed} false detections of the highest scores, then {num_missed} "
+        f"largest objects without a hit of {ssd.DRAW_SCORE_THRESH} or more\n"
+        "coloured: detection; white: the object as annotated; one error an image"
+    )
     grid = figure.subplots(height, columns, squeeze=False).flatten()
     for axes in grid:
         axes.axis("off")
@@ -671,8 +744,10 @@ def mistakes_page(errors, records, found, objects, title):
         source = report.embed(draw_error(records[error["index"]], error, found, objects))
         text = html.escape(f"{number}. {error['text']}\n{error['image']}").replace("\n", "<br>")
         cells += f'<figure><img src="{source}" alt="" loading="lazy"><figcaption>{text}</figcaption></figure>'
-    about = (f"{min(SHEET_LENGTH, len(errors))} of {len(errors)} errors, in the order of mistakes.csv. "
-             "Coloured: the detection; white: the object as annotated.")
+    about = (
+        f"{min(SHEET_LENGTH, len(errors))} of {len(errors)} errors, in the order of mistakes.csv. "
+        "Coloured: the detection; white: the object as annotated."
+    )
     columns = "repeat(auto-fill, minmax(10rem, 1fr))"
     style = f".sheet {{ display: grid; gap: 0 .8rem; grid-template-columns: {columns} }}"
     return report.document(title, f'<p class="soft">{about}</p><div class="sheet">{cells}</div>', style)

@@ -29,9 +29,14 @@ import ssd_object_detection as ssd  # noqa: E402
 
 VERSION = 3  # of audit.json
 STOPS = (
-    "image missing", "image unreadable", "annotation missing", "annotation unreadable",
-    "image and annotation differ in size", "boxes of a list written otherwise",
-    "image in two lists", "no object to train on",
+    "image missing",
+    "image unreadable",
+    "annotation missing",
+    "annotation unreadable",
+    "image and annotation differ in size",
+    "boxes of a list written otherwise",
+    "image in two lists",
+    "no object to train on",
 )
 LEAK = "same pixels in two lists"
 KINDS = dict.fromkeys(STOPS, "stops a training") | {  # what is found: what comes of it
@@ -117,8 +122,13 @@ def inspect_files(root: Path, image_id: str) -> dict:
             faults.append(["annotation unreadable", str(error)])
     image, more = inspect_image(paths[0], size) if stamps[0] else (None, [["image missing", paths[0]]])
     size = size or (image or [0, 0])[:2]
-    return {"paths": paths, "stamps": stamps, "image": image, "faults": faults + more,
-            "annotation": [*size, objects if size[0] else []]}
+    return {
+        "paths": paths,
+        "stamps": stamps,
+        "image": image,
+        "faults": faults + more,
+        "annotation": [*size, objects if size[0] else []],
+    }
 
 
 def inspect_all(root: Path, image_ids: list[str]) -> dict[str, dict]:
@@ -195,12 +205,16 @@ def check_all(images: dict, facts: dict, classes, args: argparse.Namespace, find
     check_images(images, facts, findings)
     train_boxes = np.reshape([o.box for o in objects if "train" in o.lists], (-1, 4))
     is_voc = {*classes} == {*ssd.VOC_CLASSES}
-    sizes = ssd.choose_anchors(args.anchors, train_boxes, is_voc=is_voc) if len(train_boxes) else ssd.ANCHOR_SIZES
+    sizes = (
+        ssd.choose_anchors(args.anchors, train_boxes, is_voc=is_voc) if len(train_boxes) else ssd.ANCHOR_SIZES
+    )
     best = ssd.best_anchor_iou(np.reshape([o.box for o in objects], (-1, 4)), sizes)
     findings["object that no anchor overlaps by half"] += [
-        one.place for one, iou in zip(objects, best, strict=True) if iou < 0.5]
+        one.place for one, iou in zip(objects, best, strict=True) if iou < 0.5
+    ]
     findings["object under 8 pixels at 300x300"] += [
-        one.place for one in objects if 300 * max(one.box[2:] - one.box[:2]) < 8]
+        one.place for one in objects if 300 * max(one.box[2:] - one.box[:2]) < 8
+    ]
     if not any("train" in o.lists for o in objects):
         findings["no object to train on"].append("the training list")
     return objects, best
@@ -287,8 +301,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"mend before a training: {', '.join(faults)}")
         return 1
     with contextlib.redirect_stderr(io.StringIO()):  # its warnings are about what has just been listed
-        ssd.load_data(args.data, classes=args.classes, val_fraction=args.val_fraction,
-                      unlabelled=args.unlabelled, **splits)
+        ssd.load_data(
+            args.data,
+            classes=args.classes,
+            val_fraction=args.val_fraction,
+            unlabelled=args.unlabelled,
+            **splits,
+        )
     print("a training can start")
     return 0
 

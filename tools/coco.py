@@ -107,8 +107,10 @@ def table(figures):
     names = [name for name in figures if name != "per_class"]
     headings = [re.sub("_([sml]).*", r"\1", name).upper() for name in names]  # AP, AP50, ..., APS, ...
     width = max(9, *map(len, rows))
-    lines = ["COCO's AP and AR at IoU .5 to .95 (S: up to 32x32 pixels, L: from 96x96; difficult: crowds):",
-             " " * width + "".join(f"{heading:>8}" for heading in headings)]
+    lines = [
+        "COCO's AP and AR at IoU .5 to .95 (S: up to 32x32 pixels, L: from 96x96; difficult: crowds):",
+        " " * width + "".join(f"{heading:>8}" for heading in headings),
+    ]
     for row_name, row in rows.items():
         cells = ["-" if math.isnan(row[name]) else f"{row[name]:.4f}" for name in names]
         lines.append(f"{row_name:<{width}}" + "".join(f"{cell:>8}" for cell in cells))
@@ -137,9 +139,10 @@ def run_tool(run, argv, description):
     """Call run(args) for a command line of CHECKPOINT and the flags of --evaluate; returns the exit code."""
     flags = "[flags of ssd_object_detection.py --evaluate]"
     parser = argparse.ArgumentParser(
-        description=description, usage=f"%(prog)s CHECKPOINT {flags}",
+        description=description,
+        usage=f"%(prog)s CHECKPOINT {flags}",
         epilog="The flags, with the same defaults: --data, --data-root, --test-split, --output-dir, "
-               "--device, --score-thresh, --nms-iou, --batch-size ...",
+        "--device, --score-thresh, --nms-iou, --batch-size ...",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pth file that training left")
     argv = sys.argv[1:] if argv is None else list(argv)

@@ -255,10 +255,14 @@ def read_flat(folder, test_fraction, seed):
     if not lists:
         order = np.random.default_rng(seed).permutation(len(pictures)).tolist()
         count = round(test_fraction * len(pictures))
-        lists = {"train": [pictures[i] for i in sorted(order[count:])],
-                 "test": [pictures[i] for i in sorted(order[:count])]}
-        print(f"{folder} has no folders train, valid or test: {count} of its {len(pictures)} pictures are "
-              f"drawn for the list test (--test-fraction {test_fraction:g} --seed {seed})")
+        lists = {
+            "train": [pictures[i] for i in sorted(order[count:])],
+            "test": [pictures[i] for i in sorted(order[:count])],
+        }
+        print(
+            f"{folder} has no folders train, valid or test: {count} of its {len(pictures)} pictures are "
+            f"drawn for the list test (--test-fraction {test_fraction:g} --seed {seed})"
+        )
     return lists, faults
 
 
@@ -309,8 +313,10 @@ def write_picture(out, image_id, picture):
         target.symlink_to(picture.path)
     except OSError:
         shutil.copyfile(picture.path, target)
-    objects = [(name, [f"{value:.8g}" for value in ssd.to_voc_pixels(box)[0]], is_difficult)
-               for name, box, is_difficult in picture.objects]
+    objects = [
+        (name, [f"{value:.8g}" for value in ssd.to_voc_pixels(box)[0]], is_difficult)
+        for name, box, is_difficult in picture.objects
+    ]
     shape = picture.height, picture.width, 3
     write_annotation(out / "Annotations" / f"{image_id}.xml", target.name, shape, objects)
 
@@ -322,8 +328,10 @@ def describe(split, pictures):
     empty = sum(not picture.objects for picture in pictures)
     difficult = sum(is_difficult for _, _, is_difficult in objects)
     listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-    return (f"{split}: {len(pictures)} pictures ({empty} without objects), {len(objects)} objects ("
-            f"{difficult} difficult or crowds): {listed}")
+    return (
+        f"{split}: {len(pictures)} pictures ({empty} without objects), {len(objects)} objects ("
+        f"{difficult} difficult or crowds): {listed}"
+    )
 
 
 def write_voc(out, lists):
@@ -373,8 +381,13 @@ def parse_args(argv=None):
     yolo.set_defaults(read=lambda args: read_yolo(args.source))
     flat = kinds.add_parser("flat", help="pictures with VOC XML beside them, maybe in train, valid and test")
     flat.add_argument("source", type=Path, metavar="FOLDER")
-    flat.add_argument("--test-fraction", type=ssd.unit_interval, default=0.1, metavar="X",
-                      help="the share drawn for the list test, without such folders")
+    flat.add_argument(
+        "--test-fraction",
+        type=ssd.unit_interval,
+        default=0.1,
+        metavar="X",
+        help="the share drawn for the list test, without such folders",
+    )
     flat.add_argument("--seed", type=ssd.natural_int, default=0, help="of that draw")
     flat.set_defaults(read=lambda args: read_flat(args.source, args.test_fraction, args.seed))
     for kind in (coco, yolo, flat):

@@ -44,8 +44,12 @@ BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3  # pixels of the image; how far ONNX 
 FAR = 5.0  # pixels from which two boxes are of different objects
 CALIBRATION_IMAGES = 32  # whose activations give the ranges of 8-bit integers
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "detect_onnx.py"
-INT8_RUNTIME = (1, 25)  # onnxruntime that multiplies rightly on any CPU: microsoft/onnxruntime pull request 27671
+INT8_RUNTIME = (
+    1,
+    25,
+)  # onnxruntime that multiplies rightly on any CPU: microsoft/onnxruntime pull request 27671
 HUB_FILES = ("config.json", "model.safetensors")  # what `load_published` reads
+
 
 def optional_import(name, purpose):
     """Return a module that only some uses need; InputError that names the pip command if it is missing."""
@@ -115,14 +119,27 @@ class _Scores(torch.nn.Module):
         return class_scores, ssd.decode(box_deltas, self.model.anchors).clamp(0, 1)
 
 
-def postprocess_graph(num_classes, num_anchors, *, score_thresh=ssd.SCORE_THRESH,
-                      nms_iou_thresh=ssd.NMS_IOU_THRESH, max_detections=ssd.MAX_DETECTIONS, ir=10, opset=20):
+def postprocess_graph(
+    num_classes,
+    num_anchors,
+    *,
+    score_thresh=ssd.SCORE_THRESH,
+    nms_iou_thresh=ssd.NMS_IOU_THRESH,
+    max_detections=ssd.MAX_DETECTIONS,
+    ir=10,
+    opset=20,
+):
     """Return what `ssd.detect` does after softmax and decoding as an ONNX model, see POSTPROCESS."""
     onnx = optional_import("onnx", "exporting to ONNX")
     values = {
-        "K": num_classes, "A": num_anchors, "T": min(ssd.PRE_NMS_TOP_K, num_anchors),
-        "D": min(max_detections, num_classes * num_anchors), "ir": ir, "opset": opset,
-        "score_thresh": f"{max(score_thresh, 1e-30):.9e}", "nms_iou_thresh": f"{nms_iou_thresh:.9f}",
+        "K": num_classes,
+        "A": num_anchors,
+        "T": min(ssd.PRE_NMS_TOP_K, num_anchors),
+        "D": min(max_detections, num_classes * num_anchors),
+        "ir": ir,
+        "opset": opset,
+        "score_thresh": f"{max(score_thresh, 1e-30):.9e}",
+        "nms_iou_thresh": f"{nms_iou_thresh:.9f}",
     }
     return onnx.parser.parse_model(POSTPROCESS.format(**values))
 
@@ -147,16 +164,22 @@ def to_int8(network, pictures):
     quantization = optional_import("onnxruntime.quantization", "--int8")
     version = optional_import("onnxruntime", "--int8").__version__
     if tuple(map(int, version.split(".")[:2])) < INT8_RUNTIME:
-        raise InputError(f"--int8: onnxruntime {version} multiplies 8-bit integers wrongly on CPUs with AMX or "
-                         "AVX-VNNI: pip install --upgrade onnxruntime")
+        raise InputError(
+            f"--int8: onnxruntime {version} multiplies 8-bit integers wrongly on CPUs with AMX or "
+            "AVX-VNNI: pip install --upgrade onnxruntime"
+        )
     inputs = ({"images": picture} for picture in pictures)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
         logging.disable(logging.WARNING)  # it advises a preparation that the exporter has done
         quantization.quantize_static(
-            network, path, types.SimpleNamespace(get_next=lambda: next(inputs, None)), per_channel=True,
+            network,
+            path,
+            types.SimpleNamespace(get_next=lambda: next(inputs, None)),
+            per_channel=True,
             op_types_to_quantize=["Conv", "Relu", "MaxPool"],  # L2 norm and detection stay in float
-            activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
         )
         logging.disable(logging.NOTSET)
         return onnx.load(path)
@@ -178,18 +201,36 @@ def to_onnx(detector, *, dtype="uint8", half=False, calibration=None, **settings
         warnings.simplefilter("ignore")  # the exporter's own
         try:
             program = torch.onnx.export(
-                network, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=names,
+                network,
+                (images,),
+                dynamo=True,
+                verbose=False,
+                input_names=["images"],
+                output_names=names,
                 dynamic_shapes=({0: torch.export.Dim("B")},),
             )
         except ImportError as error:  # of what torch looks for in a newer one
             raise InputError(f"exporting to ONNX: {error}: pip install --upgrade onnx onnxscript") from None
     network = program.model_proto if calibration is None else to_int8(program.model_proto, calibration)
-    post = postprocess_graph(len(detector.classes), len(detector.model.anchors), ir=network.ir_version,
-                             opset=network.opset_import[0].version, **settings)
-    whole = onnx.compose.merge_models(network, post, io_map=[(name, name) for name in names], name="ssd300",
-                                      doc_string="SSD300 object detector with non-maximum suppression")
-    metadata = {"classes": detector.classes, "score_thresh": detector.score_thresh,
-                "image_size": ssd.IMAGE_SIZE}
+    post = postprocess_graph(
+        len(detector.classes),
+        len(detector.model.anchors),
+        ir=network.ir_version,
+        opset=network.opset_import[0].version,
+        **settings,
+    )
+    whole = onnx.compose.merge_models(
+        network,
+        post,
+        io_map=[(name, name) for name in names],
+        name="ssd300",
+        doc_string="SSD300 object detector with non-maximum suppression",
+    )
+    metadata = {
+        "classes": detector.classes,
+        "score_thresh": detector.score_thresh,
+        "image_size": ssd.IMAGE_SIZE,
+    }
     onnx.helper.set_model_props(whole, {name: json.dumps(value) for name, value in metadata.items()})
     del whole.opset_import[1:]  # the same again, which onnxruntime's tools refuse
     onnx.checker.check_model(whole, full_check=True)
@@ -249,8 +290,10 @@ def check_onnx(path, detector, images, **settings):
         worst = np.maximum(worst, largest_differences(ours, find_objects(session, np.asarray(picture))))
         count += len(found)
     alone = f"{int(worst[0])} without a partner in one image, " if worst[0] else ""
-    summary = (f"{count} detections in {len(images)} images: {alone}boxes within {worst[1]:.4f} pixels, "
-               f"scores within {worst[2]:.1e}")
+    summary = (
+        f"{count} detections in {len(images)} images: {alone}boxes within {worst[1]:.4f} pixels, "
+        f"scores within {worst[2]:.1e}"
+    )
     if worst[0] or worst[1] > BOX_TOLERANCE or worst[2] > SCORE_TOLERANCE:
         raise InputError(f"the ONNX file is refused, ONNX and PyTorch differ: {summary}")
     return summary
@@ -260,8 +303,12 @@ def onnx_map(session, records, num_classes):
     """Return the mAP@.5 of an ONNX file on Records."""
     found = [find_objects(session, record.read()) for record in records]
     boxes_px, labels, scores = (np.concatenate(column) for column in zip(*found, strict=True))
-    detections = {"image_ids": np.repeat(np.arange(len(records)), [len(one[1]) for one in found]),
-                  "labels": labels, "scores": scores, "boxes_px": ssd.to_voc_pixels(boxes_px)}
+    detections = {
+        "image_ids": np.repeat(np.arange(len(records)), [len(one[1]) for one in found]),
+        "labels": labels,
+        "scores": scores,
+        "boxes_px": ssd.to_voc_pixels(boxes_px),
+    }
     return ssd.score_detections(detections, records, num_classes)["map_area"]
 
 
@@ -274,8 +321,9 @@ def check_map(path, detector, records, *, max_drop, **settings):
     dataset = ssd.VocDataset(records, ssd.build_transform(train=False), model.anchors.cpu())
     ours = ssd.evaluate(model, ssd.make_loader(dataset, batch_size=8), **settings)["map_area"]
     theirs = onnx_map(open_onnx(path), records, model.num_classes)
-    summary = (f"mAP@.5 {theirs:.4f} in {len(records)} test images, {theirs - ours:+.4f} from PyTorch's "
-               f"{ours:.4f}")
+    summary = (
+        f"mAP@.5 {theirs:.4f} in {len(records)} test images, {theirs - ours:+.4f} from PyTorch's {ours:.4f}"
+    )
     if ours - theirs > max_drop:
         raise InputError(f"the ONNX file is refused: {summary}, --max-map-drop allows {max_drop:g}")
     return summary
@@ -312,8 +360,17 @@ def run_lists(checkpoint, data=None, test_split=None, max_images=None):
     return ssd.spread(read(lists["val"] or lists["train"]), CALIBRATION_IMAGES), test
 
 
-def export_onnx(checkpoint, model, path, check, *, score_thresh=None, nms_iou_thresh=None,
-                max_detections=ssd.MAX_DETECTIONS, **options):
+def export_onnx(
+    checkpoint,
+    model,
+    path,
+    check,
+    *,
+    score_thresh=None,
+    nms_iou_thresh=None,
+    max_detections=ssd.MAX_DETECTIONS,
+    **options,
+):
     """Write an ONNX file, unless the check raises InputError; returns the check's text.
 
     check(path, detector, **settings of `ssd.detect`): `check_onnx` or `check_map`; score_thresh: None for .01
@@ -324,8 +381,11 @@ def export_onnx(checkpoint, model, path, check, *, score_thresh=None, nms_iou_th
         score_thresh = min(ssd.SCORE_THRESH, *detector.score_thresh.values())
     if nms_iou_thresh is None:
         nms_iou_thresh = checkpoint["args"]["nms_iou"]
-    settings = {"score_thresh": score_thresh, "nms_iou_thresh": nms_iou_thresh,
-                "max_detections": max_detections}
+    settings = {
+        "score_thresh": score_thresh,
+        "nms_iou_thresh": nms_iou_thresh,
+        "max_detections": max_detections,
+    }
     whole = to_onnx(detector, **options, **settings)
     summary = ""
 
@@ -396,18 +456,26 @@ def write_card(folder, name, run, *, licence=None, data_licence=None, onnx_check
     elif flags["val_fraction"]:
         chosen = f"a held-out {flags['val_fraction']:.0%} of the training list chose the epoch"
     parts = [
-        front_matter(name, run, licence), f"# {name}",
-        f"SSD300 with a VGG16 backbone, width {config['width']:g}, {kinds[config['batch_norm']]}, {start}, for "
-        f"{len(classes)} classes: {', '.join(classes)}. Input: 300x300 pixels, RGB.",
-        "## Use", USE,
+        front_matter(name, run, licence),
+        f"# {name}",
+        f"SSD300 with a VGG16 backbone, width {config['width']:g}, {kinds[config['batch_norm']]}, {start}, "
+        f"for {len(classes)} classes: {', '.join(classes)}. Input: 300x300 pixels, RGB.",
+        "## Use",
+        USE,
     ]
     if onnx_check:
-        parts += [f"`python {EXAMPLE.name} model.onnx picture.jpg` needs numpy, pillow and onnxruntime only.",
-                  f"Compared with PyTorch when it was written: {onnx_check}."]
+        parts += [
+            f"`python {EXAMPLE.name} model.onnx picture.jpg` needs numpy, pillow and onnxruntime only.",
+            f"Compared with PyTorch when it was written: {onnx_check}.",
+        ]
     parts += [
-        "## Measured", report.protocol(run), report.markdown(report.table_rows(run["test"])),
-        "## Errors", "\n".join(f"* {line}" for line in report.in_words(run)),
-        "## Training", f"Data: {report.data_name(flags)}; {chosen}.",
+        "## Measured",
+        report.protocol(run),
+        report.markdown(report.table_rows(run["test"])),
+        "## Errors",
+        "\n".join(f"* {line}" for line in report.in_words(run)),
+        "## Training",
+        f"Data: {report.data_name(flags)}; {chosen}.",
     ]
     if run["environment"]:
         parts += [f"```\n{report.command(run)}\n```", report.machine(run)]
@@ -425,12 +493,18 @@ def write_config(path, checkpoint, run):
     test = {key: value for key, value in run["test"].items() if key != "checkpoint"}
     if test:
         test["data"] = report.data_name(test)
-    ssd.write_json(path, {
-        "model_type": "ssd300", "image_size": ssd.IMAGE_SIZE, "classes": run["classes"],
-        "id2label": dict(enumerate(run["classes"], start=1)),
-        **{key: checkpoint[key] for key in ("format_version", "config", "score_thresh")},
-        "test": test, "flags": report.public_flags(run["flags"]),
-    })
+    ssd.write_json(
+        path,
+        {
+            "model_type": "ssd300",
+            "image_size": ssd.IMAGE_SIZE,
+            "classes": run["classes"],
+            "id2label": dict(enumerate(run["classes"], start=1)),
+            **{key: checkpoint[key] for key in ("format_version", "config", "score_thresh")},
+            "test": test,
+            "flags": report.public_flags(run["flags"]),
+        },
+    )
 
 
 def export_folder(checkpoint, model, run, folder, *, name, onnx_images=None, **licences):
@@ -519,12 +593,20 @@ def build_parser():
     add = onnx.add_argument
     add("checkpoint", metavar="CHECKPOINT")
     add("--output", metavar="FILE", help="default: CHECKPOINT ending in .onnx, _half.onnx or _int8.onnx")
-    add("--input", choices=("uint8", "float32"), default="uint8",
-        help="type of the input, 0 to 255 in both cases (default: uint8)")
+    add(
+        "--input",
+        choices=("uint8", "float32"),
+        default="uint8",
+        help="type of the input, 0 to 255 in both cases (default: uint8)",
+    )
     add("--score-thresh", type=ssd.unit_interval, help="least score (default: .01, or a class's lower one)")
     add("--nms-iou", type=ssd.unit_interval, help="at which NMS drops the lower score (default: the run's)")
-    add("--max-detections", type=ssd.positive_int, default=ssd.MAX_DETECTIONS,
-        help=f"rows of the output (default: {ssd.MAX_DETECTIONS})")
+    add(
+        "--max-detections",
+        type=ssd.positive_int,
+        default=ssd.MAX_DETECTIONS,
+        help=f"rows of the output (default: {ssd.MAX_DETECTIONS})",
+    )
     add("--images", nargs="+", metavar="FILE", help="images to check with (default: 16 of the run's data)")
     smaller = onnx.add_mutually_exclusive_group()
     smaller.add_argument("--half", action="store_true", help="convolve in float16")
@@ -533,8 +615,13 @@ def build_parser():
     add("--data", metavar="PATH", help="a folder in VOC layout (default: the run's)")
     add("--test-split", metavar="LIST", help="default: the run's, or test")
     add("--max-images", type=ssd.positive_int, metavar="N", help="measure on N images of it, evenly spread")
-    add("--max-map-drop", type=ssd.unit_interval, default=0.01, metavar="X",
-        help="refuse the file if it loses more mAP@.5 (default: .01)")
+    add(
+        "--max-map-drop",
+        type=ssd.unit_interval,
+        default=0.01,
+        metavar="X",
+        help="refuse the file if it loses more mAP@.5 (default: .01)",
+    )
     add = commands.add_parser("hf", help="write a folder for Hugging Face").add_argument
     add("checkpoint", metavar="CHECKPOINT")
     add("folder", metavar="DIR")
@@ -553,8 +640,13 @@ def build_parser():
 
 def run_onnx(args, checkpoint, model, source):
     """Write the ONNX file that the command line asks for."""
-    settings = {"nms_iou_thresh": args.nms_iou, "score_thresh": args.score_thresh,
-                "max_detections": args.max_detections, "dtype": args.input, "half": args.half}
+    settings = {
+        "nms_iou_thresh": args.nms_iou,
+        "score_thresh": args.score_thresh,
+        "max_detections": args.max_detections,
+        "dtype": args.input,
+        "half": args.half,
+    }
     if args.half or args.int8:
         calibration, test = run_lists(checkpoint, args.data, args.test_split, args.max_images)
         check = functools.partial(check_map, records=test, max_drop=args.max_map_drop)
@@ -583,8 +675,16 @@ def run_export(args):
         return
     images = (args.images or example_images(checkpoint["args"]["data"])) if args.onnx else None
     folder = Path(args.folder)
-    export_folder(checkpoint, model, report.read_run(source), folder, name=args.push or folder.resolve().name,
-                  onnx_images=images, licence=args.license, data_licence=args.data_license)
+    export_folder(
+        checkpoint,
+        model,
+        report.read_run(source),
+        folder,
+        name=args.push or folder.resolve().name,
+        onnx_images=images,
+        licence=args.license,
+        data_licence=args.data_license,
+    )
     print("\n".join(str(path) for path in sorted(folder.rglob("*")) if path.is_file()))
     if args.push:
         print(push(folder, args.push, args.private))

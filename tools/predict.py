@@ -101,6 +101,7 @@ def detect_all(detector, sources, **settings):
 
     Threads open the next images while the network works. settings: of `ssd.Detector.predict`.
     """
+
     def open_or_error(source):
         try:
             return ssd.open_image(source)
@@ -173,7 +174,7 @@ def write_crops(picture, found, target):
 
 
 def write_xml(path, picture, found, target):
-    """Write the objects of an image, which is upright, as VOC annotation, Annotations/*.xml beside `target`."""
+    """Write the objects of an upright image as a VOC annotation: Annotations/*.xml beside `target`."""
     folder = target.parent / "Annotations"
     folder.mkdir(exist_ok=True)
     boxes = ssd.to_voc_pixels(found.boxes_px).round().astype(int).tolist()
@@ -356,7 +357,8 @@ def predict_live(detector, frames, name, fps, target, *, show=False, **settings)
     ends, latencies = collections.deque(maxlen=30), collections.deque(maxlen=10_000)  # seconds
     counts, number, num_written, start = collections.Counter(), 0, 0, time.monotonic()
     with (
-        contextlib.suppress(KeyboardInterrupt), open(log_path, "w", encoding="utf-8") as log,
+        contextlib.suppress(KeyboardInterrupt),
+        open(log_path, "w", encoding="utf-8") as log,
         video_output(None if show else target, fps, name) as put,
     ):
         for arrived, frame in frames:
@@ -379,9 +381,11 @@ def predict_live(detector, frames, name, fps, target, *, show=False, **settings)
     if not number:
         return f"no frame of {name}"
     middle, slow = np.percentile(1000 * np.array(latencies), (50, 95))
-    return (f"{number} of {frames.num_read} frames, {number / (ends[-1] - start):.1f} a second, latency "
-            f"{middle:.0f} ms (95 %: {slow:.0f}); {count_text(counts)} -> {'window' if show else target}, "
-            f"{log_path}")
+    return (
+        f"{number} of {frames.num_read} frames, {number / (ends[-1] - start):.1f} a second, latency "
+        f"{middle:.0f} ms (95 %: {slow:.0f}); {count_text(counts)} -> {'window' if show else target}, "
+        f"{log_path}"
+    )
 
 
 # ---- the files of a prediction ----
@@ -408,6 +412,7 @@ def describe(detector, picture, found, **settings):
 
 def write_predictions(path, report):
     """Write predictions.json: {path: what was found}, an image or a frame of a video a line."""
+
     def text(found):
         if "frames" not in found:
             return json.dumps(found)
@@ -479,16 +484,21 @@ def coco_dataset(detections, classes):
     category_ids = {name: number for number, name in enumerate(classes, start=1)}
     rows = coco_rows(detections, image_ids, category_ids)
     return {
-        "images": [{"id": image_ids[path], "file_name": str(path), "width": width, "height": height}
-                   for path, ((width, height), _) in detections.items()],
+        "images": [
+            {"id": image_ids[path], "file_name": str(path), "width": width, "height": height}
+            for path, ((width, height), _) in detections.items()
+        ],
         "categories": [{"id": number, "name": name} for name, number in category_ids.items()],
-        "annotations": [{"id": number, **row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
-                        for number, row in enumerate(rows, start=1)],
+        "annotations": [
+            {"id": number, **row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+            for number, row in enumerate(rows, start=1)
+        ],
     }
 
 
 def write_csv(path, report):
     """Write what was found as CSV, a box a line: pixels; frame N of a video is the image FILE#N."""
+
     def write(temporary):
         with open(temporary, "w", encoding="utf-8", newline="") as file:
             table = csv.writer(file)
@@ -512,6 +522,7 @@ def count_frames(path):
 
 def predict_images(detector, paths, targets, *, save_crops=False, save_xml=False, **settings):
     """Detect in image files, write drawn copies; yields (path, ((W, H), Detections) or InputError)."""
+
     def write(pair):
         path, result = pair
         if isinstance(result, ssd.InputError):
@@ -558,8 +569,19 @@ def predict_moving(detector, source, target, *, show=False, **settings):
     return found
 
 
-def predict_files(detector, paths, folder, *, show=False, save_crops=False, save_xml=False, save_coco=None,
-                  coco_ids=None, save_csv=None, **settings):
+def predict_files(
+    detector,
+    paths,
+    folder,
+    *,
+    show=False,
+    save_crops=False,
+    save_xml=False,
+    save_coco=None,
+    coco_ids=None,
+    save_csv=None,
+    **settings,
+):
     """Detect in files and streams; writes a drawn copy of each and predictions.json into a folder.
 
     settings: of `ssd.Detector.predict`; show: videos and streams in a window; save_coco, save_csv: files to
@@ -600,8 +622,10 @@ def predict_files(detector, paths, folder, *, show=False, save_crops=False, save
         done = {name: found for name, found in report.items() if found}
         write_predictions(folder / "predictions.json", done)
         if save_coco:
-            ssd.write_json(save_coco, coco_rows(detections, *ids) if coco_ids else
-                           coco_dataset(detections, detector.classes))
+            ssd.write_json(
+                save_coco,
+                coco_rows(detections, *ids) if coco_ids else coco_dataset(detections, detector.classes),
+            )
         if save_csv:
             write_csv(save_csv, done)
     written = [folder / name for name in ("crops", "Annotations") if (folder / name).is_dir()]
@@ -614,8 +638,12 @@ def parse_args(argv=None):
     """Return the namespace of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="SOURCE",
-        help="images, videos, folders of them, globs in quotes, a camera's number, or a stream's address")
+    add(
+        "inputs",
+        nargs="+",
+        metavar="SOURCE",
+        help="images, videos, folders of them, globs in quotes, a camera's number, or a stream's address",
+    )
     add("--weights", required=True, metavar="FILE", help="checkpoint, exported folder or Hugging Face id")
     add("--output-dir", default=".", metavar="DIR", help="results go to DIR/plots/predictions")
     add("--classes", type=ssd.class_list, metavar="A,B", help="report these classes only")
@@ -667,10 +695,18 @@ def main(argv=None):
             raise ssd.InputError("--show: there is no display; without it the video is written")
         detector, nms_iou = make_detector(args)
         problems = predict_files(
-            detector, paths, Path(args.output_dir) / "plots" / "predictions", show=args.show,
-            save_crops=args.save_crops, save_xml=args.save_xml, save_coco=args.save_coco,
-            coco_ids=args.coco_ids, save_csv=args.save_csv, nms_iou_thresh=nms_iou,
-            max_detections=args.max_detections)
+            detector,
+            paths,
+            Path(args.output_dir) / "plots" / "predictions",
+            show=args.show,
+            save_crops=args.save_crops,
+            save_xml=args.save_xml,
+            save_coco=args.save_coco,
+            coco_ids=args.coco_ids,
+            save_csv=args.save_csv,
+            nms_iou_thresh=nms_iou,
+            max_detections=args.max_detections,
+        )
     except (ssd.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -51,8 +51,13 @@ ERROR_KINDS = {  # those of tools/analyze.py
     "duplicate": "are on an object found already",
     "background": "are on nothing",
 }
-ENVIRONMENT_NAMES = {"python": "Python", "torch": "PyTorch", "numpy": "NumPy", "cpu_count": "CPU cores",
-                     "platform": "system"}  # others are called what their key is
+ENVIRONMENT_NAMES = {
+    "python": "Python",
+    "torch": "PyTorch",
+    "numpy": "NumPy",
+    "cpu_count": "CPU cores",
+    "platform": "system",
+}  # others are called what their key is
 LINE_STYLES = ("-", "--", "-.", ":")  # with the ten colours 40 lines that differ, also to the colour-blind
 FEW_OBJECTS = 50  # a class with fewer of them is called uncertain
 MAX_IMAGE_WIDTH = 1600  # pixels of an embedded image
@@ -160,10 +165,18 @@ def read_run(source, plots=None):
     measured = bool(test) and evaluation.get("map_area") == test.get("map_area")
     pictures = find_plots(plots, measured=measured, analyzed=measured and bool(extra)) if is_same else []
     return {
-        "source": source, "config": checkpoint["config"], "classes": list(checkpoint["classes"]),
-        "flags": checkpoint.get("args") or {}, "epoch": val.get("epoch"), "val": val, "test": test,
-        "extra": extra, "environment": dig(record, "environment"), "wall_s": record.get("wall_s"),
-        "history": history if is_same else [], "plots": pictures,
+        "source": source,
+        "config": checkpoint["config"],
+        "classes": list(checkpoint["classes"]),
+        "flags": checkpoint.get("args") or {},
+        "epoch": val.get("epoch"),
+        "val": val,
+        "test": test,
+        "extra": extra,
+        "environment": dig(record, "environment"),
+        "wall_s": record.get("wall_s"),
+        "history": history if is_same else [],
+        "plots": pictures,
     }
 
 
@@ -217,6 +230,7 @@ def protocol(run):
 
 def table_rows(test):
     """Return the per-class table as rows of text: the header, the classes, their mean."""
+
     def text(value):
         return f"{value:.4f}" if is_number(value) else "no object"
 
@@ -240,14 +254,18 @@ def analysis_in_words(extra):
     """Return sentences on what tools/analyze.py found; none if it was not recorded."""
     lines = []
     if drawn := dig_numbers(extra, "analysis", "ap_ranges", "mean"):
-        lines.append("Of lists drawn at random from the test images 95 % have a mAP@.5 of {:.3f} to {:.3f}: so much "
-                     "do other images of the kind change it.".format(*drawn))
+        lines.append(
+            "Of lists drawn at random from the test images 95 % have a mAP@.5 of {:.3f} to {:.3f}: so much "
+            "do other images of the kind change it.".format(*drawn)
+        )
     confident = dig(extra, "analysis", "tide", "confident")
     counts = [(dig(confident, kind), text) for kind, text in ERROR_KINDS.items()]
     if all(is_number(count) for count, _ in counts):
         wrong = ", ".join(f"{count} {text}" for count, text in sorted(counts, reverse=True))
-        lines.append(f"Of the detections that score {ssd.DRAW_SCORE_THRESH} or more, {wrong}; "
-                     f"{dig(confident, 'missed')} objects have no hit of that score.")
+        lines.append(
+            f"Of the detections that score {ssd.DRAW_SCORE_THRESH} or more, {wrong}; "
+            f"{dig(confident, 'missed')} objects have no hit of that score."
+        )
     mean = dig(extra, "analysis", "tide", "gain", "mean")
     gains = [(value, kind) for kind, value in mean.items() if kind in (*ERROR_KINDS, "missed")]
     if gains and all(is_number(value) for value, _ in gains):
@@ -284,8 +302,10 @@ def training_in_words(run):
     lines = []
     val, test = run["val"].get("val_map_area"), run["test"].get("map_area")
     if is_number(val) and is_number(test):
-        lines.append(f"The validation mAP@.5 that chose epoch {run['epoch']} was {val:.4f}; the test's is "
-                     f"{abs(test - val):.4f} {'higher' if test > val else 'lower'}.")
+        lines.append(
+            f"The validation mAP@.5 that chose epoch {run['epoch']} was {val:.4f}; the test's is "
+            f"{abs(test - val):.4f} {'higher' if test > val else 'lower'}."
+        )
     losses = [(row["val_loss"], row["epoch"]) for row in run["history"] if is_number(row.get("val_loss"))]
     if len(losses) > 2:
         least, at = min(losses)
@@ -350,12 +370,15 @@ def figure(path, title):
         kind = "wide" if image.width > 1000 else "single"
         source = embed(image)
     text = html.escape(title, quote=True)
-    return (f'<figure class="{kind}"><img src="{source}" alt="{text}" loading="lazy">'
-            f"<figcaption>{text}</figcaption></figure>")
+    return (
+        f'<figure class="{kind}"><img src="{source}" alt="{text}" loading="lazy">'
+        f"<figcaption>{text}</figcaption></figure>"
+    )
 
 
 def table(rows, kind=""):
     """Return an HTML table of rows of text, header first."""
+
     def line(cells, tag):
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
@@ -404,8 +427,11 @@ def sections(run):
     changed, others = changed_settings(run["flags"])
     settings = table([("setting", "value"), *changed])
     rest = f"<summary>{len(others)} settings of the recipe</summary>{table([('setting', 'value'), *others])}"
-    env = [(ENVIRONMENT_NAMES.get(name, name), value) for name, value in run["environment"].items()
-           if name != "command"]
+    env = [
+        (ENVIRONMENT_NAMES.get(name, name), value)
+        for name, value in run["environment"].items()
+        if name != "command"
+    ]
     found = {
         "Results": f"<p>{measured}</p>",
         "Curves": figures.get("loss.png", ""),
@@ -440,31 +466,41 @@ def tiles(run):
 def document(title, body, style=""):
     """Return an HTML page, complete in itself; body is HTML, title is text."""
     title = html.escape(title)
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            f'<title>{title}</title><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<link rel="icon" href="data:,"><style>{STYLE}{style}</style></head><body><h1>{title}</h1>'
-            f"{body}</body></html>\n")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<title>{title}</title><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><style>{STYLE}{style}</style></head><body><h1>{title}</h1>'
+        f"{body}</body></html>\n"
+    )
 
 
 def with_contents(parts):
     """Return HTML of [(title, HTML)] as sections, behind links to them."""
     links = "".join(f'<a href="#s{number}">{title}</a>' for number, (title, _) in enumerate(parts))
-    content = "".join(f'<section id="s{number}"><h2>{title}</h2>{body}</section>'
-                      for number, (title, body) in enumerate(parts))
+    content = "".join(
+        f'<section id="s{number}"><h2>{title}</h2>{body}</section>'
+        for number, (title, body) in enumerate(parts)
+    )
     return links, content
 
 
 def page(run):
     """Return the HTML page of a run."""
     config = run["config"]
-    summary = (f"{len(run['classes'])} classes: {', '.join(run['classes'])}. Width {config['width']:g}, "
-               f"batch norm: {config['batch_norm']}. {run['source'].name} {run['environment'].get('started', '')}")
-    shown = "".join(f'<div class="tile"><b>{html.escape(value)}</b>{html.escape(what)}</div>'
-                    for value, what in tiles(run))
+    summary = (
+        f"{len(run['classes'])} classes: {', '.join(run['classes'])}. Width {config['width']:g}, "
+        f"batch norm: {config['batch_norm']}. {run['source'].name} {run['environment'].get('started', '')}"
+    )
+    shown = "".join(
+        f'<div class="tile"><b>{html.escape(value)}</b>{html.escape(what)}</div>'
+        for value, what in tiles(run)
+    )
     links, content = with_contents(sections(run))
-    return document(f"SSD300 on {data_name(run['flags'])}",
-                    f'<p class="soft">{html.escape(summary)}</p><nav>{links}</nav>'
-                    f'<div class="tiles">{shown}</div>{content}')
+    return document(
+        f"SSD300 on {data_name(run['flags'])}",
+        f'<p class="soft">{html.escape(summary)}</p><nav>{links}</nav>'
+        f'<div class="tiles">{shown}</div>{content}',
+    )
 
 
 # ---- several runs side by side ----
@@ -504,6 +540,7 @@ def drawn_ranges(runs):
 
     The difference, in brackets, is that of the same drawn lists, so of runs measured on the first one's list.
     """
+
     def of_95(values, form):
         return " to ".join(form.format(value) for value in np.percentile(values, (2.5, 97.5)))
 
@@ -521,8 +558,11 @@ def drawn_ranges(runs):
 def compared_figures(runs, names):
     """Return rows of text: a figure a row, a run a column; rows without any value are left out."""
     tests = [run["test"] for run in runs]
-    figures = {"test mAP@.5, area": "map_area", "test mAP@.5, 11-point": "map11",
-               "test mAP@.75, area": "map75"}
+    figures = {
+        "test mAP@.5, area": "map_area",
+        "test mAP@.5, 11-point": "map11",
+        "test mAP@.75, area": "map75",
+    }
     rows = [("", *names)]
     rows += [compared(what, [test.get(key) for test in tests]) for what, key in figures.items()]
     rows.append(drawn_ranges(runs))
@@ -530,15 +570,17 @@ def compared_figures(runs, names):
     columns = []
     for run, test in zip(runs, tests, strict=True):
         speeds = [row["images_per_s"] for row in run["history"] if is_number(row.get("images_per_s"))]
-        columns.append({
-            "measured with": test.get("precision", "-"),
-            "test list": measured_on(run),
-            "test images": str(test.get("num_images", "-")),
-            "epoch chosen": f"{run['epoch']} of {run['flags'].get('epochs')}" if run["epoch"] else "-",
-            "wall time": f"{run['wall_s'] / 60:.1f} min" if is_number(run["wall_s"]) else "-",
-            "training, images/s (median)": f"{statistics.median(speeds):.1f}" if speeds else "-",
-            "device": run["environment"].get("device", "-"),
-        })
+        columns.append(
+            {
+                "measured with": test.get("precision", "-"),
+                "test list": measured_on(run),
+                "test images": str(test.get("num_images", "-")),
+                "epoch chosen": f"{run['epoch']} of {run['flags'].get('epochs')}" if run["epoch"] else "-",
+                "wall time": f"{run['wall_s'] / 60:.1f} min" if is_number(run["wall_s"]) else "-",
+                "training, images/s (median)": f"{statistics.median(speeds):.1f}" if speeds else "-",
+                "device": run["environment"].get("device", "-"),
+            }
+        )
     rows += [(what, *(column[what] for column in columns)) for what in columns[0]]
     return [row for row in rows if set(row[1:]) != {"-"}]
 
@@ -564,8 +606,11 @@ def compared_classes(runs, names):
 
 def plot_runs(runs, names):
     """Return a Figure: the runs' validation mAP, and their losses in training and validation, by epoch."""
-    titles = {"val_map_area": "validation mAP@.5", "train_loss": "training loss",
-              "val_loss": "validation loss"}
+    titles = {
+        "val_map_area": "validation mAP@.5",
+        "train_loss": "training loss",
+        "val_loss": "validation loss",
+    }
     rows = [row for run in runs for row in run["history"]]
     curves = [(key, title) for key, title in titles.items() if any(is_number(row.get(key)) for row in rows)]
     figure = Figure(figsize=(7, 0.5 + 2.8 * max(1, len(curves))), layout="constrained")
@@ -606,9 +651,11 @@ def comparison(runs):
         ("Classes", scrolling(compared_classes(runs, names), "numbers")),
     ]
     links, content = with_contents(parts)
-    return document(f"{len(runs)} runs side by side",
-                    f'<p class="soft">In brackets: the difference from {html.escape(names[0])}.</p>'
-                    f"<nav>{links}</nav>{content}")
+    return document(
+        f"{len(runs)} runs side by side",
+        f'<p class="soft">In brackets: the difference from {html.escape(names[0])}.</p>'
+        f"<nav>{links}</nav>{content}",
+    )
 
 
 def write_tensorboard(folder):
@@ -625,7 +672,10 @@ def write_tensorboard(folder):
         raise InputError(f"{folder}: no metrics.jsonl of a run in {folder / 'checkpoints'}")
     shutil.rmtree(target, ignore_errors=True)  # the rows are all there each time
     with SummaryWriter(target) as board:
-        for key, kind in (("epoch", rows), ("step", read_rows(folder / "checkpoints" / "steps.jsonl", "step"))):
+        for key, kind in (
+            ("epoch", rows),
+            ("step", read_rows(folder / "checkpoints" / "steps.jsonl", "step")),
+        ):
             for row in kind:
                 for name in filter(lambda name, row=row: is_number(row[name]), row):
                     board.add_scalar(f"{key}/{name}", row[name], row[key])
@@ -639,12 +689,23 @@ def write_tensorboard(folder):
 def main(argv=None):
     """Run the command line; returns the exit code: 0 done, 2 a mistake to mend."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", default=["."], metavar="RUN",
-                        help="a run's --output-dir, or one of its checkpoints (default: this folder)")
-    parser.add_argument("--output", metavar="FILE",
-                        help="default: report.html, of several comparison.html, in the first run's plots")
-    parser.add_argument("--tensorboard", action="store_true",
-                        help="write RUN/checkpoints/tensorboard instead, also while the run goes on")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        default=["."],
+        metavar="RUN",
+        help="a run's --output-dir, or one of its checkpoints (default: this folder)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="default: report.html, of several comparison.html, in the first run's plots",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write RUN/checkpoints/tensorboard instead, also while the run goes on",
+    )
     args = parser.parse_args(argv)
     try:
         if args.tensorboard:

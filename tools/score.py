@@ -72,8 +72,12 @@ def read_devkit_files(folder, split, records, classes):
             labels.append(label)
             table.append(numbers)
     table = np.array(table, dtype=np.float64).reshape(-1, 5)
-    return {"image_ids": np.array(image_ids, dtype=np.int64), "labels": np.array(labels, dtype=np.int64),
-            "scores": table[:, 0], "boxes_px": table[:, 1:]}
+    return {
+        "image_ids": np.array(image_ids, dtype=np.int64),
+        "labels": np.array(labels, dtype=np.int64),
+        "scores": table[:, 0],
+        "boxes_px": table[:, 1:],
+    }
 
 
 def parse_args(argv=None):
@@ -81,8 +85,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Score detection files by the VOC rules, or write those of a checkpoint.",
         usage="%(prog)s DETECTIONS [--write CHECKPOINT] [flags of ssd_object_detection.py]",
-        epilog="To score: --data, --data-root, --test-split, --unlabelled, --classes (default: VOC's, or those "
-               "that the list's annotations have) and --output-dir. With --write: every flag of --evaluate.",
+        epilog="To score: --data, --data-root, --test-split, --unlabelled, --classes (default: VOC's, or "
+        "those that the list's annotations have) and --output-dir. With --write: every flag of --evaluate.",
         allow_abbrev=False,
     )
     parser.add_argument("detections", metavar="DETECTIONS", help="the folder of the files")
@@ -114,16 +118,23 @@ def score_files(folder, args):
     keys = ("ap_area", "ap11", "ap75", "num_gt")
     rows = zip(classes, result["classes"].values(), strict=True)
     numbers = {  # the keys of `ssd.evaluate_checkpoint`'s
-        "detections": str(folder), "data": args.data, "split": split, "num_images": len(records),
-        "precision": None, "detection": None, **{key: result[key] for key in ("map_area", "map11", "map75")},
+        "detections": str(folder),
+        "data": args.data,
+        "split": split,
+        "num_images": len(records),
+        "precision": None,
+        "detection": None,
+        **{key: result[key] for key in ("map_area", "map11", "map75")},
         "per_class": {name: {key: row[key] for key in keys} for name, row in rows},
     }
     path = Path(args.output_dir) / "plots" / "evaluation" / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     ssd.write_json(path, numbers)
     print(ssd.class_table(result, classes))
-    print(f"Test mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point); mAP@.75: "
-          f"{result['map75']:.4f} (area)")
+    print(
+        f"Test mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point); mAP@.75: "
+        f"{result['map75']:.4f} (area)"
+    )
 
 
 def main(argv=None):
