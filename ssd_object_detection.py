@@ -72,7 +72,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms, box_convert
 from tqdm import tqdm
 
-# ---- 1. Constants ----
+# ---- Constants ----
 
 PathLike = str | Path
 VOC_CLASSES = (
@@ -158,7 +158,90 @@ class InputError(Exception):
     """A mistake that the user can mend: shown as one line on standard error, exit code 2."""
 
 
-# ---- 2. Boxes ----
+# ---- Devices and processes ----
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, shared by torchrun's processes on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the torch.device of a name; "auto" is the first GPU, else the CPU. InputError if absent."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device).item()  # runs a kernel: this torch may have none for a GPU
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def pick_amp_dtype(device: torch.device, amp: str = "auto") -> torch.dtype | None:
+    """Return the autocast dtype of --amp, None for float32; "auto" takes what the hardware multiplies."""
+    if amp != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else None
+
+
+def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
+    """Return the autocast context of a dtype; for None it does nothing."""
+    return torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """Copy a collated batch to a device without waiting; images in channels_last order, but on a CPU."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    if device.type != "cpu":  # there the order of the weights decides
+        moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
+    return moved
+
+
+def process_rank() -> tuple[int, int]:
+    """Return (rank, world): this process's number among torchrun's, and how many they are; alone (0, 1)."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def from_first_process(make: Callable[[], object]) -> object:
+    """Return what make() returns; the first process alone calls it, the others wait and get a copy."""
+    rank, world = process_rank()
+    holder = [make() if rank == 0 else None]
+    if world > 1:
+        torch.distributed.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Return the mean of a float tensor over the processes, itself if there is only one."""
+    if (world := process_rank()[1]) > 1:
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        value /= world
+    return value
+
+
+@contextlib.contextmanager
+def joined_processes(name: str) -> Iterator[str]:
+    """Join torchrun's processes, if it started this one; yields its --device. Rank 0 prints and downloads."""
+    if "LOCAL_RANK" not in os.environ:
+        yield name
+        return
+    if is_cuda := name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        with contextlib.suppress(RuntimeError):  # fewer GPUs than processes, as pick_device will say
+            torch.cuda.set_device(name)
+    torch.distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=datetime.timedelta(hours=6))
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null if process_rank()[0] else sys.stdout):
+        yield name
+    torch.distributed.destroy_process_group()
+
+
+# ---- Boxes, anchors, matching ----
 
 
 def encode(boxes: Tensor, anchors_cxcywh: Tensor) -> Tensor:
@@ -194,9 +277,6 @@ def box_iou(boxes: np.ndarray, others: np.ndarray, extra: float = 0.0) -> np.nda
     shared = width.clip(min=0) * height.clip(min=0)
     area = (x2 - x1 + extra) * (y2 - y1 + extra)
     return shared / (area + (right - left + extra) * (bottom - top + extra) - shared)
-
-
-# ---- 3. Anchors ----
 
 
 def _anchor_sizes():
@@ -262,9 +342,6 @@ def fit_anchor_sizes(boxes: np.ndarray) -> tuple:
     return tuple(fitted)
 
 
-# ---- 4. Matching ----
-
-
 def match_anchors(
     gt_boxes: np.ndarray, anchors_xyxy: np.ndarray, match_iou_thresh: float = 0.5
 ) -> np.ndarray:
@@ -297,7 +374,7 @@ def build_targets(batch: dict[str, Tensor], anchors_cxcywh: Tensor) -> tuple[Ten
     return labels, encode(batch["gt_boxes"].gather(1, gt[..., None].expand(-1, -1, 4)), anchors_cxcywh)
 
 
-# ---- 5. Data ----
+# ---- Data ----
 
 
 def open_image(
@@ -691,12 +768,6 @@ def load_data(
     return DataSplits("pascal_voc" if is_voc else name, classes, kept, val, test, lists)
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may use, shared by torchrun's processes on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def decode_all(records: list[Record]) -> list[np.ndarray] | None:
     """Return the decoded images of records, which forked loader processes share; None if memory is short."""
     needed = sum(r.width * r.height * 3 for r in records) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -831,7 +902,7 @@ def make_loader(
     return DataLoader(dataset, num_workers=workers, pin_memory=pin_memory, generator=generator, **options)
 
 
-# ---- 6. Augmentation ----
+# ---- Augmentation ----
 
 BOX_GEOMETRY = (A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES)
 
@@ -983,7 +1054,7 @@ def build_transform(
     return A.Compose(steps, bbox_params=bbox_params)
 
 
-# ---- 7. Model ----
+# ---- Model ----
 
 
 class L2Norm(nn.Module):
@@ -1198,20 +1269,7 @@ def load_narrow_backbone(model: SSD300, state: dict) -> None:
         own.weight.copy_(weight[kept] * (own.weight.std() / weight[kept].std()))
 
 
-def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
-    """Return the autocast context of a dtype; for None it does nothing."""
-    return torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
-
-
-def to_device(batch: dict, device: torch.device) -> dict:
-    """Copy a collated batch to a device without waiting; images in channels_last order, but on a CPU."""
-    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    if device.type != "cpu":  # there the order of the weights decides
-        moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
-    return moved
-
-
-# ---- 8. Losses ----
+# ---- Losses, detection, evaluation ----
 
 
 def focal_loss(cls_logits: Tensor, labels: Tensor, *, gamma: float = FOCAL_GAMMA) -> Tensor:
@@ -1266,9 +1324,6 @@ def detection_loss(
     return {"loss": loss_cls + loss_box, "loss_cls": loss_cls, "loss_box": loss_box}
 
 
-# ---- 9. Detection ----
-
-
 @torch.no_grad()
 def detect(
     cls_logits: Tensor,
@@ -1307,8 +1362,6 @@ def detect(
         results.append((found[keep], label[keep], score[keep]))
     return results
 
-
-# ---- 10. Evaluation ----
 
 # The devkit's 0:0.1:1, which MATLAB counts up from 0 and down from 1: its fourth value is just above .3.
 ELEVEN_RECALLS = np.concatenate((np.arange(6) * 0.1, 1 - np.arange(5)[::-1] * 0.1))
@@ -1485,48 +1538,7 @@ def class_table(result: dict, class_names: Sequence[str]) -> str:
     return "\n".join([*lines, f"{'mean':<{width}} {'':8} {'':7} {means}"])
 
 
-# ---- 11. Run records ----
-
-
-def process_rank() -> tuple[int, int]:
-    """Return (rank, world): this process's number among torchrun's, and how many they are; alone (0, 1)."""
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def from_first_process(make: Callable[[], object]) -> object:
-    """Return what make() returns; the first process alone calls it, the others wait and get a copy."""
-    rank, world = process_rank()
-    holder = [make() if rank == 0 else None]
-    if world > 1:
-        torch.distributed.broadcast_object_list(holder, src=0)
-    return holder[0]
-
-
-def mean_over_processes(value: Tensor) -> Tensor:
-    """Return the mean of a float tensor over the processes, itself if there is only one."""
-    if (world := process_rank()[1]) > 1:
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-        value /= world
-    return value
-
-
-@contextlib.contextmanager
-def joined_processes(name: str) -> Iterator[str]:
-    """Join torchrun's processes, if it started this one; yields its --device. Rank 0 prints and downloads."""
-    if "LOCAL_RANK" not in os.environ:
-        yield name
-        return
-    if is_cuda := name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-        with contextlib.suppress(RuntimeError):  # fewer GPUs than processes, as pick_device will say
-            torch.cuda.set_device(name)
-    torch.distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=datetime.timedelta(hours=6))
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null if process_rank()[0] else sys.stdout):
-        yield name
-    torch.distributed.destroy_process_group()
+# ---- Run records ----
 
 
 def write_atomically(path: PathLike, write: Callable[[Path], object]) -> None:
@@ -1645,7 +1657,7 @@ def prepare_folders(checkpoints: Path, plots: Path, *, keep: bool) -> None:
         print(f"the files of an earlier run are now in {checkpoints / name} and {plots / name}")
 
 
-# ---- 12. Plots ----
+# ---- Plots ----
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -1776,27 +1788,7 @@ def plot_predictions(records: list[Record], detections: dict, classes: Sequence[
     return plot_sheet(images, f"{title}: truth (white), detections of {DRAW_SCORE_THRESH} or more (coloured)")
 
 
-# ---- 13. Training ----
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """Return the torch.device of a name; "auto" is the first GPU, else the CPU. InputError if absent."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device).item()  # runs a kernel: this torch may have none for a GPU
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
-    return device
-
-
-def pick_amp_dtype(device: torch.device, amp: str = "auto") -> torch.dtype | None:
-    """Return the autocast dtype of --amp, None for float32; "auto" takes what the hardware multiplies."""
-    if amp != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return torch.bfloat16 if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else None
+# ---- Training ----
 
 
 def make_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
@@ -2087,7 +2079,7 @@ def build_state(
     return TrainState(model, Ema(model, args.ema_decay), make_optimizer(model, args), scaler, network), config
 
 
-# ---- 14. Inference ----
+# ---- Inference ----
 
 
 @dataclass(eq=False)
@@ -2193,7 +2185,265 @@ def load_detector(path: PathLike, device: str = "auto", precision: str = "auto")
     return Detector(model, saved["classes"], pick_amp_dtype(picked, precision), saved.get("score_thresh"))
 
 
-# ---- 15. Command line ----
+# ---- Runs ----
+
+DATA_FLAGS = ("data", "classes", "train_split", "val_split", "val_fraction", "test_split", "unlabelled")
+MACHINE_FLAGS = (
+    "device",
+    "workers",
+    "output_dir",
+    "data_root",
+    "cache",
+    "compile",
+    "resume",
+    "evaluate",
+    "predict",
+    "weights",
+)  # not saved with a run
+
+
+def prepare_device(args: Namespace, device: torch.device) -> torch.dtype | None:
+    """Set up torch and OpenCV for a device, fill the flags that it decides; returns the autocast dtype."""
+    if not (is_cuda := device.type == "cuda"):
+        with contextlib.suppress(OSError, AttributeError):  # glibc alone
+            mallopt = ctypes.CDLL(None).mallopt  # fresh pages cost about a quarter of a CPU training step
+            mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep freed memory
+    else:
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.backends.cudnn.benchmark = True  # the shapes stay the same
+    cv2.setNumThreads(0)
+    torch.manual_seed(args.seed)  # order and augmentation have generators of their own, see VocDataset
+    if args.workers is None:  # beside a GPU all but two cores' worth; on a CPU torch's threads want the cores
+        args.workers = max(1, min(16, usable_cores() - 2)) if is_cuda else int(usable_cores() > 2)
+    if args.compile is None:
+        args.compile = is_cuda
+    return pick_amp_dtype(device, args.amp)
+
+
+def plain_loader(args: Namespace, records: list[Record], model: SSD300) -> DataLoader:
+    """Return the loader of records as they are, resized only."""
+    dataset = VocDataset(records, build_transform(train=False), model.anchors.cpu())
+    return make_loader(dataset, batch_size=args.batch_size, workers=args.workers)
+
+
+def make_loaders(args: Namespace, data: DataSplits, state: TrainState) -> tuple:
+    """Return the loaders of the epochs to come, and of validation (None if nothing is held out)."""
+    steps = ("zoom_out", "crop", "color", "shadow", "noise", "blur")
+    transform = build_transform(train=True, **{name: getattr(args, name) for name in steps})
+    pixels = decode_all(data.train) if args.cache else None
+    train = VocDataset(data.train, transform, state.model.anchors.cpu(), seed=args.seed, pixels=pixels)
+    ranks = dict(zip(("rank", "world"), process_rank(), strict=True))
+    epochs = range(state.epoch, args.epochs)
+    sampler = EpochBatchSampler(len(train), args.batch_size, args.seed, epochs=epochs, **ranks)
+    options = {"workers": args.workers, "pin_memory": state.model.anchors.is_cuda}
+    val_loader = plain_loader(args, data.val, state.model) if data.val else None
+    return make_loader(train, batch_sampler=sampler, **options), val_loader
+
+
+def resume_state(state: TrainState, base: dict, checkpoints: Path) -> None:
+    """Bring a state back to where last.pth left it; InputError for other classes or another network."""
+    saved = load_checkpoint(checkpoints / "last.pth", resumable=True)
+    if saved["classes"] != base["classes"]:
+        raise InputError(f"the run to resume has the classes {', '.join(saved['classes'])}: see --init-from")
+    if saved.get("digest") != base["digest"]:  # of the boxes and their order, wherever the folder is
+        print("warning: not the training images and boxes of before: see --init-from", file=sys.stderr)
+    state.load_state_dict(saved["train_state"], saved["model"])
+    if state.best_epoch > 0 and not from_first_process((checkpoints / "best.pth").is_file):
+        state.best_map, state.best_epoch = -1.0, state.epoch  # what is best is to come
+
+
+def start_from(state: TrainState, path: PathLike, classes: Sequence[str]) -> None:
+    """Copy a checkpoint's weights; of its heads those of classes that both know, none of other anchors."""
+    saved = load_checkpoint(path)
+    names, own_names = (["background", *listed] for listed in (saved["classes"], classes))
+    known = [name for name in own_names if name in names]
+    is_same = torch.equal(saved["model"]["anchors"], state.model.anchors.cpu())
+    for name, own in state.model.state_dict().items():
+        value = saved["model"][name].to(own)
+        if name.startswith("cls_heads.") and is_same:
+            value = value.view(-1, len(names), *own.shape[1:])[:, [names.index(k) for k in known]]
+            own.view(-1, len(own_names), *own.shape[1:])[:, [own_names.index(k) for k in known]] = value
+        elif name != "anchors" and (is_same or "_heads." not in name):
+            own.copy_(value)
+    state.ema.model.load_state_dict(state.model.state_dict())
+    what = f"it knows {', '.join(known[1:]) or 'no class'}" if is_same else "other anchors, so new heads"
+    print(f"start    {path}: {what}")
+
+
+def evaluate_checkpoint(args: Namespace) -> tuple[dict, list[Record], dict, dict]:
+    """Measure args.evaluate on the test list; returns (checkpoint, records, evaluation.json, result)."""
+    device = pick_device(args.device)
+    amp_dtype = prepare_device(args, device)
+    checkpoint = load_checkpoint(args.evaluate)
+    classes = checkpoint["classes"]
+    (root, *_), lists = find_data(args.data, args.data_root, "", "", args.test_split)  # no other list
+    if not (split := lists["test"]):
+        raise InputError(f"{args.data} has no test list: name one with --test-split")
+    annotations = read_annotations(root, split, unlabelled=args.unlabelled)
+    records = read_records(root, split, classes, annotations=annotations)
+    is_annotated = any(objects for _, _, objects in annotations.values())
+    if is_annotated and not any(len(record.labels) for record in records):
+        raise InputError(f"{args.data}, list {split}: nothing of {', '.join(classes)} (see --data)")
+    model = model_from_checkpoint(checkpoint, args.evaluate, device)
+    report = Path(args.output_dir) / "plots" / "evaluation" / "evaluation.json"
+    print(f"{args.evaluate} on {args.data}, list {split}: {len(records)} images -> {report}")
+    score_thresh = SCORE_THRESH if args.score_thresh is None else args.score_thresh
+    settings = {"score_thresh": score_thresh, "nms_iou_thresh": args.nms_iou}
+    result = evaluate(model, plain_loader(args, records, model), amp_dtype=amp_dtype, **settings)
+    rows = [{k: row[k] for k in ("ap_area", "ap11", "ap75", "num_gt")} for row in result["classes"].values()]
+    numbers = {
+        "checkpoint": str(args.evaluate),
+        "data": args.data,
+        "split": split,
+        "num_images": len(records),
+        "precision": str(amp_dtype or torch.float32)[6:],
+        "detection": settings,
+        **{key: result[key] for key in ("map_area", "map11", "map75")},
+        "per_class": dict(zip(classes, rows, strict=True)),
+    }
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_json(report, numbers)
+    save_figure(
+        plot_predictions(records, result["detections"], classes, Path(args.evaluate).name),
+        report.parent.parent / "predictions.png",
+    )
+    means = "Test mAP@.5: {map_area:.4f} (area), {map11:.4f} (11-point); mAP@.75: {map75:.4f} (area)"
+    print(class_table(result, classes), means.format(**numbers), sep="\n")
+    return checkpoint, records, numbers, result
+
+
+def finish_training(args: Namespace, data: DataSplits, checkpoints: Path) -> dict | None:
+    """Save the chosen checkpoint as the final one, measure it on the test list; returns the numbers."""
+    best = checkpoints / "best.pth"
+    final = load_checkpoint(best if data.val and best.is_file() else checkpoints / "last.pth")
+    final.pop("train_state", None)
+    args.evaluate = str(checkpoints / f"ssd_{data.name}_final.pth")
+    save_checkpoint(args.evaluate, final)
+    if data.test:
+        final["test"] = evaluate_checkpoint(args)[2]
+        save_checkpoint(args.evaluate, final)
+    print("" if data.test else "no test list, so no test mAP: see --test-split\n", args.evaluate, sep="")
+    return final.get("test")
+
+
+def print_header(args: Namespace, data: DataSplits, model: SSD300, amp_dtype: torch.dtype | None) -> None:
+    """Print what runs on what: versions, device, precision, data, network, recipe."""
+    env = environment(model.anchors.device)
+    counts = ", ".join(
+        f"{len(getattr(data, kind))} {kind} images ({split or 'held out'})"
+        for kind, split in data.lists.items()
+        if getattr(data, kind)
+    )
+    objects = sum(len(record.labels) for record in data.train)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(
+        f"device   {env['device']}, {str(amp_dtype or torch.float32)[6:]}, torch {env['torch']}, loader "
+        f"processes: {args.workers}\n"
+        f"data     {args.data}: {counts}; {objects} training objects, {len(data.classes)} classes\n"
+        f"network  width {args.width:g}, batch norm: {args.batch_norm}, start: "
+        f"{args.init_from or (args.backbone_weights if args.pretrained else 'random')}; "
+        f"{trained:,} trained parameters, {len(model.anchors):,} anchors\n"
+        f"recipe   {args.recipe}: {args.epochs} epochs, batch size {args.batch_size}, {args.optimizer}, lr "
+        f"{args.lr:g}, weight decay {args.weight_decay:g}, {args.loss} loss, seed {args.seed}",
+        flush=True,
+    )
+
+
+def run_training(args: Namespace) -> int:
+    """Train by the flags, measure once on the test list, save the final checkpoint; returns the exit code."""
+    began = time.perf_counter()
+    device = pick_device(args.device)
+    amp_dtype = prepare_device(args, device)
+    checkpoints, plots = Path(args.output_dir) / "checkpoints", Path(args.output_dir) / "plots"
+    if args.resume and (checkpoints / "run.json").is_file():
+        saved = json.loads((checkpoints / "run.json").read_text(encoding="utf-8"))
+        if "wall_s" in saved and saved["flags"]["epochs"] >= args.epochs:
+            print(f"the run in {checkpoints} is finished: to train further see --epochs and --init-from")
+            return 0
+    sources = {name: getattr(args, name) for name in (*DATA_FLAGS, "data_root", "seed")}
+    data = from_first_process(lambda: load_data(**sources))
+    args.val_split = data.lists["val"]  # which may have been found, for the run's records
+    boxes = np.concatenate([record.boxes for record in data.train])
+    sizes = choose_anchors(args.anchors, boxes, is_voc={*data.classes} == {*VOC_CLASSES})
+    state, config = build_state(args, len(data.classes), device, amp_dtype, sizes)
+    base = {
+        "config": config,
+        "classes": list(data.classes),
+        "digest": zlib.crc32(boxes, len(data.train)),
+        "args": {name: value for name, value in vars(args).items() if name not in MACHINE_FLAGS},
+    }
+    if args.resume:
+        resume_state(state, base, checkpoints)
+        began -= sum(row["seconds"] for row in state.history)  # of the parts before
+    elif args.init_from:
+        start_from(state, args.init_from, data.classes)
+    loaders = make_loaders(args, data, state)
+    print_header(args, data, state.model, amp_dtype)
+    writer = CheckpointWriter(checkpoints, base)
+    record = {"flags": dict(vars(args)), "environment": environment(device), "classes": list(data.classes)}
+    if is_first := process_rank()[0] == 0:
+        prepare_folders(checkpoints, plots, keep=args.resume)
+        write_json(checkpoints / "run.json", record)
+        save_figure(plot_augmentations(loaders[0].dataset, data.classes), plots / "augmentations.png")
+    shown = spread(data.test or data.val or data.train, 12)
+    gallery = make_loader(VocDataset(shown, build_transform(train=False), state.model.anchors.cpu()))
+    drawn_at = -math.inf
+
+    def redraw(state, least=60.0):  # seconds: an epoch may be shorter than its pictures
+        nonlocal drawn_at
+        if time.monotonic() - drawn_at < least:
+            return
+        save_figure(plot_losses(state.history), plots / "loss.png")
+        result = evaluate(state.ema.model, gallery, amp_dtype=amp_dtype, nms_iou_thresh=args.nms_iou)
+        save_figure(
+            plot_predictions(shown, result["detections"], data.classes, f"After epoch {state.epoch}"),
+            plots / "predictions.png",
+        )
+        drawn_at = time.monotonic()
+
+    loss = functools.partial(detection_loss, loss=args.loss, gamma=args.focal_gamma)
+    try:
+        fit(state, loaders, args, loss=loss, amp_dtype=amp_dtype, writer=writer, redraw=redraw)
+    finally:  # whatever ended the run
+        writer.flush()
+    if writer.waiting:
+        raise InputError(f"the training is over, but {' and '.join(writer.waiting)} could not be written")
+    if is_first:
+        redraw(state, least=0.0)
+        test = finish_training(args, data, checkpoints)
+        seconds = round(time.perf_counter() - began)
+        write_json(checkpoints / "run.json", record | {"test": test, "wall_s": seconds})
+        print(f"wall time {datetime.timedelta(seconds=seconds)}")
+    return 0
+
+
+def run_prediction(args: Namespace) -> int:
+    """Detect in images: write a drawn copy of each and predictions.json; returns the exit code."""
+    trained = sorted(Path(args.output_dir, "checkpoints").glob("*_final.pth"), key=os.path.getmtime)
+    if not (weights := args.weights or (trained or [None])[-1]):
+        raise InputError(f"no final checkpoint in {args.output_dir}/checkpoints: name one with --weights")
+    print(f"weights  {weights}")
+    detector = load_detector(weights, args.device, args.amp)
+    settings = {"nms_iou_thresh": args.nms_iou}
+    found = detector.predict(args.predict, score_thresh=args.score_thresh, **settings)
+    out, taken = Path(args.output_dir) / "plots" / "predictions", []
+    out.mkdir(parents=True, exist_ok=True)
+    for path, one in zip(args.predict, found, strict=True):
+        names = (f"{Path(path).stem}{f'_{n}' if n else ''}.png" for n in itertools.count())
+        taken.append(next(name for name in names if name not in taken))
+        one.draw(path).save(out / taken[-1])
+        text = ", ".join(f"{name} {count}" for name, count in collections.Counter(one.names).items())
+        if not one.names:
+            weak = detector.predict(path, score_thresh=0.0, max_detections=1, **settings)
+            text = "nothing found, at best " + ", ".join(map("{} {:.2f}".format, weak.names, weak.scores))
+        print(f"{path}: {text} -> {out / taken[-1]}")
+    write_json(out / "predictions.json", dict(zip(args.predict, map(Detections.to_dict, found), strict=True)))
+    print(out / "predictions.json")
+    return 0
+
+
+# ---- Command line ----
 
 # What --recipe chooses; a flag given beside it wins. What is no flag stands here alone.
 RECIPES = {
@@ -2268,19 +2518,6 @@ OPTIONAL_FLAGS = (
     "compile",
     "score_thresh",
 )  # None unless given
-DATA_FLAGS = ("data", "classes", "train_split", "val_split", "val_fraction", "test_split", "unlabelled")
-MACHINE_FLAGS = (
-    "device",
-    "workers",
-    "output_dir",
-    "data_root",
-    "cache",
-    "compile",
-    "resume",
-    "evaluate",
-    "predict",
-    "weights",
-)  # not saved with a run
 
 
 def _number(kind, low, high=math.inf):
@@ -2424,247 +2661,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         parser.error("--freeze-blocks needs trained weights of this width: other ones have to learn")
     args.freeze_blocks *= is_trained  # a recipe's number is for trained ones
     return args
-
-
-def print_header(args: Namespace, data: DataSplits, model: SSD300, amp_dtype: torch.dtype | None) -> None:
-    """Print what runs on what: versions, device, precision, data, network, recipe."""
-    env = environment(model.anchors.device)
-    counts = ", ".join(
-        f"{len(getattr(data, kind))} {kind} images ({split or 'held out'})"
-        for kind, split in data.lists.items()
-        if getattr(data, kind)
-    )
-    objects = sum(len(record.labels) for record in data.train)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(
-        f"device   {env['device']}, {str(amp_dtype or torch.float32)[6:]}, torch {env['torch']}, loader "
-        f"processes: {args.workers}\n"
-        f"data     {args.data}: {counts}; {objects} training objects, {len(data.classes)} classes\n"
-        f"network  width {args.width:g}, batch norm: {args.batch_norm}, start: "
-        f"{args.init_from or (args.backbone_weights if args.pretrained else 'random')}; "
-        f"{trained:,} trained parameters, {len(model.anchors):,} anchors\n"
-        f"recipe   {args.recipe}: {args.epochs} epochs, batch size {args.batch_size}, {args.optimizer}, lr "
-        f"{args.lr:g}, weight decay {args.weight_decay:g}, {args.loss} loss, seed {args.seed}",
-        flush=True,
-    )
-
-
-def prepare_device(args: Namespace, device: torch.device) -> torch.dtype | None:
-    """Set up torch and OpenCV for a device, fill the flags that it decides; returns the autocast dtype."""
-    if not (is_cuda := device.type == "cuda"):
-        with contextlib.suppress(OSError, AttributeError):  # glibc alone
-            mallopt = ctypes.CDLL(None).mallopt  # fresh pages cost about a quarter of a CPU training step
-            mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep freed memory
-    else:
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-        torch.backends.cudnn.benchmark = True  # the shapes stay the same
-    cv2.setNumThreads(0)
-    torch.manual_seed(args.seed)  # order and augmentation have generators of their own, see VocDataset
-    if args.workers is None:  # beside a GPU all but two cores' worth; on a CPU torch's threads want the cores
-        args.workers = max(1, min(16, usable_cores() - 2)) if is_cuda else int(usable_cores() > 2)
-    if args.compile is None:
-        args.compile = is_cuda
-    return pick_amp_dtype(device, args.amp)
-
-
-def plain_loader(args: Namespace, records: list[Record], model: SSD300) -> DataLoader:
-    """Return the loader of records as they are, resized only."""
-    dataset = VocDataset(records, build_transform(train=False), model.anchors.cpu())
-    return make_loader(dataset, batch_size=args.batch_size, workers=args.workers)
-
-
-def make_loaders(args: Namespace, data: DataSplits, state: TrainState) -> tuple:
-    """Return the loaders of the epochs to come, and of validation (None if nothing is held out)."""
-    steps = ("zoom_out", "crop", "color", "shadow", "noise", "blur")
-    transform = build_transform(train=True, **{name: getattr(args, name) for name in steps})
-    pixels = decode_all(data.train) if args.cache else None
-    train = VocDataset(data.train, transform, state.model.anchors.cpu(), seed=args.seed, pixels=pixels)
-    ranks = dict(zip(("rank", "world"), process_rank(), strict=True))
-    epochs = range(state.epoch, args.epochs)
-    sampler = EpochBatchSampler(len(train), args.batch_size, args.seed, epochs=epochs, **ranks)
-    options = {"workers": args.workers, "pin_memory": state.model.anchors.is_cuda}
-    val_loader = plain_loader(args, data.val, state.model) if data.val else None
-    return make_loader(train, batch_sampler=sampler, **options), val_loader
-
-
-def resume_state(state: TrainState, base: dict, checkpoints: Path) -> None:
-    """Bring a state back to where last.pth left it; InputError for other classes or another network."""
-    saved = load_checkpoint(checkpoints / "last.pth", resumable=True)
-    if saved["classes"] != base["classes"]:
-        raise InputError(f"the run to resume has the classes {', '.join(saved['classes'])}: see --init-from")
-    if saved.get("digest") != base["digest"]:  # of the boxes and their order, wherever the folder is
-        print("warning: not the training images and boxes of before: see --init-from", file=sys.stderr)
-    state.load_state_dict(saved["train_state"], saved["model"])
-    if state.best_epoch > 0 and not from_first_process((checkpoints / "best.pth").is_file):
-        state.best_map, state.best_epoch = -1.0, state.epoch  # what is best is to come
-
-
-def start_from(state: TrainState, path: PathLike, classes: Sequence[str]) -> None:
-    """Copy a checkpoint's weights; of its heads those of classes that both know, none of other anchors."""
-    saved = load_checkpoint(path)
-    names, own_names = (["background", *listed] for listed in (saved["classes"], classes))
-    known = [name for name in own_names if name in names]
-    is_same = torch.equal(saved["model"]["anchors"], state.model.anchors.cpu())
-    for name, own in state.model.state_dict().items():
-        value = saved["model"][name].to(own)
-        if name.startswith("cls_heads.") and is_same:
-            value = value.view(-1, len(names), *own.shape[1:])[:, [names.index(k) for k in known]]
-            own.view(-1, len(own_names), *own.shape[1:])[:, [own_names.index(k) for k in known]] = value
-        elif name != "anchors" and (is_same or "_heads." not in name):
-            own.copy_(value)
-    state.ema.model.load_state_dict(state.model.state_dict())
-    what = f"it knows {', '.join(known[1:]) or 'no class'}" if is_same else "other anchors, so new heads"
-    print(f"start    {path}: {what}")
-
-
-def evaluate_checkpoint(args: Namespace) -> tuple[dict, list[Record], dict, dict]:
-    """Measure args.evaluate on the test list; returns (checkpoint, records, evaluation.json, result)."""
-    device = pick_device(args.device)
-    amp_dtype = prepare_device(args, device)
-    checkpoint = load_checkpoint(args.evaluate)
-    classes = checkpoint["classes"]
-    (root, *_), lists = find_data(args.data, args.data_root, "", "", args.test_split)  # no other list
-    if not (split := lists["test"]):
-        raise InputError(f"{args.data} has no test list: name one with --test-split")
-    annotations = read_annotations(root, split, unlabelled=args.unlabelled)
-    records = read_records(root, split, classes, annotations=annotations)
-    is_annotated = any(objects for _, _, objects in annotations.values())
-    if is_annotated and not any(len(record.labels) for record in records):
-        raise InputError(f"{args.data}, list {split}: nothing of {', '.join(classes)} (see --data)")
-    model = model_from_checkpoint(checkpoint, args.evaluate, device)
-    report = Path(args.output_dir) / "plots" / "evaluation" / "evaluation.json"
-    print(f"{args.evaluate} on {args.data}, list {split}: {len(records)} images -> {report}")
-    score_thresh = SCORE_THRESH if args.score_thresh is None else args.score_thresh
-    settings = {"score_thresh": score_thresh, "nms_iou_thresh": args.nms_iou}
-    result = evaluate(model, plain_loader(args, records, model), amp_dtype=amp_dtype, **settings)
-    rows = [{k: row[k] for k in ("ap_area", "ap11", "ap75", "num_gt")} for row in result["classes"].values()]
-    numbers = {
-        "checkpoint": str(args.evaluate),
-        "data": args.data,
-        "split": split,
-        "num_images": len(records),
-        "precision": str(amp_dtype or torch.float32)[6:],
-        "detection": settings,
-        **{key: result[key] for key in ("map_area", "map11", "map75")},
-        "per_class": dict(zip(classes, rows, strict=True)),
-    }
-    report.parent.mkdir(parents=True, exist_ok=True)
-    write_json(report, numbers)
-    save_figure(
-        plot_predictions(records, result["detections"], classes, Path(args.evaluate).name),
-        report.parent.parent / "predictions.png",
-    )
-    means = "Test mAP@.5: {map_area:.4f} (area), {map11:.4f} (11-point); mAP@.75: {map75:.4f} (area)"
-    print(class_table(result, classes), means.format(**numbers), sep="\n")
-    return checkpoint, records, numbers, result
-
-
-def finish_training(args: Namespace, data: DataSplits, checkpoints: Path) -> dict | None:
-    """Save the chosen checkpoint as the final one, measure it on the test list; returns the numbers."""
-    best = checkpoints / "best.pth"
-    final = load_checkpoint(best if data.val and best.is_file() else checkpoints / "last.pth")
-    final.pop("train_state", None)
-    args.evaluate = str(checkpoints / f"ssd_{data.name}_final.pth")
-    save_checkpoint(args.evaluate, final)
-    if data.test:
-        final["test"] = evaluate_checkpoint(args)[2]
-        save_checkpoint(args.evaluate, final)
-    print("" if data.test else "no test list, so no test mAP: see --test-split\n", args.evaluate, sep="")
-    return final.get("test")
-
-
-def run_training(args: Namespace) -> int:
-    """Train by the flags, measure once on the test list, save the final checkpoint; returns the exit code."""
-    began = time.perf_counter()
-    device = pick_device(args.device)
-    amp_dtype = prepare_device(args, device)
-    checkpoints, plots = Path(args.output_dir) / "checkpoints", Path(args.output_dir) / "plots"
-    if args.resume and (checkpoints / "run.json").is_file():
-        saved = json.loads((checkpoints / "run.json").read_text(encoding="utf-8"))
-        if "wall_s" in saved and saved["flags"]["epochs"] >= args.epochs:
-            print(f"the run in {checkpoints} is finished: to train further see --epochs and --init-from")
-            return 0
-    sources = {name: getattr(args, name) for name in (*DATA_FLAGS, "data_root", "seed")}
-    data = from_first_process(lambda: load_data(**sources))
-    args.val_split = data.lists["val"]  # which may have been found, for the run's records
-    boxes = np.concatenate([record.boxes for record in data.train])
-    sizes = choose_anchors(args.anchors, boxes, is_voc={*data.classes} == {*VOC_CLASSES})
-    state, config = build_state(args, len(data.classes), device, amp_dtype, sizes)
-    base = {
-        "config": config,
-        "classes": list(data.classes),
-        "digest": zlib.crc32(boxes, len(data.train)),
-        "args": {name: value for name, value in vars(args).items() if name not in MACHINE_FLAGS},
-    }
-    if args.resume:
-        resume_state(state, base, checkpoints)
-        began -= sum(row["seconds"] for row in state.history)  # of the parts before
-    elif args.init_from:
-        start_from(state, args.init_from, data.classes)
-    loaders = make_loaders(args, data, state)
-    print_header(args, data, state.model, amp_dtype)
-    writer = CheckpointWriter(checkpoints, base)
-    record = {"flags": dict(vars(args)), "environment": environment(device), "classes": list(data.classes)}
-    if is_first := process_rank()[0] == 0:
-        prepare_folders(checkpoints, plots, keep=args.resume)
-        write_json(checkpoints / "run.json", record)
-        save_figure(plot_augmentations(loaders[0].dataset, data.classes), plots / "augmentations.png")
-    shown = spread(data.test or data.val or data.train, 12)
-    gallery = make_loader(VocDataset(shown, build_transform(train=False), state.model.anchors.cpu()))
-    drawn_at = -math.inf
-
-    def redraw(state, least=60.0):  # seconds: an epoch may be shorter than its pictures
-        nonlocal drawn_at
-        if time.monotonic() - drawn_at < least:
-            return
-        save_figure(plot_losses(state.history), plots / "loss.png")
-        result = evaluate(state.ema.model, gallery, amp_dtype=amp_dtype, nms_iou_thresh=args.nms_iou)
-        save_figure(
-            plot_predictions(shown, result["detections"], data.classes, f"After epoch {state.epoch}"),
-            plots / "predictions.png",
-        )
-        drawn_at = time.monotonic()
-
-    loss = functools.partial(detection_loss, loss=args.loss, gamma=args.focal_gamma)
-    try:
-        fit(state, loaders, args, loss=loss, amp_dtype=amp_dtype, writer=writer, redraw=redraw)
-    finally:  # whatever ended the run
-        writer.flush()
-    if writer.waiting:
-        raise InputError(f"the training is over, but {' and '.join(writer.waiting)} could not be written")
-    if is_first:
-        redraw(state, least=0.0)
-        test = finish_training(args, data, checkpoints)
-        seconds = round(time.perf_counter() - began)
-        write_json(checkpoints / "run.json", record | {"test": test, "wall_s": seconds})
-        print(f"wall time {datetime.timedelta(seconds=seconds)}")
-    return 0
-
-
-def run_prediction(args: Namespace) -> int:
-    """Detect in images: write a drawn copy of each and predictions.json; returns the exit code."""
-    trained = sorted(Path(args.output_dir, "checkpoints").glob("*_final.pth"), key=os.path.getmtime)
-    if not (weights := args.weights or (trained or [None])[-1]):
-        raise InputError(f"no final checkpoint in {args.output_dir}/checkpoints: name one with --weights")
-    print(f"weights  {weights}")
-    detector = load_detector(weights, args.device, args.amp)
-    settings = {"nms_iou_thresh": args.nms_iou}
-    found = detector.predict(args.predict, score_thresh=args.score_thresh, **settings)
-    out, taken = Path(args.output_dir) / "plots" / "predictions", []
-    out.mkdir(parents=True, exist_ok=True)
-    for path, one in zip(args.predict, found, strict=True):
-        names = (f"{Path(path).stem}{f'_{n}' if n else ''}.png" for n in itertools.count())
-        taken.append(next(name for name in names if name not in taken))
-        one.draw(path).save(out / taken[-1])
-        text = ", ".join(f"{name} {count}" for name, count in collections.Counter(one.names).items())
-        if not one.names:
-            weak = detector.predict(path, score_thresh=0.0, max_detections=1, **settings)
-            text = "nothing found, at best " + ", ".join(map("{} {:.2f}".format, weak.names, weak.scores))
-        print(f"{path}: {text} -> {out / taken[-1]}")
-    write_json(out / "predictions.json", dict(zip(args.predict, map(Detections.to_dict, found), strict=True)))
-    print(out / "predictions.json")
-    return 0
 
 
 def advise(error: Exception) -> str | None:
