@@ -44,6 +44,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 import time
@@ -52,10 +53,10 @@ import urllib.request
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any, TypeVar, cast, overload
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # read at the import of albumentations: no network
 
@@ -74,7 +75,11 @@ from tqdm import tqdm
 
 # ---- Constants ----
 
+__version__ = "0.2.0"
+
+T = TypeVar("T")
 PathLike = str | Path
+ImageSource = str | Path | Image.Image | np.ndarray
 VOC_CLASSES = (
     "aeroplane",
     "bicycle",
@@ -135,7 +140,8 @@ MAX_DETECTIONS = 200
 PRE_NMS_TOP_K = 1000  # Differs from paper: its code keeps 400 a class, too few for crowded images
 DRAW_SCORE_THRESH = 0.4  # detections below it are left out of pictures
 
-FORMAT_VERSION = 4  # of a checkpoint
+FORMAT_VERSION = 5  # of a checkpoint
+OLDEST_FORMAT_VERSION = 4  # that is still read
 LOADER_SECONDS = 300.0  # without a batch, and the run ends
 SAVE_SECONDS = 20.0  # least time between two saves: a full-width checkpoint takes a second to write
 RUN_FILES = (".pth", ".json", ".jsonl", ".csv", ".png", ".html", "evaluation", "predictions", "tensorboard")
@@ -161,19 +167,39 @@ class InputError(Exception):
 # ---- Devices and processes ----
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a run computes on; see `prepare_device`."""
+
+    device: torch.device
+    amp_dtype: torch.dtype | None  # of autocast; None is float32
+    workers: int  # loader processes
+    compiled: bool  # whether torch.compile makes the network
+
+    @property
+    def precision(self) -> str:
+        """The dtype that the network computes in, such as "bfloat16"."""
+        return str(self.amp_dtype or torch.float32).removeprefix("torch.")
+
+
 def usable_cores() -> int:
     """Return how many cores this process may use, shared by torchrun's processes on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        cores = len(os.sched_getaffinity(0))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def pick_device(name: str = "auto") -> torch.device:
     """Return the torch.device of a name; "auto" is the first GPU, else the CPU. InputError if absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = torch.device(name)
         torch.zeros(1, device=device).item()  # runs a kernel: this torch may have none for a GPU
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+        problem = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: not available here ({problem})") from None
     return device
 
 
@@ -182,9 +208,44 @@ def pick_amp_dtype(device: torch.device, amp: str = "auto") -> torch.dtype | Non
     if amp != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return torch.bfloat16 if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else None
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+            return torch.bfloat16
+    return None
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory: fresh pages cost about a quarter of a CPU training step."""
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def prepare_device(
+    name: str = "auto", *, amp: str = "auto", workers: int | None = None, compiled: bool | None = None
+) -> Machine:
+    """Set up torch and OpenCV for a device and return the Machine; None: the device decides."""
+    device = pick_device(name)
+    is_cuda = device.type == "cuda"
+    if is_cuda:
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.backends.cudnn.benchmark = True  # the shapes stay the same
+    else:
+        keep_freed_memory()
+    cv2.setNumThreads(0)
+    if workers is None and is_cuda:
+        workers = max(1, min(16, usable_cores() - 2))
+    elif workers is None:  # torch's threads want the cores
+        workers = int(usable_cores() > 2)
+    if compiled is None:
+        compiled = is_cuda
+    return Machine(device, pick_amp_dtype(device, amp), workers, compiled)
 
 
 def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
@@ -192,7 +253,7 @@ def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autoc
     return torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Copy a collated batch to a device without waiting; images in channels_last order, but on a CPU."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     if device.type != "cpu":  # there the order of the weights decides
@@ -207,10 +268,12 @@ def process_rank() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def from_first_process(make: Callable[[], object]) -> object:
+def from_first_process(make: Callable[[], T]) -> T:
     """Return what make() returns; the first process alone calls it, the others wait and get a copy."""
     rank, world = process_rank()
-    holder = [make() if rank == 0 else None]
+    holder: list[Any] = [None]
+    if rank == 0:
+        holder[0] = make()
     if world > 1:
         torch.distributed.broadcast_object_list(holder, src=0)
     return holder[0]
@@ -218,7 +281,8 @@ def from_first_process(make: Callable[[], object]) -> object:
 
 def mean_over_processes(value: Tensor) -> Tensor:
     """Return the mean of a float tensor over the processes, itself if there is only one."""
-    if (world := process_rank()[1]) > 1:
+    world = process_rank()[1]
+    if world > 1:
         value = value.clone()
         torch.distributed.all_reduce(value)
         value /= world
@@ -231,13 +295,17 @@ def joined_processes(name: str) -> Iterator[str]:
     if "LOCAL_RANK" not in os.environ:
         yield name
         return
-    if is_cuda := name in ("auto", "cuda") and torch.cuda.is_available():
+    is_cuda = name in ("auto", "cuda") and torch.cuda.is_available()
+    if is_cuda:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
         with contextlib.suppress(RuntimeError):  # fewer GPUs than processes, as pick_device will say
             torch.cuda.set_device(name)
-    torch.distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=datetime.timedelta(hours=6))
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null if process_rank()[0] else sys.stdout):
-        yield name
+    backend = "nccl" if is_cuda else "gloo"
+    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=6))
+    with open(os.devnull, "w") as null:
+        stdout = sys.stdout if process_rank()[0] == 0 else null
+        with contextlib.redirect_stdout(stdout):
+            yield name
     torch.distributed.destroy_process_group()
 
 
@@ -372,6 +440,16 @@ def build_targets(batch: dict[str, Tensor], anchors_cxcywh: Tensor) -> tuple[Ten
     gt = batch["matched_gt"].long().clamp(min=0)
     labels = batch["gt_labels"].gather(1, gt) * (batch["matched_gt"] >= 0)
     return labels, encode(batch["gt_boxes"].gather(1, gt[..., None].expand(-1, -1, 4)), anchors_cxcywh)
+
+
+def to_voc_pixels(boxes_px: np.ndarray) -> np.ndarray:
+    """Return 0-based edges (N, 4) as VOC pixels, 1-based with corners included; sizes stay the same."""
+    return np.asarray(boxes_px, dtype=np.float64).reshape(-1, 4) + np.array([1, 1, 0, 0])
+
+
+def from_voc_pixels(boxes_voc: np.ndarray) -> np.ndarray:
+    """Return VOC pixels (N, 4) as 0-based edges: `to_voc_pixels` inverted."""
+    return np.asarray(boxes_voc, dtype=np.float64).reshape(-1, 4) - np.array([1, 1, 0, 0])
 
 
 # ---- Data ----
@@ -1374,8 +1452,10 @@ def average_precision(recall: np.ndarray, precision: np.ndarray) -> tuple[float,
     .1, ..., 1 of the best precision from there on (VOC 2007; Everingham et al. 2010, Eq. 1 and 2).
     """
     envelope = np.maximum.accumulate(np.concatenate((precision, [0.0]))[::-1])[::-1]
-    area = float(np.sum(np.diff(np.concatenate(([0.0], recall))) * envelope[:-1]))
-    return area, float(envelope[np.searchsorted(recall, ELEVEN_RECALLS)].mean())
+    steps = np.diff(np.concatenate(([0.0], recall)))
+    area = float(np.sum(steps * envelope[:-1]))
+    eleven = envelope[np.searchsorted(recall, ELEVEN_RECALLS)]
+    return area, float(eleven.mean())
 
 
 def overlap_pairs(
@@ -1396,32 +1476,46 @@ def overlap_pairs(
     return det[is_shared], gt[is_shared], iou[is_shared]
 
 
-def assign_voc(det: dict, gt: dict, num_classes: int, iou_thresh: float = 0.5) -> tuple:
+def best_pairs(det: np.ndarray, gt: np.ndarray, iou: np.ndarray) -> np.ndarray:
+    """Return which pairs of `overlap_pairs` are their detection's largest overlap (ties: the first truth)."""
+    by_overlap = np.lexsort((gt, -iou, det))
+    first_of_each = np.unique(det[by_overlap], return_index=True)[1]
+    return by_overlap[first_of_each]
+
+
+def assign_voc(
+    det: dict[str, np.ndarray], gt: dict[str, np.ndarray], num_classes: int, iou_thresh: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
     """Return is_hit and is_ignored, bool (N,), by the rules of `evaluate_voc`, for det in score order."""
-    det_keys, gt_keys = (side["image_ids"] * (num_classes + 1) + side["labels"] for side in (det, gt))
-    rows, targets, iou = overlap_pairs(det_keys, det["boxes_px"], gt_keys, gt["boxes_px"])
-    # Of each detection's pairs the one of largest overlap (ties: the first ground truth), if that is enough.
-    best = np.lexsort((targets, -iou, rows))
-    best = best[np.unique(rows[best], return_index=True)[1]]
-    best = best[iou[best] >= iou_thresh]
-    rows, targets = rows[best], targets[best]
-    is_hit, is_ignored = np.zeros((2, len(det["labels"])), dtype=bool)
-    is_difficult = gt["difficult"][targets]
-    is_ignored[rows[is_difficult]] = True
-    rows, targets = rows[~is_difficult], targets[~is_difficult]
-    is_hit[rows[np.unique(targets, return_index=True)[1]]] = True  # the best-scored one of each ground truth
+    det_keys = det["image_ids"] * (num_classes + 1) + det["labels"]
+    gt_keys = gt["image_ids"] * (num_classes + 1) + gt["labels"]
+    row, target, iou = overlap_pairs(det_keys, det["boxes_voc"], gt_keys, gt["boxes_voc"])
+    best = best_pairs(row, target, iou)
+    row, target, iou = row[best], target[best], iou[best]  # a pair for each detection that overlaps any
+
+    covers = iou >= iou_thresh
+    is_difficult = gt["difficult"][target]
+    is_ignored = np.zeros(len(det["labels"]), dtype=bool)
+    is_ignored[row[covers & is_difficult]] = True
+
+    # Of the detections that claim a ground truth the one of best score is the hit; the others are false.
+    claims = np.flatnonzero(covers & ~is_difficult)
+    first_claims = claims[np.unique(target[claims], return_index=True)[1]]
+    is_hit = np.zeros(len(det["labels"]), dtype=bool)
+    is_hit[row[first_claims]] = True
     return is_hit, is_ignored
 
 
-def evaluate_voc(detections: dict, truth: dict, num_classes: int, iou_thresh: float = 0.5) -> dict[int, dict]:
+def evaluate_voc(
+    detections: dict[str, np.ndarray], truth: dict[str, np.ndarray], num_classes: int, iou_thresh: float = 0.5
+) -> dict[int, dict[str, Any]]:
     """Score detections by the VOC2007 devkit's rules: {label: {"ap_area", "ap11", "recall", ...}}.
 
-    detections: {"image_ids" (N,) int, "labels" (N,) 1..K, "scores" (N,), "boxes_px" (N, 4)}; truth: the same
-    and "difficult" (M,) bool, no scores. Boxes are VOC pixels: 1-based, corners included. In score order
-    (ties: as given) a detection takes the ground truth of its image and class that it overlaps most; at IoU
-    >= iou_thresh it is a hit the first time and false after that, a difficult one counts neither way. recall,
-    precision and scores are arrays along that order, num_gt counts what is not difficult. A class without
-    such ground truth has NaN for both APs.
+    detections: {"image_ids" (N,) int, "labels" (N,) 1..K, "scores" (N,), "boxes_voc" (N, 4)}; truth: the same
+    and "difficult" (M,) bool, no scores. In score order (ties: as given) a detection takes the ground truth
+    of its image and class that it overlaps most; at IoU >= iou_thresh it is a hit the first time and false
+    after that, a difficult one counts neither way. recall, precision and scores are arrays along that order,
+    num_gt counts what is not difficult. A class without such ground truth has NaN for both APs.
     """
     order = np.argsort(-detections["scores"], kind="stable")
     det = {name: column[order] for name, column in detections.items()}
@@ -1433,7 +1527,9 @@ def evaluate_voc(detections: dict, truth: dict, num_classes: int, iou_thresh: fl
         num_gt = int(((truth["labels"] == label) & ~truth["difficult"]).sum())
         recall = hits / max(num_gt, 1)
         precision = hits / np.arange(1, len(hits) + 1)
-        ap_area, ap11 = average_precision(recall, precision) if num_gt else (math.nan, math.nan)
+        ap_area, ap11 = math.nan, math.nan
+        if num_gt:
+            ap_area, ap11 = average_precision(recall, precision)
         results[label] = {
             "ap_area": ap_area,
             "ap11": ap11,
@@ -1445,23 +1541,24 @@ def evaluate_voc(detections: dict, truth: dict, num_classes: int, iou_thresh: fl
     return results
 
 
-def f1_curve(row: dict) -> tuple[np.ndarray, np.ndarray]:
+def f1_curve(row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return (scores, F1) of a class of `evaluate_voc`: F1 of what scores at least that, a point a score."""
     last = np.flatnonzero(np.diff(row["scores"], append=-np.inf))  # detections of equal score come together
     precision, recall = row["precision"][last], row["recall"][last]
-    return row["scores"][last], 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return row["scores"][last], f1
 
 
-def best_thresholds(classes: dict[int, dict], class_names: Sequence[str]) -> dict[str, float]:
+def best_thresholds(classes: dict[int, dict[str, Any]], class_names: Sequence[str]) -> dict[str, float]:
     """Return {name: the score of best F1 (ties: the highest)} of `evaluate_voc`'s classes that have one."""
-    rows = zip(class_names, classes.values(), strict=True)
-    curves = {name: f1_curve(row) for name, row in rows if row["num_gt"] and len(row["scores"])}
-    return {name: float(scores[f1.argmax()]) for name, (scores, f1) in curves.items() if f1.any()}
-
-
-def to_voc_pixels(boxes_px: np.ndarray) -> np.ndarray:
-    """Return 0-based edges (N, 4) as VOC pixels, 1-based with corners included; sizes stay the same."""
-    return np.asarray(boxes_px, dtype=np.float64).reshape(-1, 4) + np.array([1, 1, 0, 0])
+    thresholds = {}
+    for name, row in zip(class_names, classes.values(), strict=True):
+        if not row["num_gt"] or not len(row["scores"]):
+            continue
+        scores, f1 = f1_curve(row)
+        if f1.any():
+            thresholds[name] = float(scores[f1.argmax()])
+    return thresholds
 
 
 def truth_of(records: list[Record]) -> dict[str, np.ndarray]:
@@ -1469,35 +1566,36 @@ def truth_of(records: list[Record]) -> dict[str, np.ndarray]:
     return {
         "image_ids": np.repeat(np.arange(len(records)), [len(r.labels) for r in records]),
         "labels": np.concatenate([r.labels for r in records]),
-        "boxes_px": to_voc_pixels(np.concatenate([r.boxes_px for r in records])),
+        "boxes_voc": to_voc_pixels(np.concatenate([r.boxes_px for r in records])),
         "difficult": np.concatenate([r.difficult for r in records]),
     }
 
 
-def score_detections(detections: dict, records: list[Record], num_classes: int) -> dict:
-    """Score detections, image ids are positions in records, by the VOC rules; see `evaluate`."""
+def score_detections(
+    detections: dict[str, np.ndarray], records: list[Record], num_classes: int
+) -> dict[str, Any]:
+    """Score detections, image ids are positions in records, by the VOC rules; see `measure`."""
     truth = truth_of(records)
     classes = evaluate_voc(detections, truth, num_classes)
     strict = evaluate_voc(detections, truth, num_classes, iou_thresh=0.75)
     for label, row in classes.items():
         row["ap75"] = strict[label]["ap_area"]
     counted = [row for row in classes.values() if row["num_gt"]]
-    means = {
-        f"m{key}": float(np.mean([row[key] for row in counted])) if counted else math.nan
-        for key in ("ap_area", "ap11", "ap75")
-    }
+    means = {}
+    for key in ("ap_area", "ap11", "ap75"):
+        means[f"m{key}"] = float(np.mean([row[key] for row in counted])) if counted else math.nan
     return {**means, "classes": classes, "detections": detections}
 
 
 @torch.no_grad()
-def evaluate(
+def measure(
     model: SSD300,
     loader: DataLoader,
     *,
     amp_dtype: torch.dtype | None = None,
     loss: Callable | None = None,
-    **settings,
-) -> dict:
+    **settings: Any,
+) -> dict[str, Any]:
     """Run a model over a loader of a VocDataset and score it by the VOC rules.
 
     Returns {"map_area", "map11": at IoU .5, "map75": area at IoU .75, "classes": as evaluate_voc, with
@@ -1506,39 +1604,64 @@ def evaluate(
     """
     model.eval()
     device = model.anchors.device
-    records = loader.dataset.records
+    dataset = cast(VocDataset, loader.dataset)
+    records = dataset.records
     sizes = np.array([[record.width, record.height] * 2 for record in records])
-    parts, losses = [], collections.defaultdict(float)
-    for batch in loader:
-        batch = to_device(batch, device)
+    parts = []
+    losses: dict[str, float] = collections.defaultdict(float)
+    for host_batch in loader:
+        batch = to_device(host_batch, device)
         with autocast(device, amp_dtype):
             outputs = model(batch["images"])
         if loss is not None:
             for name, value in loss(outputs, build_targets(batch, model.anchors)).items():
                 losses[name] += value.item() * len(batch["images"]) / len(records)
+
         found = detect(*outputs, model.anchors, **settings)
-        boxes, labels, scores = (torch.cat(column).cpu().numpy() for column in zip(*found, strict=True))
-        indices = np.repeat(batch["indices"].tolist(), [len(one[0]) for one in found])
-        boxes_px = to_voc_pixels(boxes * sizes[indices])
-        parts.append({"image_ids": indices, "labels": labels, "scores": scores, "boxes_px": boxes_px})
+        indices = np.repeat(batch["indices"].tolist(), [len(labels) for _, labels, _ in found])
+        boxes = torch.cat([boxes for boxes, _, _ in found]).cpu().numpy()
+        part = {
+            "image_ids": indices,
+            "labels": torch.cat([labels for _, labels, _ in found]).cpu().numpy(),
+            "scores": torch.cat([scores for _, _, scores in found]).cpu().numpy(),
+            "boxes_voc": to_voc_pixels(boxes * sizes[indices]),
+        }
+        parts.append(part)
     detections = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {**score_detections(detections, records, model.num_classes), **losses}
 
 
-def class_table(result: dict, class_names: Sequence[str]) -> str:
-    """Return an evaluation as text: objects that count, recall and APs of each class, then the means."""
+def evaluation_record(result: dict[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
+    """Return the numbers of `measure` that are kept: mean APs, and those of each class by its name."""
+    per_class = {}
+    for name, row in zip(class_names, result["classes"].values(), strict=True):
+        per_class[name] = {key: row[key] for key in ("ap_area", "ap11", "ap75", "num_gt")}
+    means = {key: result[key] for key in ("map_area", "map11", "map75")}
+    return {**means, "per_class": per_class}
+
+
+def class_table(result: dict[str, Any], class_names: Sequence[str]) -> str:
+    """Return an evaluation as text: objects that count, recall and APs of each class, the means, in words."""
     width = max(10, *map(len, class_names))
     lines = [f"{'class':<{width}}  objects  recall  AP area  AP 11-point  AP at IoU .75"]
-    for label, name in enumerate(class_names, start=1):
-        row = result["classes"][label]
-        recall = row["recall"][-1] if len(row["recall"]) else 0.0
-        values = f"{recall:7.3f} {row['ap_area']:8.4f} {row['ap11']:12.4f} {row['ap75']:14.4f}"
-        lines.append(f"{name:<{width}} {row['num_gt']:8d} {values if row['num_gt'] else '  no objects'}")
-    means = f"{result['map_area']:8.4f} {result['map11']:12.4f} {result['map75']:14.4f}"
-    return "\n".join([*lines, f"{'mean':<{width}} {'':8} {'':7} {means}"])
+    for name, row in zip(class_names, result["classes"].values(), strict=True):
+        values = "  no objects"
+        if row["num_gt"]:
+            recall = row["recall"][-1] if len(row["recall"]) else 0.0
+            values = f"{recall:7.3f} {row['ap_area']:8.4f} {row['ap11']:12.4f} {row['ap75']:14.4f}"
+        lines.append(f"{name:<{width}} {row['num_gt']:8d} {values}")
+    area, eleven, strict = result["map_area"], result["map11"], result["map75"]
+    lines.append(f"{'mean':<{width}} {'':8} {'':7} {area:8.4f} {eleven:12.4f} {strict:14.4f}")
+    lines.append(f"Test mAP@.5: {area:.4f} (area), {eleven:.4f} (11-point); mAP@.75: {strict:.4f} (area)")
+    return "\n".join(lines)
 
 
 # ---- Run records ----
+
+
+def error_line(error: BaseException) -> str:
+    """Return an error's message as one line; from a loader process it comes with that one's traceback."""
+    return str(error).strip().splitlines()[-1].split("InputError: ")[-1]
 
 
 def write_atomically(path: PathLike, write: Callable[[Path], object]) -> None:
@@ -1554,27 +1677,68 @@ def write_atomically(path: PathLike, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: PathLike, content: object, *, lines: bool = False) -> None:
-    """Write JSON, whole or not at all; lines: a row of content a line. NaN, unknown to JSON, becomes null."""
-    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
-    text = "".join(json.dumps(row) + "\n" for row in content) if lines else json.dumps(content, indent=1)
-    for innermost in () if lines else (r"\[[^][{}]*\]", r"\{[^{}]*\}"):  # a box a line, then an object
-        text = re.sub(innermost, lambda m: re.sub(r"\n *", " ", m[0]) if len(m[0]) < 300 else m[0], text)
+def without_nan(content: Any) -> Any:
+    """Return what JSON makes of content, and null in place of NaN, which JSON does not know."""
+    return json.loads(json.dumps(content), parse_constant=lambda name: None)
+
+
+def format_json(content: Any, indent: str = "") -> str:
+    """Return plain content as JSON text: what fits stands on one line, the rest an item a line."""
+    line = json.dumps(content)
+    if len(indent) + len(line) <= 100 or not isinstance(content, (dict, list)):
+        return line
+    inner = indent + " "
+    if isinstance(content, dict):
+        items = [f"{json.dumps(key)}: {format_json(value, inner)}" for key, value in content.items()]
+        opening, closing = "{", "}"
+    else:
+        items = [format_json(value, inner) for value in content]
+        opening, closing = "[", "]"
+    body = f",\n{inner}".join(items)
+    return f"{opening}\n{inner}{body}\n{indent}{closing}"
+
+
+def write_json(path: PathLike, content: Any) -> None:
+    """Write content as JSON, whole or not at all; NaN becomes null."""
+    text = format_json(without_nan(content))
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def save_checkpoint(path: PathLike, checkpoint: dict, previous: Path | None = None) -> None:
+def write_json_lines(path: PathLike, rows: Iterable[Any]) -> None:
+    """Write JSON lines, a row each, whole or not at all; NaN becomes null."""
+    text = "".join(json.dumps(without_nan(row)) + "\n" for row in rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def program_version() -> str:
+    """Return the program's version and, in a checkout, the commit that last changed this file."""
+    folder, name = os.path.split(os.path.abspath(__file__))
+    command = ["git", "-C", folder, "log", "-1", "--format=%h", "--", name]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or it hangs
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        if done.returncode == 0 and done.stdout.strip():
+            return f"{__version__}+{done.stdout.strip()}"
+    return __version__
+
+
+def keep_second_name(path: Path, second: Path) -> None:
+    """Give a file a second name, in place of what had it; without hard links nothing happens."""
+    temporary = second.with_name(f".{second.name}.tmp")
+    with contextlib.suppress(OSError):
+        os.link(path, temporary)
+        os.replace(temporary, second)  # leaves both where they are the same file already
+    temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: PathLike, checkpoint: dict[str, Any], previous: PathLike | None = None) -> None:
     """Write a checkpoint whole or not at all; previous: the name under which the one before is kept."""
     buffer = io.BytesIO()  # torch makes a RuntimeError of a full disk
     torch.save({"format_version": FORMAT_VERSION, **checkpoint}, buffer)
 
-    def write(temporary):
+    def write(temporary: Path) -> None:
         temporary.write_bytes(buffer.getbuffer())
-        second = temporary.with_suffix(".previous.tmp")
-        with contextlib.suppress(OSError, TypeError):  # there is none yet, or no hard links, or no name
-            os.link(path, second)
-            os.replace(second, previous)  # leaves both where they are the same file already
-        second.unlink(missing_ok=True)
+        if previous is not None and Path(path).is_file():
+            keep_second_name(Path(path), Path(previous))
 
     write_atomically(path, write)
 
@@ -1582,13 +1746,16 @@ def save_checkpoint(path: PathLike, checkpoint: dict, previous: Path | None = No
 class CheckpointWriter:
     """Writes checkpoints, at most every SAVE_SECONDS; what is due sooner, or failed, waits as a copy."""
 
-    def __init__(self, folder: Path, base: dict):
-        self.folder, self.base = folder, base  # what every checkpoint holds beside its own content
-        self.waiting, self.flushed_at = {}, -math.inf
+    def __init__(self, folder: Path, base: dict[str, Any]):
+        self.folder = folder
+        self.base = base  # what every checkpoint holds beside its own content
+        self.waiting: dict[str, dict[str, Any]] = {}
+        self.flushed_at = -math.inf
 
-    def put(self, checkpoints: dict[str, dict]) -> None:
+    def put(self, checkpoints: dict[str, dict[str, Any]]) -> None:
         """Take checkpoints {file name: content}, and write what waits if that is due."""
-        self.waiting |= {name: {**self.base, **content} for name, content in checkpoints.items()}
+        for name, content in checkpoints.items():
+            self.waiting[name] = {**self.base, **content}
         if time.monotonic() - self.flushed_at >= SAVE_SECONDS:
             self.flush()
         for name in checkpoints.keys() & self.waiting.keys():
@@ -1606,36 +1773,63 @@ class CheckpointWriter:
         self.flushed_at = time.monotonic()
 
 
-def load_checkpoint(path: PathLike, *, resumable: bool = False) -> dict:
+def upgrade_checkpoint(checkpoint: dict[str, Any], path: PathLike) -> dict[str, Any]:
+    """Return a checkpoint of format 4 or later in today's format; InputError for any other."""
+    found = checkpoint["format_version"]
+    if found not in range(OLDEST_FORMAT_VERSION, FORMAT_VERSION + 1):
+        written_by = f"version {checkpoint.get('version', 'unknown')}"
+        readable = f"{OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}"
+        raise InputError(
+            f"{path}: of format {found}, written by {written_by}; this program reads formats {readable}"
+        )
+    defaults = {"version": "0.1.0", "args": {}, "score_thresh": {}}
+    return {**defaults, **checkpoint}
+
+
+def load_checkpoint(path: PathLike, *, resumable: bool = False) -> dict[str, Any]:
     """Return a checkpoint's dict; InputError if it is missing, damaged, of another format, not resumable."""
     checkpoint = load_tensors(path, "a checkpoint")
-    if not {"format_version", "model", "config", "classes"} <= set(checkpoint):
-        raise InputError(f"{path}: not a checkpoint of this program (it lacks model, config or classes)")
-    if (found := checkpoint["format_version"]) != FORMAT_VERSION:
-        raise InputError(f"{path}: of format {found}, not {FORMAT_VERSION}: use the version that wrote it")
+    needed = {"format_version", "model", "config", "classes"}
+    missing = needed - set(checkpoint)
+    if missing:
+        listed = ", ".join(sorted(missing))
+        raise InputError(f"{path}: not a checkpoint of this program (it lacks {listed})")
+    checkpoint = upgrade_checkpoint(checkpoint, path)
     if resumable and "train_state" not in checkpoint:
         raise InputError(f"{path}: holds weights but no training state; resume from a last.pth")
     return checkpoint
 
 
-def model_from_checkpoint(checkpoint: dict, path: PathLike = "checkpoint", device: str = "cpu") -> SSD300:
+def model_from_checkpoint(
+    checkpoint: dict[str, Any], path: PathLike = "checkpoint", device: str | torch.device = "cpu"
+) -> SSD300:
     """Return the SSD300 that a checkpoint describes, with its averaged weights, in evaluation mode."""
-    model = SSD300(**checkpoint["config"])
     try:
+        model = SSD300(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
+    except (TypeError, RuntimeError) as error:
         problem = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: the weights do not fit the network: {problem}") from None
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
-def environment(device: str | torch.device) -> dict:
+def newest_final_checkpoint(output_dir: PathLike) -> Path | None:
+    """Return the newest final checkpoint of a run's folder, None if there is none."""
+    found = Path(output_dir, "checkpoints").glob("*_final.pth")
+    return max(found, key=os.path.getmtime, default=None)
+
+
+def environment(device: str | torch.device) -> dict[str, Any]:
     """Return what a result depends on beside the flags: versions, machine, device; plain values."""
-    return {module.__name__: module.__version__ for module in (torch, torchvision, np, A)} | {
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision, np, A)}
+    is_cuda = torch.device(device).type == "cuda"
+    return {
+        "version": program_version(),
+        **versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
         "command": " ".join(sys.argv),
         "started": datetime.datetime.now().isoformat(timespec="seconds"),
     }
@@ -1644,37 +1838,42 @@ def environment(device: str | torch.device) -> dict:
 def prepare_folders(checkpoints: Path, plots: Path, *, keep: bool) -> None:
     """Make a run's folders; unless keep is true an earlier run's RUN_FILES move to earlier-TIME in each."""
     name = f"earlier-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
-    is_over = not keep and any(checkpoints.glob("*.pth"))
+    moves = not keep and any(checkpoints.glob("*.pth"))
     for folder in (checkpoints, plots):
         folder.mkdir(parents=True, exist_ok=True)
         for path in list(folder.iterdir()):
+            is_of_a_run = path.suffix in RUN_FILES or path.name in RUN_FILES
             if path.suffix == ".tmp":  # of a run that was killed while it wrote
                 path.unlink()
-            elif is_over and {path.suffix, path.name} & {*RUN_FILES}:
+            elif moves and is_of_a_run:
                 (folder / name).mkdir(exist_ok=True)
                 path.rename(folder / name / path.name)
-    if is_over:
+    if moves:
         print(f"the files of an earlier run are now in {checkpoints / name} and {plots / name}")
 
 
 # ---- Plots ----
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: PathLike) -> None:
     """Write a figure as PNG, whole or not at all; a failure (a full disk) costs the picture, not the run."""
+    # Level 2 compresses in half the time of the default.
+    options: dict[str, Any] = {"format": "png", "dpi": 100, "pil_kwargs": {"compress_level": 2}}
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        options = {"format": "png", "dpi": 100, "pil_kwargs": {"compress_level": 2}}  # twice as fast
         write_atomically(path, lambda temporary: figure.savefig(temporary, **options))
     except OSError as error:
         print(f"warning: {path} was not written: {error}", file=sys.stderr)
 
 
+def _loss_curves(key: str) -> dict[str, tuple[str, str]]:
+    return {f"train_{key}": ("train", "C0-"), f"val_{key}": ("validation", "C1--")}
+
+
 CURVES = {  # of loss.png: {title: (label of the y axis, {column of metrics.jsonl: (label, style)})}
-    **{
-        title: ("sum / positives", {f"train_{key}": ("train", "C0-"), f"val_{key}": ("validation", "C1--")})
-        for title, key in (("Loss", "loss"), ("Class loss", "loss_cls"), ("Box loss", "loss_box"))
-    },
+    "Loss": ("sum / positives", _loss_curves("loss")),
+    "Class loss": ("sum / positives", _loss_curves("loss_cls")),
+    "Box loss": ("sum / positives", _loss_curves("loss_box")),
     "Validation mAP": (
         "mAP",
         {
@@ -1688,21 +1887,20 @@ CURVES = {  # of loss.png: {title: (label of the y axis, {column of metrics.json
 }
 
 
-def plot_losses(history: list[dict]) -> Figure:
+def plot_losses(history: list[dict[str, Any]]) -> Figure:
     """Return loss.png: losses, validation mAP, learning rate and speed over the epochs of metrics.jsonl."""
     figure = Figure(figsize=(13, 8), layout="constrained")
-    for axes, (title, (ylabel, curves)) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
+    panels = figure.subplots(2, 3).flat
+    for axes, (title, (ylabel, curves)) in zip(panels, CURVES.items(), strict=True):
         for key, (label, style) in curves.items():
             rows = [row for row in history if row.get(key) is not None]
             if rows:
-                axes.plot(
-                    [row["epoch"] for row in rows],
-                    [row[key] for row in rows],
-                    style,
-                    label=label,
-                    marker="." if len(rows) < 40 else None,
-                )
-        axes.set(title=title + ("" if axes.lines else ": not validated"), xlabel="epoch", ylabel=ylabel)
+                epochs = [row["epoch"] for row in rows]
+                marker = "." if len(rows) < 40 else None
+                axes.plot(epochs, [row[key] for row in rows], style, label=label, marker=marker)
+        if not axes.lines:
+            title += ": not validated"
+        axes.set(title=title, xlabel="epoch", ylabel=ylabel)
         axes.update_datalim([(1, 0)])  # so that the margin above is one of the whole height
         axes.autoscale_view()
         axes.set_ylim(0, 1 if ylabel == "mAP" else None)
@@ -1718,31 +1916,57 @@ def color_of(label: int) -> str:
     return PALETTE[(label - 1) % len(PALETTE)]
 
 
-def draw_boxes(image: Image.Image, boxes_px: np.ndarray, captions: list, colors: list) -> Image.Image:
-    """Return a copy of a PIL image with boxes and captions drawn on it; lines and text follow its size."""
+def printable(text: str) -> str:
+    """Return text with escapes in place of letters that the default font has no glyphs for."""
+    if any(letter > "\u2e7f" for letter in text):
+        return ascii(text)[1:-1]
+    return text
+
+
+def overlaps_any(area: tuple[float, ...], others: list[tuple[float, ...]]) -> bool:
+    """Return whether an area (left, top, right, bottom) shares a pixel with one of others."""
+    left, top, right, bottom = area
+    return any(left < x2 and x1 < right and top < y2 and y1 < bottom for x1, y1, x2, y2 in others)
+
+
+def draw_boxes(
+    image: Image.Image, boxes_px: np.ndarray, captions: Sequence[str], colors: Sequence[str]
+) -> Image.Image:
+    """Return a copy of a PIL image with boxes and captions drawn on it; lines and text follow its size.
+
+    boxes_px (N, 4): the most important first. A caption that would lie on an earlier one is left out.
+    """
     # torchvision's draw_bounding_boxes clips captions at the right and hides white boxes on pale images.
     out = image.copy()
     draw = ImageDraw.Draw(out)
-    line = max(2, round(max(image.size) / 250))
-    font = ImageFont.load_default(max(12, round(max(image.size) / 32)))
-    boxes = np.asarray(boxes_px).round().tolist()
-    captions = [ascii(c)[1:-1] if max(c, default="") > "\u2e7f" else c for c in captions]  # no glyphs there
-    for (x1, y1, x2, y2), color in zip(boxes, colors, strict=True):
+    line = max(1, round(max(image.size) / 300))
+    font = ImageFont.load_default(max(11, round(max(image.size) / 36)))
+    boxes = np.asarray(boxes_px).reshape(-1, 4).round().tolist()
+    for (x1, y1, x2, y2), color in reversed(list(zip(boxes, colors, strict=True))):
         if color == "white":
             draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=line + 2)
         draw.rectangle((x1, y1, x2, y2), outline=color, width=line)
-    for (x1, y1, _, y2), caption, color in zip(boxes, captions, colors, strict=True):
-        if caption:
-            _, _, width, height = draw.textbbox((2, 1), caption, font=font)
-            left, top = max(0, min(x1, out.width - width - 2)), max(0, y1 - height - 1)
-            if color == "white":  # the truth's captions stand within its boxes, at the bottom
-                top = min(y2, out.height) - height - 2
-            draw.rectangle((left, top, left + width + 1, top + height + 1), fill=color)
-            draw.text((left + 2, top + 1), caption, fill="black" if color == "white" else "white", font=font)
+
+    # Letters with an edge in the box's colour hide less of the picture than a filled label does.
+    taken: list[tuple[float, ...]] = []
+    for (x1, y1, _, y2), caption, color in zip(boxes, map(printable, captions), colors, strict=True):
+        if not caption:
+            continue
+        _, _, width, height = draw.textbbox((0, 0), caption, font=font, stroke_width=2)
+        left = max(0, min(x1, out.width - width - 2))
+        top = max(0, y1 - height - 1)
+        if color == "white":  # the truth's captions stand within its boxes, at the bottom
+            top = min(y2, out.height) - height - 3
+        area = (left, top, left + width, top + height)
+        if overlaps_any(area, taken):
+            continue
+        taken.append(area)
+        letters = "black" if color == "white" else "white"
+        draw.text((left + 2, top), caption, fill=letters, font=font, stroke_width=2, stroke_fill=color)
     return out
 
 
-def spread(items: Sequence, count: int) -> list:
+def spread(items: Sequence[T], count: int) -> list[T]:
     """Return `count` items, or all if there are fewer, evenly spread over a list."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
@@ -1753,7 +1977,8 @@ def plot_sheet(images: list[Image.Image], title: str, columns: int = 4) -> Figur
     tallest = max((image.height / image.width for image in images), default=1.0)
     figure = Figure(figsize=(3.4 * columns, 3.4 * rows * min(tallest, 1.5) + 0.5), layout="constrained")
     figure.suptitle(title)
-    for cell, image in itertools.zip_longest(figure.subplots(rows, columns, squeeze=False).flat, images):
+    cells = figure.subplots(rows, columns, squeeze=False).flat
+    for cell, image in itertools.zip_longest(cells, images):
         cell.axis("off")
         if image:
             cell.imshow(image)
@@ -1762,67 +1987,237 @@ def plot_sheet(images: list[Image.Image], title: str, columns: int = 4) -> Figur
 
 def plot_augmentations(dataset: VocDataset, classes: Sequence[str], count: int = 16) -> Figure:
     """Return augmentations.png: training images as the network first sees them, with their boxes."""
-    images, side = [], 450
+    side = 450
+    images = []
     for index in spread(range(len(dataset)), count):
-        image, boxes, labels = dataset.augment(index)
-        names, colors = [classes[k - 1] for k in labels], [color_of(k) for k in labels]
-        images.append(draw_boxes(Image.fromarray(image).resize((side, side)), boxes * side, names, colors))
+        pixels, boxes, labels = dataset.augment(index)
+        image = Image.fromarray(pixels).resize((side, side))
+        names = [classes[label - 1] for label in labels]
+        colors = [color_of(label) for label in labels]
+        images.append(draw_boxes(image, boxes * side, names, colors))
     return plot_sheet(images, "Augmented training images and their boxes")
 
 
-def plot_predictions(records: list[Record], detections: dict, classes: Sequence[str], title: str) -> Figure:
-    """Return predictions.png: twelve records, evenly spread, with truth and with detections of `evaluate`."""
+def plot_predictions(
+    records: list[Record], detections: dict[str, np.ndarray], classes: Sequence[str], title: str
+) -> Figure:
+    """Return predictions.png: twelve records, evenly spread, with truth and with detections of `measure`."""
     images = []
     for index in spread(range(len(records)), 12):
         record = records[index]
         image = Image.fromarray(record.read())
         scale = 450 / max(image.size)
-        image = image.resize([max(1, round(side * scale)) for side in image.size])
-        names = [classes[k - 1] for k in record.labels]
-        image = draw_boxes(image, record.boxes_px * scale, names, ["white"] * len(names))
+        width, height = image.size
+        image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))))
+
         drawn = (detections["image_ids"] == index) & (detections["scores"] >= DRAW_SCORE_THRESH)
-        labels, scores = detections["labels"][drawn].tolist(), detections["scores"][drawn].tolist()
+        labels = detections["labels"][drawn].tolist()
+        scores = detections["scores"][drawn].tolist()
         captions = [f"{classes[k - 1]} {score:.2f}" for k, score in zip(labels, scores, strict=True)]
-        edges = detections["boxes_px"][drawn] - np.array([1, 1, 0, 0])  # VOC pixels -> edges
-        images.append(draw_boxes(image, edges * scale, captions, [color_of(k) for k in labels]))
+        captions += [classes[label - 1] for label in record.labels]
+        colors = [color_of(label) for label in labels] + ["white"] * len(record.labels)
+        boxes_px = np.concatenate((from_voc_pixels(detections["boxes_voc"][drawn]), record.boxes_px))
+        images.append(draw_boxes(image, boxes_px * scale, captions, colors))
     return plot_sheet(images, f"{title}: truth (white), detections of {DRAW_SCORE_THRESH} or more (coloured)")
+
+
+# ---- Settings ----
+
+# What --recipe chooses; a flag given beside it wins.
+RECIPES: dict[str, dict[str, Any]] = {
+    "voc": {  # ImageNet start, a GPU
+        "width": 1.0,
+        "pretrained": True,
+        "batch_norm": "none",
+        "freeze_blocks": 2,
+        "batch_size": 32,
+        "epochs": 100,
+        "optimizer": "adamw",
+        "lr": 1e-4,
+        "momentum": 0.9,
+        "weight_decay": 0.05,
+        "warmup_epochs": 1.0,
+        "schedule": "cosine",
+        "clip_grad": 10.0,
+        "ema_decay": 0.998,
+        "loss": "focal",
+        "focal_gamma": FOCAL_GAMMA,
+        "zoom_out": 0.5,
+        "crop": 1.0,
+        "color": 0.5,
+        "shadow": 0.2,
+        "noise": 0.2,
+        "blur": 0.1,
+    }
+}
+RECIPES["scratch"] = RECIPES["voc"] | {"pretrained": False, "batch_norm": "all", "lr": 2e-3}
+RECIPES["small"] = RECIPES["scratch"] | {  # minutes on two CPU cores for a few hundred images
+    "pretrained": True,
+    "width": 0.125,
+    "batch_size": 4,
+    "lr": 3e-3,
+    "epochs": 28,
+    "zoom_out": 0.2,
+    "crop": 0.6,
+}
+RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
+    "pretrained": False,
+    "width": 0.0625,
+    "lr": 5e-3,
+    "epochs": 10,
+    "zoom_out": 0.0,
+    "crop": 0.3,
+    "color": 0.1,
+    "shadow": 0.1,
+    "noise": 0.1,
+}
+RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
+    "optimizer": "sgd",
+    "lr": 1e-3,
+    "weight_decay": 5e-4,
+    "schedule": "step",
+    "warmup_epochs": 0.0,
+    "loss": "multibox",
+    "clip_grad": 0.0,
+    "ema_decay": 0.0,
+    "shadow": 0.0,
+    "noise": 0.0,
+    "blur": 0.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run does: the flags (--help says what each means) and its recipe's other entries.
+
+    What has no default here comes from the recipe; None: the data or the device decides.
+    """
+
+    evaluate: str | None = None
+    predict: list[str] | None = None
+    weights: str | None = None
+    resume: bool = False
+    output_dir: str = "."
+
+    data: str = "voc2007"
+    data_root: str = "data"
+    classes: tuple[str, ...] | None = None
+    train_split: str | None = None
+    val_split: str | None = None
+    val_fraction: float = 0.1
+    test_split: str | None = None
+    unlabelled: str = "error"
+    cache: bool = True
+    workers: int | None = None
+
+    width: float
+    batch_norm: str
+    pretrained: bool
+    backbone_weights: str = "caffe"
+    init_from: str | None = None
+    freeze_blocks: int
+    anchors: str | Sequence = "auto"  # or the sizes of the checkpoint that a run goes on from
+
+    zoom_out: float
+    crop: float
+    color: float
+    shadow: float
+    noise: float
+    blur: float
+
+    recipe: str = "voc"
+    epochs: int
+    batch_size: int
+    loss: str
+    focal_gamma: float
+    optimizer: str
+    lr: float
+    momentum: float
+    weight_decay: float
+    warmup_epochs: float
+    schedule: str
+    clip_grad: float
+    ema_decay: float
+    patience: int = 30
+    eval_interval: int = 1
+    log_every: int = 0
+    seed: int = 0
+    amp: str = "auto"
+    device: str = "auto"
+    compile: bool | None = None
+
+    score_thresh: float | None = None
+    nms_iou: float = NMS_IOU_THRESH
+
+    @property
+    def starts_from_imagenet(self) -> bool:
+        """Whether the backbone begins with ImageNet weights."""
+        return self.pretrained and self.init_from is None
+
+    @property
+    def frozen_blocks(self) -> int:
+        """How many blocks are frozen: none unless they hold trained weights of this width."""
+        is_trained = self.init_from is not None or (self.pretrained and self.width == 1)
+        return self.freeze_blocks if is_trained else 0
+
+
+DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
+DATA_FLAGS = ("data", "classes", "train_split", "val_split", "val_fraction", "test_split", "unlabelled")
+MACHINE_FLAGS = (  # not saved with a run
+    "device",
+    "workers",
+    "output_dir",
+    "data_root",
+    "cache",
+    "compile",
+    "resume",
+    "evaluate",
+    "predict",
+    "weights",
+)
 
 
 # ---- Training ----
 
 
-def make_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """Return SGD or AdamW; weights of two dimensions or more decay, biases and norms do not."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    fused = params[0].device.type in ("cpu", "cuda")
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=fused)
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.momentum, 0.999), fused=fused)
+    fused = trained[0].device.type in ("cpu", "cuda")
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), fused=fused)
 
 
-def learning_rate(step: int, args: Namespace, steps_per_epoch: int) -> float:
-    """Return the rate of a step, counted from 0: a linear warm-up, then a cosine to args.lr / 100."""
-    warmup, total = round(args.warmup_epochs * steps_per_epoch), args.epochs * steps_per_epoch
+def learning_rate(step: int, settings: Settings, steps_per_epoch: int) -> float:
+    """Return the rate of a step, counted from 0: a linear warm-up, then a cosine to a hundredth, or steps."""
+    warmup = round(settings.warmup_epochs * steps_per_epoch)
+    total = settings.epochs * steps_per_epoch
     if step < warmup:
-        return args.lr * (step + 1) / warmup
-    if args.schedule == "step":  # from 2/3 of all steps on, and from 5/6 (SSD section 3.1)
-        return args.lr * 0.1 ** ((3 * step >= 2 * total) + (6 * step >= 5 * total))
+        return settings.lr * (step + 1) / warmup
+    if (
+        settings.schedule == "step"
+    ):  # a tenth from 2/3 of all steps on, a hundredth from 5/6 (SSD section 3.1)
+        drops = (3 * step >= 2 * total) + (6 * step >= 5 * total)
+        return settings.lr * 0.1**drops
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return args.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return settings.lr * (0.01 + 0.99 * cosine)
 
 
 class Ema:
-    """A moving average, `model`, of a model and its statistics (torch's waits for the device each time)."""
+    """A moving average, `model`, of a model and its statistics."""
 
+    # torch's AveragedModel reads a counter on the device in each update, which stalls a GPU.
     def __init__(self, model: SSD300, decay: float):
-        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
-        self.averaged, self.current = (
-            [v for v in one.state_dict().values() if v.is_floating_point()] for one in (self.model, model)
-        )
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.averaged = [v for v in self.model.state_dict().values() if v.is_floating_point()]
+        self.current = [v for v in model.state_dict().values() if v.is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -1839,30 +2234,33 @@ class TrainState:
     ema: Ema
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    network: nn.Module  # runs forward in training: the model, or what compiles or distributes it
+    network: Callable[[Tensor], tuple[Tensor, Tensor]]  # the model, or what compiles or distributes it
     epoch: int = 0  # epochs finished, their validation included
     step: int = 0  # optimizer steps taken
     best_map: float = -1.0
     best_epoch: int = 0
     in_a_row: int = 0  # steps skipped since the last good one; not saved
-    history: list[dict] = field(default_factory=list)  # the rows of metrics.jsonl
-    log: list[dict] = field(default_factory=list)  # the rows of steps.jsonl
+    history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl
+    log: list[dict[str, Any]] = field(default_factory=list)  # the rows of steps.jsonl
+
+    parts = ("model", "optimizer", "scaler")  # what has a state dict of its own
     plain = ("epoch", "step", "best_map", "best_epoch", "history", "log")  # what is saved as it is
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; the averaged weights are kept beside it."""
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        return parts | {name: getattr(self, name) for name in self.plain}
+        state = {name: getattr(self, name).state_dict() for name in self.parts}
+        return state | {name: getattr(self, name) for name in self.plain}
 
-    def load_state_dict(self, state: dict, averaged: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any], averaged: dict[str, Tensor]) -> None:
         """Go back to a saved state and the average's weights; InputError if they are of another network."""
         groups = self.optimizer.param_groups
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         try:
             if state["optimizer"]["param_groups"][0].keys() != groups[0].keys():
                 raise ValueError(f"not of {type(self.optimizer).__name__}")
-            for name in filter(state.__getitem__, ("model", "optimizer", "scaler")):  # a scaler may be off
-                getattr(self, name).load_state_dict(state[name])
+            for name in self.parts:
+                if state[name]:  # a scaler that is off has no state
+                    getattr(self, name).load_state_dict(state[name])
             self.ema.model.load_state_dict(averaged)
         except (KeyError, ValueError, RuntimeError) as error:
             problem = " ".join(str(error).split())[:300]
@@ -1879,7 +2277,7 @@ class TrainState:
 
 def train_step(
     state: TrainState,
-    batch: dict,
+    batch: dict[str, Tensor],
     loss: Callable,
     *,
     lr: float,
@@ -1893,10 +2291,12 @@ def train_step(
     batch = to_device(batch, state.model.anchors.device)
     buffers = list(state.model.buffers())  # the forward pass changes batch norm's
     before = [buffer.clone() for buffer in buffers]
+
     with autocast(state.model.anchors.device, amp_dtype):
         outputs = state.network(batch["images"])
     num_positive = mean_over_processes((batch["matched_gt"] >= 0).sum().float())
     losses = loss(outputs, build_targets(batch, state.model.anchors), num_positive=num_positive)
+
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.zero_grad()
@@ -1904,6 +2304,7 @@ def train_step(
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad or math.inf)
     norm, *values = torch.stack((norm, *losses.values())).tolist()  # the only place that waits for the device
+
     is_finite = math.isfinite(norm)  # of all processes' mean gradient, so that all of them agree
     if is_finite:
         state.optimizer.step()
@@ -1915,67 +2316,125 @@ def train_step(
     return dict(zip(losses, values, strict=True)) if is_finite else None
 
 
+def count_skipped_step(state: TrainState, where: str, image_ids: list[str]) -> None:
+    """Warn of a step that was skipped; InputError names the images after too many in a row."""
+    limit = 25 if state.scaler.is_enabled() else MAX_SKIPPED_STEPS  # float16 seeks its scale
+    state.in_a_row += 1
+    problem = f"{where}: the gradient is not finite; images: {', '.join(image_ids)}"
+    if state.in_a_row == limit:
+        raise InputError(f"{problem}; {limit} in a row: lower --lr or set --amp off")
+    print(f"warning: step skipped, {problem}", file=sys.stderr)
+
+
 def train_one_epoch(
     state: TrainState,
     loader: DataLoader,
-    batches: Iterator,
+    batches: Iterator[dict[str, Tensor]],
     loss: Callable,
-    args: Namespace,
+    settings: Settings,
     *,
     amp_dtype: torch.dtype | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Train for an epoch; returns columns of metrics.jsonl, data_wait is the share of time the loader took.
 
     batches: iter(loader). InputError names the images after three steps in a row without finite gradient.
     """
-    records, sampler = loader.dataset.records, loader.batch_sampler
+    records = cast(VocDataset, loader.dataset).records
+    sampler = cast(EpochBatchSampler, loader.batch_sampler)
     steps = sampler.steps_per_epoch
-    limit = 25 if state.scaler.is_enabled() else MAX_SKIPPED_STEPS  # float16 seeks its scale
     state.model.train()
     totals = dict.fromkeys(("loss", "loss_cls", "loss_box"), 0.0)
-    skipped = waited = 0
-    start = ready = time.perf_counter()
+    skipped = 0
+    waited = 0.0
+    is_hidden = not sys.stderr.isatty() or process_rank()[0] > 0
+    epoch = f"epoch {state.epoch + 1}"
     bar = tqdm(
-        itertools.islice(batches, steps),
-        f"epoch {state.epoch + 1}/{args.epochs}",
-        steps,
-        leave=False,
-        disable=not sys.stderr.isatty() or process_rank()[0] > 0,
+        itertools.islice(batches, steps), f"{epoch}/{settings.epochs}", steps, leave=False, disable=is_hidden
     )
+    start = ready = time.perf_counter()
     for number, batch in enumerate(bar, start=1):
         waited += time.perf_counter() - ready
-        lr = learning_rate(state.epoch * steps + number - 1, args, steps)
-        losses = train_step(state, batch, loss, lr=lr, clip_grad=args.clip_grad, amp_dtype=amp_dtype)
+        lr = learning_rate(state.epoch * steps + number - 1, settings, steps)
+        losses = train_step(state, batch, loss, lr=lr, clip_grad=settings.clip_grad, amp_dtype=amp_dtype)
         if losses is None:
-            skipped, state.in_a_row = skipped + 1, state.in_a_row + 1
-            names = ", ".join(records[i].image_id for i in batch["indices"])
-            what = f"epoch {state.epoch + 1}, step {number}: the gradient is not finite; images: {names}"
-            if state.in_a_row == limit:
-                raise InputError(f"{what}; {limit} in a row: lower --lr or set --amp off")
-            print(f"warning: step skipped, {what}", file=sys.stderr)
+            skipped += 1
+            image_ids = [records[i].image_id for i in batch["indices"]]
+            count_skipped_step(state, f"{epoch}, step {number}", image_ids)
         else:
             state.in_a_row = 0
             for name, value in losses.items():
                 totals[name] += value
             bar.set_postfix_str(f"loss {totals['loss'] / (number - skipped):.3f} lr {lr:.1e}", refresh=False)
-            if args.log_every and state.step % args.log_every == 0:
+            if settings.log_every and state.step % settings.log_every == 0:
                 rate = number * sampler.batch_size / (time.perf_counter() - start)
                 state.log.append({"step": state.step, **losses, "lr": lr, "images_per_s": rate})
-                if bar.disable:
+                if is_hidden:
                     print(*(f"{name} {value:.6g}" for name, value in state.log[-1].items()), flush=True)
         ready = time.perf_counter()
+
     seconds = time.perf_counter() - start
     sums = torch.tensor(list(totals.values()), device=state.model.anchors.device)
     means = mean_over_processes(sums / (steps - skipped)).tolist()
     row = {f"train_{name}": mean for name, mean in zip(totals, means, strict=True)}
-    row |= {"lr": lr, "skipped": skipped, "data_wait": waited / seconds}
-    return row | {"images_per_s": steps * sampler.batch_size / seconds}
+    rate = steps * sampler.batch_size / seconds
+    return row | {"lr": lr, "skipped": skipped, "data_wait": waited / seconds, "images_per_s": rate}
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """Return a row of metrics.jsonl as the line that a run prints."""
+    parts = [
+        f"epoch {row['epoch']:3d}/{epochs}",
+        f"train {row['train_loss']:.3f} (cls {row['train_loss_cls']:.3f} box {row['train_loss_box']:.3f})",
+    ]
+    if "val_loss" in row:
+        parts.append(f"val {row['val_loss']:.3f}  mAP {row['val_map_area']:.4f}")
+    parts += [
+        f"lr {row['lr']:.2e}",
+        f"{row['seconds']:.1f} s",
+        f"{row['images_per_s']:.0f} img/s",
+        f"wait {row['data_wait']:.0%}",
+    ]
+    if row["skipped"]:
+        parts.append(f"skipped {row['skipped']} steps")
+    return "  ".join(parts)
+
+
+def validate(
+    state: TrainState,
+    loader: DataLoader,
+    loss: Callable,
+    settings: Settings,
+    amp_dtype: torch.dtype | None,
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """Measure the averaged weights on the validation list; returns columns of metrics.jsonl."""
+    result = measure(state.ema.model, loader, amp_dtype=amp_dtype, loss=loss, nms_iou_thresh=settings.nms_iou)
+    columns = ("loss", "loss_cls", "loss_box", "map_area", "map11", "map75")
+    row = {f"val_{name}": result[name] for name in columns}
+    return row | {"score_thresh": best_thresholds(result["classes"], classes)}
+
+
+def checkpoints_of(state: TrainState, row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return {file name: content} of what an epoch leaves to be saved; notes in the state what is best."""
+    checkpoint = {
+        "model": state.ema.model.state_dict(),
+        "metrics": row,
+        "score_thresh": row.get("score_thresh", {}),
+    }
+    checkpoints = {}
+    # Not `>`: NaN, the mAP of a list without an object, cannot choose, so the newest weights are kept.
+    if "val_map_area" in row and not row["val_map_area"] <= state.best_map:
+        state.best_map = row["val_map_area"]
+        state.best_epoch = state.epoch
+        checkpoints["best.pth"] = checkpoint
+    checkpoints["last.pth"] = {**checkpoint, "train_state": state.state_dict()}
+    return checkpoints
 
 
 def fit(
     state: TrainState,
-    loaders: tuple,
-    args: Namespace,
+    loaders: tuple[DataLoader, DataLoader | None],
+    settings: Settings,
     *,
     loss: Callable,
     amp_dtype: torch.dtype | None,
@@ -1988,95 +2447,97 @@ def fit(
     """
     train_loader, val_loader = loaders
     batches = iter(train_loader)
-
-    def validate():
-        options = {"loss": loss, "nms_iou_thresh": args.nms_iou}
-        result = evaluate(state.ema.model, val_loader, amp_dtype=amp_dtype, **options)
-        columns = ("loss", "loss_cls", "loss_box", "map_area", "map11", "map75")
-        thresholds = best_thresholds(result["classes"], writer.base["classes"])
-        return {f"val_{name}": result[name] for name in columns} | {"score_thresh": thresholds}
-
-    while state.epoch < args.epochs:
-        if val_loader and 0 < args.patience * args.eval_interval <= state.epoch - state.best_epoch:
-            print(f"stopped early: no better validation mAP in {args.patience} evaluations (--patience)")
+    patience = settings.patience * settings.eval_interval  # in epochs
+    while state.epoch < settings.epochs:
+        if val_loader and 0 < patience <= state.epoch - state.best_epoch:
+            evaluations = settings.patience
+            print(f"stopped early: no better validation mAP in {evaluations} evaluations (--patience)")
             break
         start = time.perf_counter()
-        row = {"epoch": state.epoch + 1}
-        row |= train_one_epoch(state, train_loader, batches, loss, args, amp_dtype=amp_dtype)
-        if val_loader and (row["epoch"] == args.epochs or row["epoch"] % args.eval_interval == 0):
-            row |= from_first_process(validate)
+        row: dict[str, Any] = {"epoch": state.epoch + 1}
+        row |= train_one_epoch(state, train_loader, batches, loss, settings, amp_dtype=amp_dtype)
+        is_due = row["epoch"] == settings.epochs or row["epoch"] % settings.eval_interval == 0
+        if val_loader and is_due:
+            classes = writer.base["classes"]
+            options = (state, val_loader, loss, settings, amp_dtype, classes)
+            row |= from_first_process(functools.partial(validate, *options))
         row["seconds"] = round(time.perf_counter() - start, 3)
         state.epoch += 1
         state.history.append(row)
-        checkpoint = {"model": state.ema.model.state_dict(), "metrics": row}
-        checkpoint["score_thresh"] = row.get("score_thresh", {})
-        checkpoints = {}
-        # Not `>`: NaN, the mAP of a list without an object, cannot choose, so the newest weights are kept.
-        if "val_map_area" in row and not row["val_map_area"] <= state.best_map:
-            state.best_map, state.best_epoch = row["val_map_area"], state.epoch
-            checkpoints["best.pth"] = checkpoint
-        checkpoints["last.pth"] = {**checkpoint, "train_state": state.state_dict()}
-        if process_rank()[0] == 0:
-            writer.put(checkpoints)
-            with contextlib.suppress(OSError):  # a full disk: the rows are in last.pth too
-                for name, rows in {"metrics.jsonl": state.history, "steps.jsonl": state.log}.items():
-                    if rows:
-                        write_json(writer.folder / name, rows, lines=True)
-            val = f"  val {row['val_loss']:.3f}  mAP {row['val_map_area']:.4f}" if "val_loss" in row else ""
-            parts = f"cls {row['train_loss_cls']:.3f} box {row['train_loss_box']:.3f}"
-            skipped = f"  skipped {row['skipped']} steps" if row["skipped"] else ""
-            print(
-                f"epoch {row['epoch']:3d}/{args.epochs}  train {row['train_loss']:.3f} ({parts}){val}  lr "
-                f"{row['lr']:.2e}  {row['seconds']:.1f} s  {row['images_per_s']:.0f} img/s  wait "
-                f"{row['data_wait']:.0%}{skipped}",
-                flush=True,
-            )
-            redraw(state)
+
+        checkpoints = checkpoints_of(state, row)
+        if process_rank()[0] > 0:
+            continue
+        writer.put(checkpoints)
+        with contextlib.suppress(OSError):  # a full disk: the rows are in last.pth too
+            write_json_lines(writer.folder / "metrics.jsonl", state.history)
+            if state.log:
+                write_json_lines(writer.folder / "steps.jsonl", state.log)
+        print(epoch_line(row, settings.epochs), flush=True)
+        redraw(state)
 
 
 def choose_anchors(mode: str | Sequence, boxes: np.ndarray, *, is_voc: bool = False) -> Sequence:
     """Return the anchor sizes that --anchors means for training boxes (N, 4); sizes of a saved run stay."""
-    if not isinstance(mode, str) or mode == "paper" or (mode == "auto" and is_voc):
-        return ANCHOR_SIZES if isinstance(mode, str) else mode
+    if not isinstance(mode, str):
+        return mode
+    if mode == "paper" or (mode == "auto" and is_voc):
+        return ANCHOR_SIZES
     boxes = boxes[:: len(boxes) // 4000 + 1]  # enough
-    sizes, reach = ANCHOR_SIZES, np.mean(best_anchor_iou(boxes) >= 0.5)
-    if mode == "fit" or reach < LEAST_REACH:
-        sizes = fit_anchor_sizes(boxes)
-        fitted = np.mean(best_anchor_iou(boxes, sizes) >= 0.5)
-        print(f"anchors  fitted: {fitted:.1%} of the training boxes are reached (IoU .5), before {reach:.1%}")
+    reach = np.mean(best_anchor_iou(boxes) >= 0.5)
+    if mode == "auto" and reach >= LEAST_REACH:
+        return ANCHOR_SIZES
+    sizes = fit_anchor_sizes(boxes)
+    fitted = np.mean(best_anchor_iou(boxes, sizes) >= 0.5)
+    print(
+        f"anchors  fitted to your boxes: {fitted:.1%} of them overlap one by half (the paper's: {reach:.1%})"
+    )
     return sizes
 
 
+def load_imagenet(model: SSD300, settings: Settings) -> None:
+    """Copy the ImageNet weights that --backbone-weights names into a model's VGG blocks."""
+    is_full = settings.width == 1
+    weights = fetch_backbone(settings.backbone_weights, batch_norm=is_full and settings.batch_norm == "all")
+    if is_full:
+        load_backbone(model, weights)
+    else:
+        load_narrow_backbone(model, weights)
+
+
 def build_state(
-    args: Namespace,
-    num_classes: int,
-    device: torch.device,
-    amp_dtype: torch.dtype | None,
-    anchor_sizes: Sequence = ANCHOR_SIZES,
-) -> tuple[TrainState, dict]:
-    """Return (TrainState, network config) by the flags; all processes get the first one's weights."""
-    config = {
+    settings: Settings, machine: Machine, num_classes: int, anchor_sizes: Sequence = ANCHOR_SIZES
+) -> tuple[TrainState, dict[str, Any]]:
+    """Return (TrainState, network config) by the settings; all processes get the first one's weights."""
+    config: dict[str, Any] = {
         "num_classes": num_classes,
-        "width": args.width,
-        "batch_norm": args.batch_norm,
+        "width": settings.width,
+        "batch_norm": settings.batch_norm,
         "anchor_sizes": anchor_sizes,
     }
-    model = SSD300(**config, prior_prob=FOCAL_PRIOR if args.loss == "focal" else None)
+    prior_prob = FOCAL_PRIOR if settings.loss == "focal" else None
+    model = SSD300(**config, prior_prob=prior_prob)
     rank, world = process_rank()
-    if args.pretrained and not args.resume and rank == 0:
-        state = fetch_backbone(args.backbone_weights, batch_norm=(args.width, args.batch_norm) == (1, "all"))
-        (load_backbone if args.width == 1 else load_narrow_backbone)(model, state)
+    if settings.starts_from_imagenet and not settings.resume and rank == 0:
+        load_imagenet(model, settings)
+
     # In channels_last order a CPU's float32 backward pass takes 1.3 to 1.7 times as long.
-    is_plain = device.type == "cpu" and amp_dtype is None
+    device = machine.device
+    is_plain = device.type == "cpu" and machine.amp_dtype is None
     model.to(device, memory_format=torch.contiguous_format if is_plain else torch.channels_last)
-    model.freeze_blocks(args.freeze_blocks)
-    # CUDA graphs: loader processes beside it slow down the launching of 500 kernels a step.
-    mode = "reduce-overhead" if device.type == "cuda" and world == 1 else None
-    network = torch.compile(model, dynamic=False, mode=mode) if args.compile else model
+    model.freeze_blocks(settings.frozen_blocks)
+
+    network: Any = model
+    if machine.compiled:
+        # CUDA graphs: loader processes beside it slow down the launching of 500 kernels a step.
+        mode = "reduce-overhead" if device.type == "cuda" and world == 1 else None
+        network = torch.compile(model, dynamic=False, mode=mode)
     if world > 1:
-        network = nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    return TrainState(model, Ema(model, args.ema_decay), make_optimizer(model, args), scaler, network), config
+        device_ids = [device] if device.type == "cuda" else None
+        network = nn.parallel.DistributedDataParallel(network, device_ids)
+    optimizer = make_optimizer(model, settings)
+    scaler = torch.amp.GradScaler(device.type, enabled=machine.amp_dtype == torch.float16)
+    return TrainState(model, Ema(model, settings.ema_decay), optimizer, scaler, network), config
 
 
 # ---- Inference ----
@@ -2094,7 +2555,7 @@ class Detections:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, list]:
         """Return plain lists and numbers, ready for JSON."""
         return {
             "boxes_px": self.boxes_px.astype(float).round(2).tolist(),
@@ -2103,22 +2564,22 @@ class Detections:
             "scores": np.round(self.scores, 4).tolist(),
         }
 
-    def to_supervision(self):
+    def to_supervision(self) -> Any:
         """Return the supervision package's Detections, for its trackers, counters and slicers of images."""
         import supervision  # optional
 
-        data = {"class_name": np.array(self.names, dtype=str)}
         return supervision.Detections(
             xyxy=self.boxes_px.reshape(-1, 4),
             confidence=np.array(self.scores),
             class_id=np.array(self.labels, dtype=int),
-            data=data,
+            data={"class_name": np.array(self.names, dtype=str)},
         )
 
-    def draw(self, image: PathLike | Image.Image | np.ndarray) -> Image.Image:
+    def draw(self, image: ImageSource) -> Image.Image:
         """Return a PIL copy of an image, see `open_image`, with boxes, class names and scores drawn on it."""
         captions = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores, strict=True)]
-        return draw_boxes(open_image(image), self.boxes_px, captions, [color_of(k) for k in self.labels])
+        colors = [color_of(label) for label in self.labels]
+        return draw_boxes(open_image(image), self.boxes_px, captions, colors)
 
 
 class Detector:
@@ -2131,12 +2592,19 @@ class Detector:
         amp_dtype: torch.dtype | None = None,
         score_thresh: dict[str, float] | None = None,
     ):
-        self.model, self.amp_dtype = model.eval(), amp_dtype
+        self.model = model.eval()
+        self.amp_dtype = amp_dtype
         self.classes = tuple(classes)
         self.score_thresh = dict.fromkeys(self.classes, DRAW_SCORE_THRESH) | (score_thresh or {})
         self._resize = resize_transform()
 
-    def predict(self, images: object, *, batch_size: int = 8, **settings) -> Detections | list[Detections]:
+    @overload
+    def predict(self, images: list | tuple, *, batch_size: int = 8, **settings: Any) -> list[Detections]: ...
+
+    @overload
+    def predict(self, images: ImageSource, *, batch_size: int = 8, **settings: Any) -> Detections: ...
+
+    def predict(self, images: Any, *, batch_size: int = 8, **settings: Any) -> Detections | list[Detections]:
         """Detect objects in an image, or in each of a list; an image is whatever `open_image` takes.
 
         settings: score_thresh (a number; None: self.score_thresh's), nms_iou_thresh and max_detections, see
@@ -2153,22 +2621,28 @@ class Detector:
 
     @torch.inference_mode()
     def detect_in(
-        self, pictures: list[Image.Image], *, score_thresh: float | None = None, **settings
+        self, pictures: list[Image.Image], *, score_thresh: float | None = None, **settings: Any
     ) -> list[Detections]:
         """Return the Detections of a batch of RGB PIL images; settings: see `predict`."""
         anchors = self.model.anchors
+        least: float | Tensor
         if score_thresh is None:
             thresholds = [self.score_thresh[name] for name in self.classes]
-            score_thresh = torch.tensor(thresholds, device=anchors.device)
+            least = torch.tensor(thresholds, device=anchors.device)
+        else:
+            least = score_thresh
         arrays = np.stack([self._resize(image=np.asarray(picture))["image"] for picture in pictures])
-        batch = to_device({"images": torch.from_numpy(arrays).permute(0, 3, 1, 2)}, anchors.device)
+        images = torch.from_numpy(arrays).permute(0, 3, 1, 2)  # (B, 3, 300, 300)
+        batch = to_device({"images": images}, anchors.device)
         with autocast(anchors.device, self.amp_dtype):
             outputs = self.forward(batch["images"])
+
+        found = detect(*outputs, anchors, score_thresh=least, **settings)
         results = []
-        found = detect(*outputs, anchors, score_thresh=score_thresh, **settings)
         for picture, (boxes, labels, scores) in zip(pictures, found, strict=True):
-            boxes_px = boxes.cpu().numpy() * np.array(picture.size * 2, dtype=np.float32)
-            names = [self.classes[k - 1] for k in labels.tolist()]
+            width, height = picture.size
+            boxes_px = boxes.cpu().numpy() * np.array([width, height] * 2, dtype=np.float32)
+            names = [self.classes[label - 1] for label in labels.tolist()]
             results.append(Detections(boxes_px, labels.tolist(), names, scores.tolist()))
         return results
 
@@ -2182,348 +2656,383 @@ def load_detector(path: PathLike, device: str = "auto", precision: str = "auto")
     saved = load_checkpoint(path)
     picked = pick_device(device)
     model = model_from_checkpoint(saved, path, picked)
-    return Detector(model, saved["classes"], pick_amp_dtype(picked, precision), saved.get("score_thresh"))
+    return Detector(model, saved["classes"], pick_amp_dtype(picked, precision), saved["score_thresh"])
 
 
 # ---- Runs ----
 
-DATA_FLAGS = ("data", "classes", "train_split", "val_split", "val_fraction", "test_split", "unlabelled")
-MACHINE_FLAGS = (
-    "device",
-    "workers",
-    "output_dir",
-    "data_root",
-    "cache",
-    "compile",
-    "resume",
-    "evaluate",
-    "predict",
-    "weights",
-)  # not saved with a run
 
-
-def prepare_device(args: Namespace, device: torch.device) -> torch.dtype | None:
-    """Set up torch and OpenCV for a device, fill the flags that it decides; returns the autocast dtype."""
-    if not (is_cuda := device.type == "cuda"):
-        with contextlib.suppress(OSError, AttributeError):  # glibc alone
-            mallopt = ctypes.CDLL(None).mallopt  # fresh pages cost about a quarter of a CPU training step
-            mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep freed memory
-    else:
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-        torch.backends.cudnn.benchmark = True  # the shapes stay the same
-    cv2.setNumThreads(0)
-    torch.manual_seed(args.seed)  # order and augmentation have generators of their own, see VocDataset
-    if args.workers is None:  # beside a GPU all but two cores' worth; on a CPU torch's threads want the cores
-        args.workers = max(1, min(16, usable_cores() - 2)) if is_cuda else int(usable_cores() > 2)
-    if args.compile is None:
-        args.compile = is_cuda
-    return pick_amp_dtype(device, args.amp)
-
-
-def plain_loader(args: Namespace, records: list[Record], model: SSD300) -> DataLoader:
+def plain_loader(records: list[Record], model: SSD300, *, batch_size: int, workers: int) -> DataLoader:
     """Return the loader of records as they are, resized only."""
     dataset = VocDataset(records, build_transform(train=False), model.anchors.cpu())
-    return make_loader(dataset, batch_size=args.batch_size, workers=args.workers)
+    return make_loader(dataset, batch_size=batch_size, workers=workers)
 
 
-def make_loaders(args: Namespace, data: DataSplits, state: TrainState) -> tuple:
+def make_loaders(
+    settings: Settings, machine: Machine, data: DataSplits, state: TrainState
+) -> tuple[DataLoader, DataLoader | None]:
     """Return the loaders of the epochs to come, and of validation (None if nothing is held out)."""
     steps = ("zoom_out", "crop", "color", "shadow", "noise", "blur")
-    transform = build_transform(train=True, **{name: getattr(args, name) for name in steps})
-    pixels = decode_all(data.train) if args.cache else None
-    train = VocDataset(data.train, transform, state.model.anchors.cpu(), seed=args.seed, pixels=pixels)
-    ranks = dict(zip(("rank", "world"), process_rank(), strict=True))
-    epochs = range(state.epoch, args.epochs)
-    sampler = EpochBatchSampler(len(train), args.batch_size, args.seed, epochs=epochs, **ranks)
-    options = {"workers": args.workers, "pin_memory": state.model.anchors.is_cuda}
-    val_loader = plain_loader(args, data.val, state.model) if data.val else None
-    return make_loader(train, batch_sampler=sampler, **options), val_loader
+    transform = build_transform(train=True, **{name: getattr(settings, name) for name in steps})
+    pixels = decode_all(data.train) if settings.cache else None
+    train = VocDataset(data.train, transform, state.model.anchors.cpu(), seed=settings.seed, pixels=pixels)
+    rank, world = process_rank()
+    epochs = range(state.epoch, settings.epochs)
+    sampler = EpochBatchSampler(
+        len(train), settings.batch_size, settings.seed, epochs=epochs, rank=rank, world=world
+    )
+    is_cuda = machine.device.type == "cuda"
+    train_loader = make_loader(train, batch_sampler=sampler, workers=machine.workers, pin_memory=is_cuda)
+    val_loader = None
+    if data.val:
+        val_loader = plain_loader(
+            data.val, state.model, batch_size=settings.batch_size, workers=machine.workers
+        )
+    return train_loader, val_loader
 
 
-def resume_state(state: TrainState, base: dict, checkpoints: Path) -> None:
+def resume_state(state: TrainState, saved: dict[str, Any], base: dict[str, Any], checkpoints: Path) -> None:
     """Bring a state back to where last.pth left it; InputError for other classes or another network."""
-    saved = load_checkpoint(checkpoints / "last.pth", resumable=True)
     if saved["classes"] != base["classes"]:
-        raise InputError(f"the run to resume has the classes {', '.join(saved['classes'])}: see --init-from")
+        listed = ", ".join(saved["classes"])
+        raise InputError(f"the run to resume has the classes {listed}: see --init-from")
     if saved.get("digest") != base["digest"]:  # of the boxes and their order, wherever the folder is
         print("warning: not the training images and boxes of before: see --init-from", file=sys.stderr)
     state.load_state_dict(saved["train_state"], saved["model"])
-    if state.best_epoch > 0 and not from_first_process((checkpoints / "best.pth").is_file):
-        state.best_map, state.best_epoch = -1.0, state.epoch  # what is best is to come
+    has_best = from_first_process((checkpoints / "best.pth").is_file)
+    if state.best_epoch > 0 and not has_best:
+        state.best_map = -1.0  # what is best is to come
+        state.best_epoch = state.epoch
 
 
-def start_from(state: TrainState, path: PathLike, classes: Sequence[str]) -> None:
+def start_from(state: TrainState, saved: dict[str, Any], path: PathLike, classes: Sequence[str]) -> None:
     """Copy a checkpoint's weights; of its heads those of classes that both know, none of other anchors."""
-    saved = load_checkpoint(path)
-    names, own_names = (["background", *listed] for listed in (saved["classes"], classes))
+    weights = saved["model"]
+    names = ["background", *saved["classes"]]
+    own_names = ["background", *classes]
     known = [name for name in own_names if name in names]
-    is_same = torch.equal(saved["model"]["anchors"], state.model.anchors.cpu())
+    rows = [names.index(name) for name in known]
+    own_rows = [own_names.index(name) for name in known]
+    has_same_anchors = torch.equal(weights["anchors"], state.model.anchors.cpu())
     for name, own in state.model.state_dict().items():
-        value = saved["model"][name].to(own)
-        if name.startswith("cls_heads.") and is_same:
-            value = value.view(-1, len(names), *own.shape[1:])[:, [names.index(k) for k in known]]
-            own.view(-1, len(own_names), *own.shape[1:])[:, [own_names.index(k) for k in known]] = value
-        elif name != "anchors" and (is_same or "_heads." not in name):
+        is_head = "_heads." in name
+        if name == "anchors" or (is_head and not has_same_anchors):
+            continue
+        value = weights[name].to(own)
+        if name.startswith("cls_heads."):  # (anchors of a cell * classes, ...)
+            per_class = value.view(-1, len(names), *own.shape[1:])
+            own.view(-1, len(own_names), *own.shape[1:])[:, own_rows] = per_class[:, rows]
+        else:
             own.copy_(value)
     state.ema.model.load_state_dict(state.model.state_dict())
-    what = f"it knows {', '.join(known[1:]) or 'no class'}" if is_same else "other anchors, so new heads"
-    print(f"start    {path}: {what}")
+
+    kept = "new heads, because the anchors differ"
+    if has_same_anchors:
+        kept = f"kept the heads of: {', '.join(known[1:]) or 'no class'}"
+    print(f"start    {path}: {kept}")
 
 
-def evaluate_checkpoint(args: Namespace) -> tuple[dict, list[Record], dict, dict]:
-    """Measure args.evaluate on the test list; returns (checkpoint, records, evaluation.json, result)."""
-    device = pick_device(args.device)
-    amp_dtype = prepare_device(args, device)
-    checkpoint = load_checkpoint(args.evaluate)
-    classes = checkpoint["classes"]
-    (root, *_), lists = find_data(args.data, args.data_root, "", "", args.test_split)  # no other list
-    if not (split := lists["test"]):
-        raise InputError(f"{args.data} has no test list: name one with --test-split")
-    annotations = read_annotations(root, split, unlabelled=args.unlabelled)
+@dataclass(frozen=True)
+class Evaluation:
+    """A model measured on a list: numbers is what evaluation.json holds, result what `measure` returned."""
+
+    records: list[Record]
+    classes: Sequence[str]
+    numbers: dict[str, Any]
+    result: dict[str, Any]
+
+
+def read_test_list(
+    settings: Settings, classes: Sequence[str] | None = None
+) -> tuple[str, tuple[str, ...], list[Record]]:
+    """Return the test list that settings name: its name, classes and Records.
+
+    classes None: those of --classes, of VOC, or all that the list's annotations have. InputError if there is
+    no test list, or nothing of the classes in it.
+    """
+    (root, *_), lists = find_data(settings.data, settings.data_root, "", "", settings.test_split)
+    split = lists["test"]
+    if not split:
+        raise InputError(f"{settings.data} has no test list: name one with --test-split")
+    annotations = read_annotations(root, split, unlabelled=settings.unlabelled)
+    if classes is None:
+        classes = settings.classes
+    if classes is None:
+        classes = VOC_CLASSES if settings.data in ("voc2007", "voc0712") else annotated_classes(annotations)
     records = read_records(root, split, classes, annotations=annotations)
     is_annotated = any(objects for _, _, objects in annotations.values())
     if is_annotated and not any(len(record.labels) for record in records):
-        raise InputError(f"{args.data}, list {split}: nothing of {', '.join(classes)} (see --data)")
-    model = model_from_checkpoint(checkpoint, args.evaluate, device)
-    report = Path(args.output_dir) / "plots" / "evaluation" / "evaluation.json"
-    print(f"{args.evaluate} on {args.data}, list {split}: {len(records)} images -> {report}")
-    score_thresh = SCORE_THRESH if args.score_thresh is None else args.score_thresh
-    settings = {"score_thresh": score_thresh, "nms_iou_thresh": args.nms_iou}
-    result = evaluate(model, plain_loader(args, records, model), amp_dtype=amp_dtype, **settings)
-    rows = [{k: row[k] for k in ("ap_area", "ap11", "ap75", "num_gt")} for row in result["classes"].values()]
-    numbers = {
-        "checkpoint": str(args.evaluate),
-        "data": args.data,
-        "split": split,
-        "num_images": len(records),
-        "precision": str(amp_dtype or torch.float32)[6:],
-        "detection": settings,
-        **{key: result[key] for key in ("map_area", "map11", "map75")},
-        "per_class": dict(zip(classes, rows, strict=True)),
-    }
+        listed = ", ".join(classes)
+        raise InputError(f"{settings.data}, list {split}: nothing of {listed} (see --data)")
+    return split, tuple(classes), records
+
+
+def write_evaluation(
+    settings: Settings, about: dict[str, Any], result: dict[str, Any], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Write evaluation.json, what it is about first, and print the table; returns what the file holds."""
+    numbers = about | evaluation_record(result, classes)
+    report = Path(settings.output_dir) / "plots" / "evaluation" / "evaluation.json"
     report.parent.mkdir(parents=True, exist_ok=True)
     write_json(report, numbers)
-    save_figure(
-        plot_predictions(records, result["detections"], classes, Path(args.evaluate).name),
-        report.parent.parent / "predictions.png",
+    print(class_table(result, classes))
+    return numbers
+
+
+def measure_checkpoint(
+    settings: Settings,
+    machine: Machine,
+    checkpoint: dict[str, Any],
+    path: PathLike,
+    split: str,
+    records: list[Record],
+) -> Evaluation:
+    """Measure a checkpoint, which is or will be at path, on a list; write evaluation.json and pictures."""
+    plots = Path(settings.output_dir) / "plots"
+    classes = checkpoint["classes"]
+    report = plots / "evaluation" / "evaluation.json"
+    print(f"{path} on {settings.data}, list {split}: {len(records)} images -> {report}")
+    score_thresh = SCORE_THRESH if settings.score_thresh is None else settings.score_thresh
+    detection: dict[str, Any] = {"score_thresh": score_thresh, "nms_iou_thresh": settings.nms_iou}
+
+    model = model_from_checkpoint(checkpoint, path, machine.device)
+    loader = plain_loader(records, model, batch_size=settings.batch_size, workers=machine.workers)
+    result = measure(model, loader, amp_dtype=machine.amp_dtype, **detection)
+    about = {
+        "checkpoint": str(path),
+        "data": settings.data,
+        "split": split,
+        "num_images": len(records),
+        "precision": machine.precision,
+        "detection": detection,
+    }
+    numbers = write_evaluation(settings, about, result, classes)
+    figure = plot_predictions(records, result["detections"], classes, Path(path).name)
+    save_figure(figure, plots / "predictions.png")
+    return Evaluation(records, classes, numbers, result)
+
+
+def evaluate_checkpoint(settings: Settings, checkpoint: dict[str, Any]) -> Evaluation:
+    """Measure the checkpoint of --evaluate on the test list."""
+    machine = prepare_device(
+        settings.device, amp=settings.amp, workers=settings.workers, compiled=settings.compile
     )
-    means = "Test mAP@.5: {map_area:.4f} (area), {map11:.4f} (11-point); mAP@.75: {map75:.4f} (area)"
-    print(class_table(result, classes), means.format(**numbers), sep="\n")
-    return checkpoint, records, numbers, result
+    split, _, records = read_test_list(settings, checkpoint["classes"])
+    return measure_checkpoint(settings, machine, checkpoint, str(settings.evaluate), split, records)
 
 
-def finish_training(args: Namespace, data: DataSplits, checkpoints: Path) -> dict | None:
-    """Save the chosen checkpoint as the final one, measure it on the test list; returns the numbers."""
-    best = checkpoints / "best.pth"
-    final = load_checkpoint(best if data.val and best.is_file() else checkpoints / "last.pth")
-    final.pop("train_state", None)
-    args.evaluate = str(checkpoints / f"ssd_{data.name}_final.pth")
-    save_checkpoint(args.evaluate, final)
-    if data.test:
-        final["test"] = evaluate_checkpoint(args)[2]
-        save_checkpoint(args.evaluate, final)
-    print("" if data.test else "no test list, so no test mAP: see --test-split\n", args.evaluate, sep="")
-    return final.get("test")
-
-
-def print_header(args: Namespace, data: DataSplits, model: SSD300, amp_dtype: torch.dtype | None) -> None:
+def print_header(settings: Settings, machine: Machine, data: DataSplits, model: SSD300) -> None:
     """Print what runs on what: versions, device, precision, data, network, recipe."""
-    env = environment(model.anchors.device)
-    counts = ", ".join(
-        f"{len(getattr(data, kind))} {kind} images ({split or 'held out'})"
-        for kind, split in data.lists.items()
-        if getattr(data, kind)
-    )
+    env = environment(machine.device)
+    counts = []
+    for kind, split in data.lists.items():
+        images = len(getattr(data, kind))
+        if images:
+            counts.append(f"{images} {kind} images ({split or 'held out'})")
     objects = sum(len(record.labels) for record in data.train)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(
-        f"device   {env['device']}, {str(amp_dtype or torch.float32)[6:]}, torch {env['torch']}, loader "
-        f"processes: {args.workers}\n"
-        f"data     {args.data}: {counts}; {objects} training objects, {len(data.classes)} classes\n"
-        f"network  width {args.width:g}, batch norm: {args.batch_norm}, start: "
-        f"{args.init_from or (args.backbone_weights if args.pretrained else 'random')}; "
-        f"{trained:,} trained parameters, {len(model.anchors):,} anchors\n"
-        f"recipe   {args.recipe}: {args.epochs} epochs, batch size {args.batch_size}, {args.optimizer}, lr "
-        f"{args.lr:g}, weight decay {args.weight_decay:g}, {args.loss} loss, seed {args.seed}",
-        flush=True,
+    start = "random"
+    if settings.init_from is not None:
+        start = settings.init_from
+    elif settings.starts_from_imagenet:
+        start = settings.backbone_weights
+    lines = (
+        f"device   {env['device']}, {machine.precision}, torch {env['torch']}, "
+        f"loader processes: {machine.workers}",
+        f"data     {settings.data}: {', '.join(counts)}; {objects} training objects, "
+        f"{len(data.classes)} classes",
+        f"network  width {settings.width:g}, batch norm: {settings.batch_norm}, start: {start}; "
+        f"{trained:,} trained parameters, {len(model.anchors):,} anchors",
+        f"recipe   {settings.recipe}: {settings.epochs} epochs, batch size {settings.batch_size}, "
+        f"{settings.optimizer}, lr {settings.lr:g}, weight decay {settings.weight_decay:g}, "
+        f"{settings.loss} loss, seed {settings.seed}",
     )
+    print(*lines, sep="\n", flush=True)
 
 
-def run_training(args: Namespace) -> int:
-    """Train by the flags, measure once on the test list, save the final checkpoint; returns the exit code."""
+class Redraw:
+    """Draws loss.png and predictions.png after an epoch, if the last time is long enough ago."""
+
+    def __init__(
+        self, settings: Settings, machine: Machine, data: DataSplits, state: TrainState, plots: Path
+    ):
+        self.settings, self.machine, self.plots = settings, machine, plots
+        self.classes = data.classes
+        self.records = spread(data.test or data.val or data.train, 12)
+        self.loader = plain_loader(self.records, state.model, batch_size=1, workers=0)
+        self.drawn_at = -math.inf
+
+    def __call__(self, state: TrainState, least: float = 60.0) -> None:
+        """Draw, unless it was done within the `least` last seconds: an epoch may be shorter than that."""
+        if time.monotonic() - self.drawn_at < least:
+            return
+        save_figure(plot_losses(state.history), self.plots / "loss.png")
+        result = measure(
+            state.ema.model,
+            self.loader,
+            amp_dtype=self.machine.amp_dtype,
+            nms_iou_thresh=self.settings.nms_iou,
+        )
+        title = f"After epoch {state.epoch}"
+        figure = plot_predictions(self.records, result["detections"], self.classes, title)
+        save_figure(figure, self.plots / "predictions.png")
+        self.drawn_at = time.monotonic()
+
+
+def finish_training(
+    settings: Settings, machine: Machine, data: DataSplits, checkpoints: Path
+) -> dict[str, Any] | None:
+    """Measure the chosen checkpoint on the test list and save it as the final one; returns the numbers."""
+    best = checkpoints / "best.pth"
+    chosen = load_checkpoint(best if data.val and best.is_file() else checkpoints / "last.pth")
+    chosen.pop("train_state", None)
+    path = checkpoints / f"ssd_{data.name}_final.pth"
+    try:
+        if data.test:
+            split = data.lists["test"]
+            evaluation = measure_checkpoint(settings, machine, chosen, path, split, data.test)
+            chosen["test"] = evaluation.numbers
+        else:
+            print("no test list, so no test mAP: see --test-split")
+    finally:  # whatever ends the measurement, the weights are kept
+        save_checkpoint(path, chosen)
+    print(path)
+    return chosen.get("test")
+
+
+def is_finished(checkpoints: Path, epochs: int) -> bool:
+    """Return whether the run in a folder went to its end, and was to train so many epochs at least."""
+    record_path = checkpoints / "run.json"
+    if not record_path.is_file():
+        return False
+    record = json.loads(record_path.read_text(encoding="utf-8"))
+    return "wall_s" in record and record["flags"]["epochs"] >= epochs
+
+
+def run_training(settings: Settings, source: dict[str, Any] | None, device: str) -> int:
+    """Train by the settings, measure once on the test list, save the final checkpoint; returns 0.
+
+    source: the checkpoint of --resume or --init-from; device: --device, or torchrun's for this process.
+    """
     began = time.perf_counter()
-    device = pick_device(args.device)
-    amp_dtype = prepare_device(args, device)
-    checkpoints, plots = Path(args.output_dir) / "checkpoints", Path(args.output_dir) / "plots"
-    if args.resume and (checkpoints / "run.json").is_file():
-        saved = json.loads((checkpoints / "run.json").read_text(encoding="utf-8"))
-        if "wall_s" in saved and saved["flags"]["epochs"] >= args.epochs:
-            print(f"the run in {checkpoints} is finished: to train further see --epochs and --init-from")
-            return 0
-    sources = {name: getattr(args, name) for name in (*DATA_FLAGS, "data_root", "seed")}
-    data = from_first_process(lambda: load_data(**sources))
-    args.val_split = data.lists["val"]  # which may have been found, for the run's records
+    machine = prepare_device(device, amp=settings.amp, workers=settings.workers, compiled=settings.compile)
+    torch.manual_seed(settings.seed)  # order and augmentation have generators of their own, see VocDataset
+    checkpoints = Path(settings.output_dir) / "checkpoints"
+    plots = Path(settings.output_dir) / "plots"
+    if settings.resume and is_finished(checkpoints, settings.epochs):
+        print(f"the run in {checkpoints} is finished: to train further see --epochs and --init-from")
+        return 0
+
+    # The data and the network.
+    flags = {name: getattr(settings, name) for name in (*DATA_FLAGS, "data_root", "seed")}
+    data = from_first_process(lambda: load_data(**flags))
     boxes = np.concatenate([record.boxes for record in data.train])
-    sizes = choose_anchors(args.anchors, boxes, is_voc={*data.classes} == {*VOC_CLASSES})
-    state, config = build_state(args, len(data.classes), device, amp_dtype, sizes)
+    sizes = choose_anchors(settings.anchors, boxes, is_voc={*data.classes} == {*VOC_CLASSES})
+    state, config = build_state(settings, machine, len(data.classes), sizes)
+    run_flags = vars(settings) | {
+        "device": device,
+        "workers": machine.workers,
+        "compile": machine.compiled,
+        "val_split": data.lists["val"],
+        "pretrained": settings.starts_from_imagenet,
+        "freeze_blocks": settings.frozen_blocks,
+    }
     base = {
+        "version": program_version(),
         "config": config,
         "classes": list(data.classes),
-        "digest": zlib.crc32(boxes, len(data.train)),
-        "args": {name: value for name, value in vars(args).items() if name not in MACHINE_FLAGS},
+        "digest": zlib.crc32(boxes.tobytes(), len(data.train)),
+        "args": {name: value for name, value in run_flags.items() if name not in MACHINE_FLAGS},
     }
-    if args.resume:
-        resume_state(state, base, checkpoints)
+    if settings.resume and source is not None:
+        resume_state(state, source, base, checkpoints)
         began -= sum(row["seconds"] for row in state.history)  # of the parts before
-    elif args.init_from:
-        start_from(state, args.init_from, data.classes)
-    loaders = make_loaders(args, data, state)
-    print_header(args, data, state.model, amp_dtype)
+    elif settings.init_from is not None and source is not None:
+        start_from(state, source, settings.init_from, data.classes)
+    loaders = make_loaders(settings, machine, data, state)
+    print_header(settings, machine, data, state.model)
+
+    # What is written before the first epoch.
     writer = CheckpointWriter(checkpoints, base)
-    record = {"flags": dict(vars(args)), "environment": environment(device), "classes": list(data.classes)}
-    if is_first := process_rank()[0] == 0:
-        prepare_folders(checkpoints, plots, keep=args.resume)
+    redraw = Redraw(settings, machine, data, state, plots)
+    record = {"flags": run_flags, "environment": environment(machine.device), "classes": list(data.classes)}
+    is_first = process_rank()[0] == 0
+    if is_first:
+        prepare_folders(checkpoints, plots, keep=settings.resume)
         write_json(checkpoints / "run.json", record)
-        save_figure(plot_augmentations(loaders[0].dataset, data.classes), plots / "augmentations.png")
-    shown = spread(data.test or data.val or data.train, 12)
-    gallery = make_loader(VocDataset(shown, build_transform(train=False), state.model.anchors.cpu()))
-    drawn_at = -math.inf
+        train_set = cast(VocDataset, loaders[0].dataset)
+        save_figure(plot_augmentations(train_set, data.classes), plots / "augmentations.png")
 
-    def redraw(state, least=60.0):  # seconds: an epoch may be shorter than its pictures
-        nonlocal drawn_at
-        if time.monotonic() - drawn_at < least:
-            return
-        save_figure(plot_losses(state.history), plots / "loss.png")
-        result = evaluate(state.ema.model, gallery, amp_dtype=amp_dtype, nms_iou_thresh=args.nms_iou)
-        save_figure(
-            plot_predictions(shown, result["detections"], data.classes, f"After epoch {state.epoch}"),
-            plots / "predictions.png",
-        )
-        drawn_at = time.monotonic()
-
-    loss = functools.partial(detection_loss, loss=args.loss, gamma=args.focal_gamma)
+    loss = functools.partial(detection_loss, loss=settings.loss, gamma=settings.focal_gamma)
     try:
-        fit(state, loaders, args, loss=loss, amp_dtype=amp_dtype, writer=writer, redraw=redraw)
+        fit(state, loaders, settings, loss=loss, amp_dtype=machine.amp_dtype, writer=writer, redraw=redraw)
     finally:  # whatever ended the run
         writer.flush()
     if writer.waiting:
-        raise InputError(f"the training is over, but {' and '.join(writer.waiting)} could not be written")
+        names = " and ".join(writer.waiting)
+        raise InputError(f"the training is over, but {names} could not be written")
     if is_first:
         redraw(state, least=0.0)
-        test = finish_training(args, data, checkpoints)
+        test = finish_training(settings, machine, data, checkpoints)
         seconds = round(time.perf_counter() - began)
         write_json(checkpoints / "run.json", record | {"test": test, "wall_s": seconds})
         print(f"wall time {datetime.timedelta(seconds=seconds)}")
     return 0
 
 
-def run_prediction(args: Namespace) -> int:
-    """Detect in images: write a drawn copy of each and predictions.json; returns the exit code."""
-    trained = sorted(Path(args.output_dir, "checkpoints").glob("*_final.pth"), key=os.path.getmtime)
-    if not (weights := args.weights or (trained or [None])[-1]):
-        raise InputError(f"no final checkpoint in {args.output_dir}/checkpoints: name one with --weights")
+def name_pictures(paths: Sequence[PathLike]) -> list[str]:
+    """Return a name NAME.png for each path, NAME_1.png and so on where an earlier one has it."""
+    names: list[str] = []
+    for path in paths:
+        stem = Path(path).stem
+        name = f"{stem}.png"
+        for number in itertools.count(1):
+            if name not in names:
+                break
+            name = f"{stem}_{number}.png"
+        names.append(name)
+    return names
+
+
+def describe_found(detector: Detector, path: PathLike, found: Detections, nms_iou_thresh: float) -> str:
+    """Return how many objects of each class were found, or the best that was not good enough."""
+    if found.names:
+        counts = collections.Counter(found.names)
+        return ", ".join(f"{name} {count}" for name, count in counts.items())
+    weak = detector.predict(str(path), score_thresh=0.0, max_detections=1, nms_iou_thresh=nms_iou_thresh)
+    best = [f"{name} {score:.2f}" for name, score in zip(weak.names, weak.scores, strict=True)]
+    return f"nothing found, at best {', '.join(best)}"
+
+
+def run_prediction(settings: Settings) -> int:
+    """Detect in images: write a drawn copy of each and predictions.json; returns 0."""
+    paths = settings.predict or []
+    weights = settings.weights or newest_final_checkpoint(settings.output_dir)
+    if not weights:
+        folder = f"{settings.output_dir}/checkpoints"
+        raise InputError(f"no final checkpoint in {folder}: name one with --weights")
     print(f"weights  {weights}")
-    detector = load_detector(weights, args.device, args.amp)
-    settings = {"nms_iou_thresh": args.nms_iou}
-    found = detector.predict(args.predict, score_thresh=args.score_thresh, **settings)
-    out, taken = Path(args.output_dir) / "plots" / "predictions", []
+    detector = load_detector(weights, settings.device, settings.amp)
+    found = detector.predict(paths, score_thresh=settings.score_thresh, nms_iou_thresh=settings.nms_iou)
+
+    out = Path(settings.output_dir) / "plots" / "predictions"
     out.mkdir(parents=True, exist_ok=True)
-    for path, one in zip(args.predict, found, strict=True):
-        names = (f"{Path(path).stem}{f'_{n}' if n else ''}.png" for n in itertools.count())
-        taken.append(next(name for name in names if name not in taken))
-        one.draw(path).save(out / taken[-1])
-        text = ", ".join(f"{name} {count}" for name, count in collections.Counter(one.names).items())
-        if not one.names:
-            weak = detector.predict(path, score_thresh=0.0, max_detections=1, **settings)
-            text = "nothing found, at best " + ", ".join(map("{} {:.2f}".format, weak.names, weak.scores))
-        print(f"{path}: {text} -> {out / taken[-1]}")
-    write_json(out / "predictions.json", dict(zip(args.predict, map(Detections.to_dict, found), strict=True)))
+    for path, name, one in zip(paths, name_pictures(paths), found, strict=True):
+        one.draw(path).save(out / name)
+        print(f"{path}: {describe_found(detector, path, one, settings.nms_iou)} -> {out / name}")
+    report = {path: one.to_dict() for path, one in zip(paths, found, strict=True)}
+    write_json(out / "predictions.json", report)
     print(out / "predictions.json")
     return 0
 
 
 # ---- Command line ----
 
-# What --recipe chooses; a flag given beside it wins. What is no flag stands here alone.
-RECIPES = {
-    "voc": {  # ImageNet start, a GPU
-        "width": 1.0,
-        "pretrained": True,
-        "batch_norm": "none",
-        "freeze_blocks": 2,
-        "batch_size": 32,
-        "epochs": 100,
-        "optimizer": "adamw",
-        "lr": 1e-4,
-        "momentum": 0.9,
-        "weight_decay": 0.05,
-        "loss": "focal",
-        "warmup_epochs": 1.0,
-        "schedule": "cosine",
-        "clip_grad": 10.0,
-        "ema_decay": 0.998,
-        "zoom_out": 0.5,
-        "crop": 1.0,
-        "color": 0.5,
-        "shadow": 0.2,
-        "noise": 0.2,
-        "blur": 0.1,
-    }
-}
-RECIPES["scratch"] = RECIPES["voc"] | {"pretrained": False, "batch_norm": "all", "lr": 2e-3}
-RECIPES["small"] = RECIPES["scratch"] | {
-    "pretrained": True,
-    "width": 0.125,
-    "batch_size": 4,
-    "lr": 3e-3,
-    "epochs": 28,
-    "zoom_out": 0.2,
-    "crop": 0.6,
-}  # minutes on two CPU cores for a few hundred images
-RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
-    "pretrained": False,
-    "width": 0.0625,
-    "lr": 5e-3,
-    "epochs": 10,
-    "zoom_out": 0.0,
-    "crop": 0.3,
-    "color": 0.1,
-    "shadow": 0.1,
-    "noise": 0.1,
-}
-RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
-    "optimizer": "sgd",
-    "lr": 1e-3,
-    "weight_decay": 5e-4,
-    "schedule": "step",
-    "warmup_epochs": 0,
-    "loss": "multibox",
-    "clip_grad": 0,
-    "ema_decay": 0,
-    "shadow": 0,
-    "noise": 0,
-    "blur": 0,
-}
-OPTIONAL_FLAGS = (
-    "evaluate",
-    "predict",
-    "weights",
-    "init_from",
-    "classes",
-    "train_split",
-    "val_split",
-    "test_split",
-    "workers",
-    "compile",
-    "score_thresh",
-)  # None unless given
 
-
-def _number(kind, low, high=math.inf):
+def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """Return an argparse type: a finite number from low to high."""
 
-    def parse(text):
+    def parse(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
@@ -2533,134 +3042,187 @@ def _number(kind, low, high=math.inf):
     return parse
 
 
-positive_int, natural_int = _number(int, 1), _number(int, 0)
-positive_float, natural_float = _number(float, 1e-12), _number(float, 0)
+positive_int = _number(int, 1)
+natural_int = _number(int, 0)
+positive_float = _number(float, 1e-12)
+natural_float = _number(float, 0)
 unit_interval = _number(float, 0, 1)
 
 
 def class_list(text: str) -> tuple[str, ...]:
     """argparse type: class names parted by commas, or a file of a name a line; each once."""
-    names = Path(text).read_text("utf-8-sig").split("\n") if os.path.isfile(text) else text.split(",")
+    names = text.split(",")
+    if os.path.isfile(text):
+        names = Path(text).read_text("utf-8-sig").split("\n")
     return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
-def _add_training_flags(parser, switch=argparse.BooleanOptionalAction, none=argparse.SUPPRESS):
-    add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=RECIPES, default=none, help="sets what shows no default (voc, or shapes)")
-    add("--epochs", type=positive_int, default=none, help="passes over the training images")
-    add("--batch-size", type=positive_int, default=none, help="images a step, of all processes together")
-    add("--loss", choices=("focal", "multibox"), default=none, help="focal, or cross-entropy with 3:1 mining")
-    add("--focal-gamma", type=natural_float, default=FOCAL_GAMMA, help="focusing exponent")
-    add("--optimizer", choices=("sgd", "adamw"), default=none, help="SGD with momentum, or AdamW")
-    add("--lr", type=positive_float, default=none, help="learning rate after the warm-up")
-    add("--weight-decay", type=natural_float, default=none, help="not on biases and norms")
-    add("--warmup-epochs", type=natural_float, default=none, help="linear warm-up before the schedule")
-    add("--patience", type=natural_int, default=30, help="validations without a better mAP to stop after")
-    add("--eval-interval", type=positive_int, default=1, help="epochs between validations")
-    add("--log-every", metavar="N", type=natural_int, default=0, help="steps between rows of steps.jsonl")
-    add("--seed", type=natural_int, default=0, help="of weights, order, augmentation and the held-out share")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    add("--compile", action=switch, default=none, help="compile the network (default: on CUDA)")
+def add_flag(group: argparse._ArgumentGroup, flag: str, **options: Any) -> None:
+    """Add a flag that leaves nothing behind unless it is given; its help ends with its default, if any."""
+    default = DEFAULTS.get(flag.removeprefix("--").replace("-", "_"))
+    if default is True:
+        default = "on"
+    if default is not None and default is not False:
+        options["help"] += f" (default: {default})"
+    group.add_argument(flag, default=argparse.SUPPRESS, **options)
 
-    add = parser.add_argument_group("detection").add_argument
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = functools.partial(add_flag, parser.add_argument_group("data"))
+    switch = argparse.BooleanOptionalAction
+    add("--data", help="voc2007, voc0712, shapes or a folder in VOC layout")
+    add("--data-root", metavar="DIR", help="where VOCdevkit and shapes are or will be")
+    add("--classes", type=class_list, help="a,b,c or a file of them (default: VOC's, or all in the list)")
+    add("--train-split", metavar="LIST", help="training list (default: trainval of VOC, train of a folder)")
+    add("--val-split", metavar="LIST", help="list that chooses the best epoch (default: val)")
     add(
-        "--score-thresh",
+        "--val-fraction",
         type=unit_interval,
-        default=none,
-        help=f"least score (default: {SCORE_THRESH} to measure, to predict that of each class's best F1)",
+        help="without a validation list: share of the training list to hold out",
     )
-    add("--nms-iou", type=unit_interval, default=NMS_IOU_THRESH, help="IoU of boxes that are one object")
+    add("--test-split", metavar="LIST", help="list to measure on (default: test, if there is one)")
+    add("--unlabelled", choices=("error", "negative"), help="what an image without annotation file is")
+    add("--cache", action=switch, help="keep decoded training images in memory")
+    add("--workers", type=natural_int, help="loader processes (default: by device and cores)")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser. Where help prints no default the recipe, the data or the device chooses it."""
-    parser = argparse.ArgumentParser(
-        description="Train, measure and use an SSD300 object detector.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    switch, none = argparse.BooleanOptionalAction, argparse.SUPPRESS
-
-    add = parser.add_argument_group("what to do (default: train)").add_argument
-    add("--evaluate", metavar="FILE", default=none, help="measure a checkpoint on the test list")
-    add("--predict", metavar="IMAGE", nargs="+", default=none, help="detect in images")
-    add("--weights", metavar="FILE", default=none, help="for --predict: a checkpoint (default: the newest)")
-    add("--resume", action="store_true", help="go on with the run of --output-dir after its last saved epoch")
-    add("--output-dir", metavar="DIR", default=".", help="where checkpoints/ and plots/ are written")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default=none, help="voc2007 (default), voc0712, shapes or a folder in VOC layout")
-    add("--data-root", metavar="DIR", default="data", help="where VOCdevkit and shapes are or will be")
-    add("--classes", type=class_list, default=none, help="a,b,c or a file of them (default: VOC's, or all)")
-    add("--train-split", metavar="LIST", default=none, help="training list (default: trainval of VOC, train)")
-    add("--val-split", metavar="LIST", default=none, help="list to choose the best by (default: val, if any)")
-    add("--val-fraction", type=unit_interval, default=0.1, help="else a share of the training list does")
-    add("--test-split", metavar="LIST", default=none, help="list to measure on (default: test, if it exists)")
-    add("--unlabelled", choices=("error", "negative"), default="error", help="images without annotation file")
-    add("--cache", action=switch, default=True, help="keep decoded training images in memory")
-    add("--workers", type=natural_int, default=none, help="loader processes (default: by device and cores)")
-
-    add = parser.add_argument_group("network").add_argument
-    add("--width", type=positive_float, default=none, help="factor on every channel count")
-    add("--batch-norm", choices=("none", "new", "all"), default=none, help="new: in the layers after VGG's")
-    add("--pretrained", action=switch, default=none, help="start from ImageNet VGG16 weights")
+def _add_network_flags(parser: argparse.ArgumentParser) -> None:
+    add = functools.partial(add_flag, parser.add_argument_group("network"))
+    switch = argparse.BooleanOptionalAction
+    add("--width", type=positive_float, help="factor on every channel count")
+    add("--batch-norm", choices=("none", "new", "all"), help="new: in the layers after VGG's")
+    add("--pretrained", action=switch, help="start from ImageNet VGG16 weights")
+    add("--backbone-weights", metavar="KIND", help="caffe, imagenet or a file of VGG16 weights")
+    add("--init-from", metavar="FILE", help="start from a checkpoint, also of other classes")
     add(
-        "--backbone-weights",
-        metavar="KIND",
-        default="caffe",
-        help="caffe, imagenet or a file; with batch norm all always imagenet or a file",
+        "--freeze-blocks",
+        metavar="N",
+        type=int,
+        choices=range(6),
+        help="VGG blocks to freeze, from the image",
     )
-    add("--init-from", metavar="FILE", default=none, help="start from a checkpoint, also of other classes")
-    add("--freeze-blocks", metavar="N", type=int, choices=range(6), default=none, help="VGG blocks to freeze")
     add(
         "--anchors",
         choices=("auto", "fit", "paper"),
-        default="auto",
-        help="fit them to the training boxes; auto: to a folder's that the paper's do not reach",
+        help="paper: the paper's; fit: fitted to your boxes; auto: fitted if the paper's miss too many",
     )
 
-    add = parser.add_argument_group("augmentation, as probabilities").add_argument
-    add("--zoom-out", type=unit_interval, default=none, help="SSD zoom-out, up to 4 times")
-    add("--crop", type=unit_interval, default=none, help="SSD crop, whose first choice is the whole image")
-    add("--color", type=unit_interval, default=none, help="each of brightness, contrast, saturation and hue")
-    add("--shadow", type=unit_interval, default=none, help="random shadow")
-    add("--noise", type=unit_interval, default=none, help="Gaussian noise such as a camera makes")
-    add("--blur", type=unit_interval, default=none, help="Gaussian blur")
+
+def _add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("augmentation, as probabilities")
+    add = functools.partial(add_flag, group, type=unit_interval)
+    add("--zoom-out", help="SSD zoom-out, up to 4 times")
+    add("--crop", help="SSD crop, whose first choice is the whole image")
+    add("--color", help="each of brightness, contrast, saturation and hue")
+    add("--shadow", help="random shadow")
+    add("--noise", help="Gaussian noise such as a camera makes")
+    add("--blur", help="Gaussian blur")
+
+
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
+    add = functools.partial(add_flag, parser.add_argument_group("training"))
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument_group("training")
+    add(
+        "--recipe",
+        choices=RECIPES,
+        help="preset for all flags listed without a default; with --data shapes: shapes",
+    )
+    add("--epochs", type=positive_int, help="passes over the training images")
+    add("--batch-size", type=positive_int, help="images a step, of all processes together")
+    add("--loss", choices=("focal", "multibox"), help="focal, or cross-entropy with 3:1 mining")
+    add("--optimizer", choices=("sgd", "adamw"), help="SGD with momentum, or AdamW")
+    add("--lr", type=positive_float, help="learning rate after the warm-up")
+    add("--weight-decay", type=natural_float, help="not on biases and norms")
+    add("--warmup-epochs", type=natural_float, help="linear warm-up before the schedule")
+    add("--patience", type=natural_int, help="stop after so many validations without a better mAP; 0: never")
+    add("--eval-interval", type=positive_int, help="epochs between validations")
+    add("--log-every", metavar="N", type=natural_int, help="steps between rows of steps.jsonl; 0: none")
+    add("--seed", type=natural_int, help="of weights, order, augmentation and the held-out share")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision")
+    add("--device", help="auto, cpu, cuda, cuda:1 ...")
+    add("--compile", action=switch, help="compile the network (default: on CUDA)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser, whose namespace holds only the flags that were given."""
+    parser = argparse.ArgumentParser(description="Train, measure and use an SSD300 object detector.")
+    # argparse prints its usage, 40 lines, above the error.
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")  # type: ignore
+    add = functools.partial(add_flag, parser.add_argument_group("what to do (default: train)"))
+    add("--evaluate", metavar="FILE", help="measure a checkpoint on the test list")
+    add("--predict", metavar="IMAGE", nargs="+", help="detect in images")
+    add("--weights", metavar="FILE", help="for --predict: a checkpoint (default: the newest final one)")
+    add("--resume", action="store_true", help="continue the run in --output-dir after its last saved epoch")
+    add("--output-dir", metavar="DIR", help="where checkpoints/ and plots/ are written")
+    _add_data_flags(parser)
+    _add_network_flags(parser)
+    _add_augmentation_flags(parser)
     _add_training_flags(parser)
+    add = functools.partial(add_flag, parser.add_argument_group("detection"))
+    default = f"default: {SCORE_THRESH} to measure; to predict, of each class that of its best F1"
+    add("--score-thresh", type=unit_interval, help=f"least score ({default})")
+    add("--nms-iou", type=unit_interval, help="overlap from which two boxes of a class are one object")
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    """Return all flags: those given, then those of the run to resume or evaluate, then the recipe's."""
+def parse_given(argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the flags that were typed, and nothing else; a mistake ends the program with exit code 2."""
     parser = build_parser()
-    given, _ = parser.parse_known_args(argv)
-    if [] in vars(given).values():  # argparse's reading of --flag=--
+    given = vars(parser.parse_args(argv))
+    if [] in given.values():  # argparse's reading of --flag=--
         parser.error("a flag needs a value, not --")
-    if sum((hasattr(given, "predict"), hasattr(given, "evaluate"), given.resume)) > 1:
+    if len(given.keys() & {"predict", "evaluate", "resume"}) > 1:
         parser.error("--evaluate, --predict and --resume exclude one another")
-    recipe = getattr(given, "recipe", "shapes" if getattr(given, "data", "") == "shapes" else "voc")
-    parser.set_defaults(**dict.fromkeys(OPTIONAL_FLAGS), data="voc2007", recipe=recipe)
-    parser.set_defaults(**RECIPES[recipe])
-    last = Path(given.output_dir) / "checkpoints" / "last.pth" if given.resume else None
-    if path := last or getattr(given, "evaluate", getattr(given, "init_from", None)):
-        checkpoint = load_checkpoint(path, resumable=given.resume)
-        is_elsewhere = hasattr(given, "data") and not given.resume
-        saved = {k: v for k, v in checkpoint["args"].items() if not (is_elsewhere and k in DATA_FLAGS)}
-        parser.set_defaults(**saved | {"anchors": checkpoint["config"]["anchor_sizes"]})
-    args = parser.parse_args(argv)
-    args.pretrained = args.pretrained and not args.init_from
-    if args.init_from and {"recipe", "width", "batch_norm"} & vars(given).keys():
-        parser.error("--init-from keeps its run's recipe, width and batch norm: other flags may differ")
-    if args.weights and not args.predict:
-        parser.error("--weights is for --predict")
-    if args.pretrained and args.width > 1:
-        parser.error(f"--width {args.width:g} has no ImageNet weights: add --no-pretrained")
-    is_trained = bool((args.pretrained and args.width == 1) or args.init_from)
-    if args.freeze_blocks and not is_trained and hasattr(given, "freeze_blocks"):
-        parser.error("--freeze-blocks needs trained weights of this width: other ones have to learn")
-    args.freeze_blocks *= is_trained  # a recipe's number is for trained ones
-    return args
+    return given
+
+
+def load_source(given: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the checkpoint that the given flags resume, measure or start from; None if there is none."""
+    if "resume" in given:
+        folder = Path(given.get("output_dir", DEFAULTS["output_dir"])) / "checkpoints"
+        return load_checkpoint(folder / "last.pth", resumable=True)
+    path = given.get("evaluate", given.get("init_from"))
+    return None if path is None else load_checkpoint(path)
+
+
+def saved_settings(source: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a checkpoint's run: not those of its data if --data names other data."""
+    if source is None:
+        return {}
+    known = {field.name for field in fields(Settings)}
+    saved = {name: value for name, value in source["args"].items() if name in known}
+    if "data" in given and "resume" not in given:
+        saved = {name: value for name, value in saved.items() if name not in DATA_FLAGS}
+    return saved | {"anchors": source["config"].get("anchor_sizes", ANCHOR_SIZES)}
+
+
+def check_settings(settings: Settings, given: dict[str, Any]) -> None:
+    """Raise InputError for flags that contradict one another."""
+    if "init_from" in given and given.keys() & {"recipe", "width", "batch_norm"}:
+        raise InputError("--init-from keeps its run's recipe, width and batch norm: other flags may differ")
+    if settings.weights and not settings.predict:
+        raise InputError("--weights is for --predict")
+    if settings.starts_from_imagenet and settings.width > 1:
+        raise InputError(f"--width {settings.width:g} has no ImageNet weights: add --no-pretrained")
+    if "freeze_blocks" in given and settings.frozen_blocks < settings.freeze_blocks:
+        raise InputError("--freeze-blocks needs trained weights of this width: other ones have to learn")
+
+
+def load_settings(argv: Sequence[str] | None = None) -> tuple[Settings, dict[str, Any] | None]:
+    """Return the Settings of a command line, and the checkpoint that they go on from, if any.
+
+    What was typed comes first, then the run of that checkpoint, the recipe, the default. InputError for a
+    checkpoint that cannot be read and for flags that contradict one another.
+    """
+    given = parse_given(argv)
+    source = load_source(given)
+    saved = saved_settings(source, given)
+    default_recipe = "shapes" if given.get("data") == "shapes" else DEFAULTS["recipe"]
+    recipe = given.get("recipe", saved.get("recipe", default_recipe))
+    settings = Settings(**{"recipe": recipe} | RECIPES[recipe] | saved | given)
+    check_settings(settings, given)
+    return settings, source
 
 
 def advise(error: Exception) -> str | None:
@@ -2673,42 +3235,59 @@ def advise(error: Exception) -> str | None:
             "--batch-size, or start a container with --ipc=host; --workers 0 shows another cause"
         )
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"torch.compile failed ({str(error).strip().splitlines()[0][:160]}): set --no-compile"
+        problem = str(error).strip().splitlines()[0][:160]
+        return f"torch.compile failed ({problem}): set --no-compile"
+    return None
 
 
-def _stop(signum, frame):
+def _stop(signum: int, frame: Any) -> None:
     signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
     raise KeyboardInterrupt(signum)
 
 
+def tell_stopped(settings: Settings | None) -> None:
+    """Say that the run was stopped, and how it goes on."""
+    output_dir = settings.output_dir if settings else "."
+    text = "nothing was saved yet"
+    if (Path(output_dir) / "checkpoints" / "last.pth").is_file():
+        flags = ["--resume", "--output-dir", output_dir]
+        if settings and settings.data_root != DEFAULTS["data_root"]:
+            flags += ["--data-root", settings.data_root]
+        text = f"go on with {shlex.join(flags)}"
+    print(f"\nstopped; {text}", file=sys.stderr)
+
+
+def run(settings: Settings, source: dict[str, Any] | None) -> int:
+    """Train, measure or predict; source: the checkpoint that the settings go on from. Returns 0."""
+    if settings.predict:
+        return run_prediction(settings)
+    if settings.evaluate and source is not None:
+        evaluate_checkpoint(settings, source)
+        return 0
+    with joined_processes(settings.device) as device:
+        return run_training(settings, source, device)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a mistake to mend, 130 or 143 if stopped."""
-    args = None
+    settings = None
     with contextlib.suppress(ValueError):  # only the main thread may have handlers
         signal.signal(signal.SIGINT, _stop)
         signal.signal(signal.SIGTERM, _stop)
     try:
-        args = parse_args(argv)
-        if args.predict:
-            return run_prediction(args)
-        if args.evaluate:
-            evaluate_checkpoint(args)
-            return 0
-        with joined_processes(args.device) as args.device:
-            return run_training(args)
-    except (InputError, OSError) as error:  # of a loader process it comes with that process's traceback
-        problem = str(error).strip().splitlines()[-1].split("InputError: ")[-1]
+        settings, source = load_settings(argv)
+        return run(settings, source)
+    except (InputError, OSError) as error:
+        problem = error_line(error)
     except (MemoryError, RuntimeError) as error:
-        if not (advice := advise(error)):
+        advice = advise(error)
+        if not advice:
             raise
         problem = f"{advice}; --resume goes on from the last save"
     except KeyboardInterrupt as stop:
-        folder = Path(args.output_dir if args else ".")
-        is_saved = (folder / "checkpoints" / "last.pth").is_file()
-        root = [] if args is None or args.data_root == "data" else ["--data-root", args.data_root]
-        again = f"go on with {shlex.join(['--resume', '--output-dir', str(folder), *root])}"
-        print(f"\nstopped; {again if is_saved else 'nothing was saved yet'}", file=sys.stderr)
-        return 128 + (stop.args or (signal.SIGINT,))[0]
+        tell_stopped(settings)
+        signum = stop.args[0] if stop.args else signal.SIGINT
+        return 128 + signum
     print(f"error: {problem}", file=sys.stderr)
     return 2
 

@@ -622,14 +622,7 @@ def load_voc(data):
 
 @pytest.mark.parametrize(
     "manners",
-    [
-        ["good"],
-        ["forbidden", "good"],
-        ["html", "good"],
-        ["silent", "good"],
-        ["cut"],
-        ["cut", "plain"],
-    ],
+    [["good"], ["forbidden", "good"], ["html", "good"], ["silent", "good"], ["cut"], ["cut", "plain"]],
 )
 def test_an_archive_is_fetched_from_the_first_server_that_has_it(server, manners, tmp_path):
     if "cut" in manners:
@@ -645,12 +638,7 @@ def test_an_archive_is_fetched_from_the_first_server_that_has_it(server, manners
 
 
 @pytest.mark.parametrize(
-    ("manner", "problem"),
-    [
-        ("forbidden", "403"),
-        ("html", "MD5"),
-        ("silent", "timed out"),
-    ],
+    ("manner", "problem"), [("forbidden", "403"), ("html", "MD5"), ("silent", "timed out")]
 )
 def test_an_archive_that_cannot_be_had_is_an_input_error_that_says_what_to_do(server, manner, problem):
     data = server(manner)
@@ -1095,14 +1083,7 @@ def test_cores_are_shared_by_the_processes_of_the_machine(monkeypatch):
 
 @pytest.mark.parametrize(
     ("batches", "expected"),
-    [
-        (1000, (4, 4)),
-        (40, (4, 3)),
-        (18, (4, 1)),
-        (12, (2, 1)),
-        (7, (0, 1)),
-        (0, (0, 1)),
-    ],
+    [(1000, (4, 4)), (40, (4, 3)), (18, (4, 1)), (12, (2, 1)), (7, (0, 1)), (0, (0, 1))],
 )
 @pytest.mark.parametrize("world", [1, 3])
 def test_loader_processes_fit_into_shared_memory(monkeypatch, capsys, batches, expected, world):

@@ -557,12 +557,7 @@ def test_the_program_writes_audit_json_and_data_png_alone(make_voc, tmp_path, mo
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        ["--data", "nowhere"],
-        ["--train-split", "none"],
-        ["--classes", "cat,walrus"],
-        ["--val-split", "none"],
-    ],
+    [["--data", "nowhere"], ["--train-split", "none"], ["--classes", "cat,walrus"], ["--val-split", "none"]],
 )
 def test_a_mistake_is_told_in_one_line(flags, tmp_path, capsys):
     root = write_voc(tmp_path, {"a": [CAT], "b": [CAT]})
