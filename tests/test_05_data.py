@@ -70,15 +70,23 @@ def input_error(call, *args, **settings):
 # -- Annotations
 
 
-def test_coordinates_become_zero_based_edges(tmp_path, capsys):
-    (record,) = load(write_voc(tmp_path, {"a": [CAT, DOG]})).train
+def found(findings, kind):
+    """Return the only finding of a kind."""
+    (one,) = [finding for finding in findings if finding.kind == kind]
+    assert "\n" not in one.text
+    return one
+
+
+def test_coordinates_become_zero_based_edges(tmp_path):
+    data = load(write_voc(tmp_path, {"a": [CAT, DOG]}))
+    (record,) = data.train
     assert record.boxes_px.tolist() == [[0, 0, 20, 15], [10, 5, 40, 30]]
     assert record.boxes_px.dtype == np.float32
     np.testing.assert_allclose(record.boxes, [[0, 0, 0.5, 0.5], [0.25, 1 / 6, 1, 1]], atol=1e-6)
     assert (record.width, record.height, record.image_id) == (40, 30, "a")
     assert (record.labels.tolist(), record.labels.dtype) == ([1, 2], np.int64)
     assert (record.difficult.tolist(), record.difficult.dtype) == ([False, True], bool)
-    assert capsys.readouterr().err == ""
+    assert data.findings == ()
 
 
 def test_parse_annotation_returns_what_is_written_and_skips_parts(tmp_path):
@@ -89,11 +97,12 @@ def test_parse_annotation_returns_what_is_written_and_skips_parts(tmp_path):
         "<xmin>5</xmin><ymin>5</ymin><xmax>6</xmax><ymax>6</ymax></bndbox></part><name>person</name>"
         "<bndbox><xmax>20.5</xmax><xmin>3</xmin><ymin>4</ymin><ymax>9</ymax></bndbox></object></annotation>"
     )
-    assert ssd.parse_annotation(path) == (40, 30, [("person", [3, 4, 20.5, 9], False)])
+    person = ssd.VocObject("person", (3, 4, 20.5, 9), difficult=False)
+    assert ssd.parse_annotation(path) == ssd.Annotation(40, 30, (person,))
 
 
 def record_of(root, classes):
-    annotations = ssd.read_annotations(root, "train")
+    annotations, _ = ssd.read_annotations(root, "train")
     return ssd.read_record(root, "a", annotations["a"], classes)
 
 
@@ -132,14 +141,18 @@ def numbered(count):
     return [("cat", (1, 1 + n, 20, 10 + n), False) for n in range(count)]
 
 
-def test_a_few_dropped_boxes_of_a_list_are_one_warning_that_names_one(tmp_path, capsys):
+def test_a_few_dropped_boxes_of_a_list_are_one_warning_that_names_one(tmp_path):
     flat = ("cat", (7, 7, 7, 7), False)
     root = write_voc(tmp_path, {"i0": [*numbered(15), flat], "i1": [flat, *numbered(15)]})
-    ssd.read_records(root, "train", ("cat",))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: ")
-    assert "list train: 2 of 32 boxes have no area" in line
-    assert "i0.xml: object 16 (cat) [7, 7, 7, 7]" in line
+    _, findings = ssd.read_records(root, "train", ("cat",))
+    (finding,) = findings
+    assert finding.is_warning
+    assert "list train: 2 of 32 boxes have no area" in finding.text
+    assert "i0.xml: object 16 (cat) [7, 7, 7, 7]" in finding.text
+    assert [os.path.basename(place) for place in finding.places] == [
+        "i0.xml: object 16 (cat) [7, 7, 7, 7]",
+        "i1.xml: object 1 (cat) [7, 7, 7, 7]",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -218,11 +231,11 @@ def test_a_shape_that_is_no_box_is_named(tmp_path, tag):
     assert f"but name, difficult, {tag}" in input_error(load, root)
 
 
-def test_classes_that_are_not_listed_are_no_dropped_boxes(tmp_path, capsys):
+def test_classes_that_are_not_listed_are_no_dropped_boxes(tmp_path):
     root = write_voc(tmp_path, {"a": [DOG, CAT, DOG]})
-    (record,) = ssd.read_records(root, "train", ("cat",))
+    (record,), findings = ssd.read_records(root, "train", ("cat",))
     assert record.labels.tolist() == [1]
-    assert capsys.readouterr().err == ""
+    assert [finding.kind for finding in findings] == ["object of another class"]
 
 
 ENTITY_CAT = annotation([("&a;", *CAT[1:])])
@@ -254,11 +267,14 @@ def test_a_missing_file_is_an_input_error_that_names_it(tmp_path, name):
     assert str(root / name) in input_error(load, root)
 
 
-def test_an_unknown_class_in_another_list_is_told_and_left_out(tmp_path, capsys):
+def test_an_unknown_class_in_another_list_is_told_and_left_out(tmp_path):
     root = write_voc(tmp_path, {"a": [CAT], "b": [DOG, CAT]}, train=["a"], test=["b"])
-    assert load(root).test[0].labels.tolist() == [1]
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.endswith("list test: objects of other classes are left out: dog")
+    data = load(root)
+    assert data.test[0].labels.tolist() == [1]
+    (finding,) = data.findings
+    assert finding.text.endswith("list test: objects of other classes are left out: dog")
+    assert finding.places == ("dog",)
+    assert not finding.is_warning
 
 
 def test_the_file_name_in_an_annotation_is_never_followed(tmp_path):
@@ -315,7 +331,7 @@ def test_a_line_of_a_list_names_an_image_in_any_of_the_usual_ways(tmp_path, line
         shutil.copy(
             root / folder / f"plain{end}", root / folder / "sub" / f"e\u0301{end}"
         )  # as macOS writes it
-    (image_id,) = ssd.read_annotations(root, "train")
+    (image_id,) = ssd.read_split(root, "train")
     stem = os.path.splitext(os.path.basename(ssd.find_file(root, "JPEGImages", image_id)))[0]
     assert stem[0] == line.strip().replace("sub", "").strip("/\\")[0].replace("\u00e9", "e")
 
@@ -351,22 +367,44 @@ def test_the_folder_above_one_in_voc_layout_is_read_or_told(tmp_path):
     assert "tools/convert.py" in input_error(load, tmp_path)
 
 
-def test_a_folder_without_lists_is_trained_on_as_a_whole(tmp_path, capsys):
+def test_a_folder_without_lists_is_trained_on_as_a_whole(tmp_path):
     root = write_voc(tmp_path, {"b": [CAT], "a": [DOG]})
     (root / "ImageSets" / "Main" / "train.txt").unlink()
     for _ in range(2):
-        assert ids(load(root).train) == ["a", "b"]
-        assert "has no lists" in capsys.readouterr().out
+        data = load(root)
+        assert ids(data.train) == ["a", "b"]
+        assert "has no lists" in found(data.findings, "no lists").text
         shutil.rmtree(root / "ImageSets", ignore_errors=True)
 
 
-def test_names_that_differ_by_a_slip_are_one_warning(tmp_path, capsys):
+def test_names_that_differ_by_a_slip_are_one_warning(tmp_path):
     names = ("Cat", "cat", "dogs", "dog", "car", "cart")
-    load(write_voc(tmp_path, {"a": [(name, (1, 1, 9, 9), False) for name in names]}))
-    (line,) = capsys.readouterr().err.splitlines()
-    for pair in ("Cat (1) and cat (1)", "dog (1) and dogs (1)", "--classes"):
-        assert pair in line
-    assert "car" not in line
+    data = load(write_voc(tmp_path, {"a": [(name, (1, 1, 9, 9), False) for name in names]}))
+    (finding,) = data.findings
+    assert finding.is_warning
+    assert finding.places == ("Cat (1) and cat (1)", "dog (1) and dogs (1)")
+    for words in (*finding.places, "--classes"):
+        assert words in finding.text
+    assert "car" not in finding.text
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "count", "other_count", "expected"),
+    [
+        ("Cat", "cat", 5, 5, True),
+        ("dogs", "dog", 5, 5, True),
+        ("bicycle", "bicyle", 10, 1, True),  # a letter, and ten times rarer
+        ("bicyle", "bicycle", 1, 10, True),
+        ("bicycle", "bicyle", 9, 1, False),
+        ("car", "cart", 10, 1, True),
+        ("car", "bus", 10, 1, False),
+        ("type 1", "type 2", 10, 1, False),
+    ],
+)
+def test_names_are_similar_by_case_a_plural_or_a_letter_of_a_rare_one(
+    name, other, count, other_count, expected
+):
+    assert ssd.are_similar_names(name, other, count, other_count) == expected
 
 
 def test_a_missing_list_is_an_input_error_that_names_those_there(tmp_path):
@@ -476,7 +514,7 @@ def test_images_without_objects_are_legal(tmp_path):
 
 
 def test_a_training_list_without_any_object_is_an_input_error(tmp_path):
-    assert "no object to train on" in input_error(load, write_voc(tmp_path, {"a": [], "b": []}))
+    assert "no objects to train on" in input_error(load, write_voc(tmp_path, {"a": [], "b": []}))
 
 
 def test_the_held_out_share_is_disjoint_and_covers_the_list_with_the_rest(tmp_path):
@@ -498,7 +536,15 @@ def test_a_held_out_share_of_zero_is_nothing_and_a_small_one_at_least_one_image(
 
 
 def test_nothing_left_to_train_on_is_an_input_error(tmp_path):
-    assert "--val-fraction" in input_error(load, write_voc(tmp_path, {"a": [CAT]}), val_fraction=0.5)
+    message = input_error(load, write_voc(tmp_path, {"a": [CAT]}), val_fraction=0.5)
+    assert message == "list train has no objects left to train on; lower --val-fraction"
+
+
+def test_nothing_to_validate_on_is_a_warning(tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT], "b": []}, train=["a"], val=["b"])
+    finding = found(load(root, val_split="val").findings, "no object to validate on")
+    assert finding.is_warning
+    assert "keeps the last weights" in finding.text
 
 
 def test_named_lists_are_used_as_they_are(tmp_path):
@@ -524,7 +570,7 @@ def test_an_image_in_two_lists_is_an_input_error_that_names_it(tmp_path, lists):
     assert f"{shared}.jpg is in two of the lists" in message
 
 
-def test_copies_of_blank_frames_that_are_measured_on_leave_training(tmp_path, capsys):
+def test_copies_of_blank_frames_that_are_measured_on_leave_training(tmp_path):
     objects = {i: [CAT] if i in "ade" else [] for i in "abcdefg"}
     root = write_voc(tmp_path, objects, train=["a", "b", "c", "g"], val=["d", "e"], test=["f"])
     copies = {"b": "blank", "f": "blank", "c": "other", "g": "third", "a": "object", "d": "object"}
@@ -534,9 +580,12 @@ def test_copies_of_blank_frames_that_are_measured_on_leave_training(tmp_path, ca
     data = load(root, val_split="val")
     assert ids(data.train) == ["a", "c", "g"]  # an image with objects stays, as the audit says of it
     assert [ids(data.val), ids(data.test)] == [["d", "e"], ["f"]]
-    assert "left out: 1\n" in capsys.readouterr().out
-    assert ids(load(root, val_split="val", test_split="").train) == ["a", "b", "c", "g"]
-    assert "left out" not in capsys.readouterr().out
+    (finding,) = data.findings
+    assert finding.text.endswith("left out: 1")
+    assert finding.places == (str(root / "JPEGImages" / "b.jpg"),)
+    data = load(root, val_split="val", test_split="")
+    assert ids(data.train) == ["a", "b", "c", "g"]
+    assert data.findings == ()
 
 
 def test_voc0712_trains_on_both_years_and_tests_on_2007(tmp_path):
@@ -790,7 +839,7 @@ def test_a_turned_image_is_read_as_its_annotation_means_it(tmp_path):
         assert is_as_stored == (stored != upright)  # where both readings fit, it is upright
 
 
-def test_turned_images_whose_annotations_fit_both_readings_are_counted(tmp_path, capsys):
+def test_turned_images_whose_annotations_fit_both_readings_are_counted(tmp_path):
     root = write_voc(
         tmp_path, {"plain": [CAT], "half": [CAT], "none": [], "quarter": [CAT], "sizeless": [CAT]}
     )
@@ -805,12 +854,31 @@ def test_turned_images_whose_annotations_fit_both_readings_are_counted(tmp_path,
         Image.new("RGB", size).save(root / "JPEGImages" / f"{name}.jpg", exif=exif)
     path = root / "Annotations" / "sizeless.xml"
     path.write_text(path.read_text().replace("<width>40", "<width>0"))
-    load(root)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "EXIF" in line]
-    assert "taken as upright: 2, as" in line
-    assert "half.jpg" in line
-    load(write_voc(tmp_path / "other", {"plain": [CAT]}))
-    assert "EXIF" not in capsys.readouterr().out
+    (finding,) = load(root).findings
+    assert finding.kind == "image turned by EXIF, both readings fit"
+    assert finding.text.startswith(f"{root}, list train: 2 rotated photos (e.g. {finding.places[0]}): ")
+    assert [os.path.basename(place) for place in finding.places] == ["half.jpg", "sizeless.jpg"]
+    assert load(write_voc(tmp_path / "other", {"plain": [CAT]})).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "expected"),
+    [
+        (1, (8, 8), False),
+        (2, (8, 6), True),  # mirrored or upside down: the sides stay
+        (3, (8, 6), True),
+        (4, (8, 6), True),
+        (5, (8, 6), False),  # the sides are swapped
+        (6, (8, 6), False),
+        (8, (8, 6), False),
+        (6, (8, 8), True),
+        (6, (0, 0), True),  # no size in the annotation
+        (7, (8, 0), True),
+        (9, (8, 8), False),  # no orientation
+    ],
+)
+def test_a_turn_is_ambiguous_where_the_size_fits_both_readings(orientation, size, expected):
+    assert ssd.is_turn_ambiguous(orientation, *size) == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing", "cut off"])
