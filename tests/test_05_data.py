@@ -136,6 +136,92 @@ def test_a_box_listed_twice_counts_once_and_of_two_classes_twice(tmp_path):
     assert dropped == []
 
 
+@pytest.mark.parametrize(
+    ("box", "box_px", "faults"),
+    [
+        ((1, 1, 20, 15), (0, 0, 20, 15), ()),
+        ((1, 1, 40, 30), (0, 0, 40, 30), ()),
+        ((0, 0, 40, 30), (0, 0, 40, 30), ()),  # written 0-based, beyond by one pixel
+        ((-9, 11, 60, 40), (0, 10, 40, 30), ("box beyond the image",)),
+        ((5, 5, 5.1, 20), (4, 4, 5.1, 20), ()),  # 1.1 pixels wide
+        ((-30, 5, 0.5, 20), (0, 4, 0.5, 20), ("box beyond the image", "box under a pixel")),
+        ((40.5, 5, 41, 20), (39.5, 4, 40, 20), ("box under a pixel",)),
+        ((20, 5, 10, 20), None, ("box reversed",)),
+        ((5, 9, 20, 8), None, ("box reversed",)),
+        ((60, 9, 50, 8), None, ("box reversed",)),
+        ((7, 7, 7, 7), None, ("box without area",)),  # one pixel of VOC
+        ((5, 5, 5, 20), None, ("box without area",)),
+        ((41, 5, 60, 20), None, ("box outside the image",)),
+        ((5, -20, 20, -3), None, ("box outside the image",)),
+        ((5, 5, float("nan"), 20), None, ("box not finite",)),
+        ((5, 5, float("inf"), 20), None, ("box not finite",)),
+    ],
+)
+def test_the_verdict_on_a_box(box, box_px, faults):
+    verdict = ssd.judge_box(box, *SIZE)
+    assert verdict.box_px == (box_px and pytest.approx(box_px))
+    assert verdict.faults == faults
+
+
+def test_a_box_whose_edges_coincide_in_float32_has_no_area():
+    # What is inside the image is 2**-10 or 2**-30 wide, beside 40.
+    assert ssd.judge_box((41 - 2**-10, 5, 42, 20), *SIZE).box_px == (40 - 2**-10, 4, 40, 20)
+    assert ssd.judge_box((41 - 2**-30, 5, 42, 20), *SIZE) == (None, ("box without area",))
+
+
+def test_an_image_without_a_size_has_no_box_inside():
+    assert ssd.judge_box((1, 1, 20, 15), 0, 0) == (None, ("box outside the image",))
+
+
+def in_record(box_voc, width, height):
+    """Return the Record of an image with one object."""
+    annotation = ssd.Annotation(width, height, (ssd.VocObject("cat", box_voc, difficult=False),))
+    return ssd.read_record("nowhere", "a", annotation, ("cat",))
+
+
+# Of any size, and near whole numbers, where edges of float32 coincide.
+coordinate = st.floats(allow_nan=False, allow_infinity=False) | st.builds(
+    lambda whole, part: whole + part, st.integers(-3, 70), st.floats(-1e-5, 1e-5)
+)
+corners = st.tuples(coordinate, coordinate, coordinate, coordinate)
+
+
+@settings(max_examples=300, deadline=None)
+@given(box=corners, width=st.integers(0, 10**40), height=st.integers(0, 10**40))
+def test_any_finite_box_of_any_image_has_a_verdict(box, width, height):
+    box_px, faults = ssd.judge_box(box, width, height)
+    assert len(set(faults)) == len(faults)
+    if box_px is None:
+        assert len(faults) == 1
+    else:
+        assert set(faults) <= {"box beyond the image", "box under a pixel"}
+        assert np.float32(box_px).tolist() == list(box_px)
+
+
+@settings(max_examples=300, deadline=None)
+@given(box=corners, width=st.integers(1, 64) | st.integers(1, 2**24), height=st.integers(1, 64))
+def test_boxes_of_a_record_lie_in_the_image_and_have_an_area(box, width, height):
+    record, dropped = in_record(box, width, height)
+    assert len(record.labels) + len(dropped) == 1
+    assert (record.boxes_px.dtype, record.boxes_px.shape) == (np.float32, (len(record.labels), 4))
+    for x1, y1, x2, y2 in record.boxes.tolist():
+        assert 0 <= x1 < x2 <= 1
+        assert 0 <= y1 < y2 <= 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(box=corners, width=st.integers(1, 64), height=st.integers(1, 64), epoch=st.integers(0, 50))
+def test_any_box_that_is_kept_comes_out_of_the_augmentation(box, width, height, epoch):
+    record, _ = in_record(box, width, height)
+    pixels = np.zeros((height, width, 3), np.uint8)
+    for train in (True, False):
+        transform = ssd.build_transform(train=train, zoom_out=0.8)
+        sample = ssd.VocDataset([record], transform, ANCHORS, pixels=[pixels])[0, epoch]
+        assert torch.isfinite(sample["gt_boxes"]).all()
+        labels, box_targets = ssd.build_targets(torch.utils.data.default_collate([sample]), ANCHORS)
+        assert torch.isfinite(box_targets[labels > 0]).all()
+
+
 def numbered(count):
     """Cats of which each lies a pixel lower than the one before."""
     return [("cat", (1, 1 + n, 20, 10 + n), False) for n in range(count)]
@@ -201,6 +287,8 @@ def test_difficult_is_a_number_or_a_word(tmp_path, word, expected):
         "<size><width>40</width></size>",
         "<size><width>0</width><height>30</height></size>",
         "<size><width>wide</width><height>inf</height></size>",
+        "<size><width>1e300</width><height>30</height></size>",
+        "<size><width>-40</width><height>30</height></size>",
     ],
 )
 def test_a_size_that_is_not_given_is_the_image_s_own(tmp_path, size):
@@ -595,6 +683,47 @@ def test_voc0712_trains_on_both_years_and_tests_on_2007(tmp_path):
     data = load("voc0712", data_root=str(tmp_path))
     assert ids(data.train) == ["2007a", "2012a"]
     assert ids(data.test) == ["2007b"]
+
+
+def test_data_functions_print_nothing_and_return_what_they_found(tmp_path, capsys):
+    flat = ("cat", (7, 7, 7, 7), False)
+    cats = [("Cats", CAT[1], False), *numbered(15)]
+    objects = {"a": cats, "b": [flat, CAT, DOG], "c": [], "d": [], "e": []}
+    root = write_voc(tmp_path, objects, train=["a", "b", "e"], val=["c"], test=["d"])
+    for name in "cde":
+        Image.new("RGB", SIZE).save(root / "JPEGImages" / f"{name}.jpg")
+    findings = load(root, classes=("cat",)).findings
+    assert [finding.kind for finding in findings] == [
+        "class names that differ by a slip",
+        "box without area",
+        "object of another class",
+        "no object to validate on",
+        "same pixels twice",
+    ]
+    assert capsys.readouterr() == ("", "")
+    ssd.print_findings(findings)
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [finding.text for finding in findings if not finding.is_warning]
+    warnings = [f"warning: {finding.text}" for finding in findings if finding.is_warning]
+    assert err.splitlines() == warnings
+    assert len(warnings) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("voc2007", True),
+        ("voc0712", True),
+        ("shapes", False),
+        ("data/VOCdevkit/VOC2007", False),
+        (ssd.VOC_CLASSES, True),
+        (ssd.VOC_CLASSES[::-1], True),
+        (ssd.VOC_CLASSES[:19], False),
+        (("cat",), False),
+    ],
+)
+def test_voc_is_known_by_its_name_or_its_classes(data, expected):
+    assert ssd.is_voc(data) == expected
 
 
 # -- Download
