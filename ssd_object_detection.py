@@ -1241,18 +1241,36 @@ def load_tensors(path: PathLike, what: str) -> dict:
 
 
 def fetch_backbone(source: str = "caffe", *, batch_norm: bool = False) -> dict:
-    """Return ImageNet weights of VGG16: its authors' ("caffe"), torchvision's ("imagenet") or a file's."""
-    if source not in ("imagenet", "caffe"):
+    """Return the weights to start from, as torchvision names them, or those of a file.
+
+    VGG16 trained on ImageNet by its authors ("caffe") or by torchvision ("imagenet"; with batch norm always),
+    or torchvision's SSD300 trained on COCO ("coco").
+    """
+    weights: torchvision.models.WeightsEnum
+    if source == "coco":
+        weights = torchvision.models.detection.SSD300_VGG16_Weights.COCO_V1
+    elif source not in ("imagenet", "caffe"):
         return load_tensors(source, "backbone weights")
-    weights = torchvision.models.VGG16_Weights.IMAGENET1K_FEATURES
-    if source == "imagenet":
-        weights = torchvision.models.VGG16_Weights.IMAGENET1K_V1
-    if batch_norm:  # of which there is one kind
+    elif batch_norm:
         weights = torchvision.models.VGG16_BN_Weights.IMAGENET1K_V1
+    elif source == "imagenet":
+        weights = torchvision.models.VGG16_Weights.IMAGENET1K_V1
+    else:
+        weights = torchvision.models.VGG16_Weights.IMAGENET1K_FEATURES
     try:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except (OSError, RuntimeError) as error:
         raise InputError(f"{weights.url} failed ({error}): see --backbone-weights, --no-pretrained") from None
+
+
+# What torchvision's SSD300 calls the layers that it shares with this one, in their order.
+COCO_LAYERS = (
+    *(f"features.{place}" for place in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21)),  # blocks 1 to 4
+    *(f"extra.0.{place}" for place in ("1", "3", "5", "7.1", "7.3")),  # block 5, fc6, fc7
+    *(f"extra.{place}" for place in ("1.0", "1.2", "2.0", "2.2", "3.0", "3.2")),
+)
+COCO_KEY = "backbone.scale_weight"  # by which its state dict is recognised
+COCO_MEAN = (0.48235, 0.45882, 0.40784)  # of its images: Caffe's, rounded
 
 
 def vgg_tensors(model: SSD300) -> dict[str, Tensor]:
@@ -1273,35 +1291,72 @@ def _convolutions(part: nn.Module) -> list[nn.Conv2d]:
     return [module for module in part.modules() if isinstance(module, nn.Conv2d)]
 
 
+def coco_tensors(model: SSD300) -> dict[str, Tensor]:
+    """Return a network's weights but the heads', by the names of torchvision's SSD300; no batch norm."""
+    layers = (*model.blocks, model.fc, *model.extras)
+    convolutions = [convolution for part in layers for convolution in _convolutions(part)]
+    tensors: dict[str, Tensor] = {"backbone.scale_weight": model.l2_norm.weight}
+    for place, convolution in zip(COCO_LAYERS, convolutions, strict=True):
+        for kind, value in convolution.state_dict().items():
+            tensors[f"backbone.{place}.{kind}"] = value
+    return tensors
+
+
+def misfit(problem: str) -> InputError:
+    """Return the error of weights that do not fit the network."""
+    return InputError(f"the backbone weights do not fit: {problem} (see --backbone-weights)")
+
+
 def require_tensor(weights: dict, name: str, shape: Sequence[int]) -> Tensor:
     """Return the tensor of a name from backbone weights; InputError if it is missing or has another shape."""
     value = weights.get(name)
     if not isinstance(value, Tensor):
-        raise InputError(f"the backbone weights do not fit: {name} {tuple(shape)} is missing")
+        raise misfit(f"{name} {tuple(shape)} is missing")
     if value.shape != tuple(shape):
-        raise InputError(
-            f"the backbone weights do not fit: {name} has the shape {tuple(value.shape)}, not {tuple(shape)}"
-        )
+        raise misfit(f"{name} has the shape {tuple(value.shape)}, not {tuple(shape)}")
     return value
 
 
 @torch.no_grad()
-def load_backbone(model: SSD300, state: dict) -> None:
-    """Copy ImageNet weights, a state dict of torchvision's vgg16 or vgg16_bn, into a full-width SSD300.
+def load_coco(model: SSD300, state: dict) -> None:
+    """Copy torchvision's SSD300 into a full-width one, all but the heads, which see other anchors there.
 
+    Its images have Caffe's scale, so its features are divided like Caffe's: the images and every bias are.
+    The L2 norm's output has no scale of its input, so its weight stays. InputError as in `load_backbone`.
+    """
+    if model.batch_norm != "none":
+        raise misfit("those of COCO need --batch-norm none")
+    # fc6 is dilated by 6 there, behind a max-pool. Its taps are copied all the same, so that fc7 reads the
+    # channels that it was trained on; those of ImageNet's classifier are as far apart (see load_backbone).
+    own = coco_tensors(model)
+    given = {name: require_tensor(state, name, tensor.shape) for name, tensor in own.items()}
+    model.mean.copy_(255 * torch.tensor(COCO_MEAN).view(1, 3, 1, 1))
+    model.std.fill_(CAFFE_SCALE)
+    for name, tensor in own.items():
+        tensor.copy_(given[name])
+        if name.endswith(".bias"):
+            tensor.div_(CAFFE_SCALE)
+
+
+@torch.no_grad()
+def load_backbone(model: SSD300, state: dict) -> None:
+    """Copy pretrained weights, a state dict of torchvision's vgg16 or vgg16_bn, into a full-width SSD300.
+
+    A state dict of torchvision's SSD300 does too, see `load_coco`.
     A classifier's fc6 (4096, 512, 7, 7) and fc7 (4096, 4096) are decimated: every fourth output and input,
     rows and columns 0, 3, 6 (DeepLab, arXiv:1412.7062; SSD section 3). The Caffe weights have none and want
     images normalised their way. InputError names the tensor that does not fit, and nothing is changed then.
     """
     if not isinstance(state, dict):
-        raise InputError(
-            "the backbone weights do not fit: not a state dict of torchvision's vgg16 or vgg16_bn"
-        )
+        raise misfit("not a state dict of torchvision's vgg16 or vgg16_bn")
+    if COCO_KEY in state:
+        load_coco(model, state)
+        return
     own = vgg_tensors(model)
     given = {name: require_tensor(state, name, tensor.shape) for name, tensor in own.items()}
     for name in map(str, state):
         if name.startswith("features.") and name not in own and not name.endswith("num_batches_tracked"):
-            raise InputError(f"the backbone weights do not fit: VGG16 has no {name}")
+            raise misfit(f"VGG16 has no {name}")
     has_classifier = "classifier.0.weight" in state
     if has_classifier:
         fc6_weight = require_tensor(state, "classifier.0.weight", (4096, 25088))
@@ -1333,6 +1388,8 @@ def load_narrow_backbone(model: SSD300, state: dict) -> None:
 
     Each layer keeps the filters of largest norm, of them the channels kept before, at He's spread.
     """
+    if isinstance(state, dict) and COCO_KEY in state:
+        raise misfit("those of COCO need --width 1")
     full = SSD300(1)
     load_backbone(full, state)
     model.mean.copy_(full.mean)
