@@ -130,21 +130,19 @@ def peer_targets(truth, device):
 
 
 class PeerDataset(torch.utils.data.Dataset):
-    """Records as torchvision's reference training reads them: (uint8 image (3, H, W), {"boxes", "labels"}).
+    """Records as torchvision's reference training reads them: uint8 image (3, 300, 300), {"boxes", "labels"}.
 
     train: with the reference augmentation for SSD of transforms v2: photometric distortion, zoom-out, IoU
-    crop, flip. resize: to 300x300, which else is left to torchvision's model. Its transforms are faster on
-    PIL images than on tensors, so images are decoded by PIL.
+    crop, flip. Its transforms are faster on PIL images than on tensors, so images are decoded by PIL.
     """
 
-    def __init__(self, records, *, train=True, resize=True):
+    def __init__(self, records, *, train=True):
         self.records = records
         steps = []
         if train:
             steps += [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=(123, 117, 104))]
             steps += [v2.RandomIoUCrop(), v2.RandomHorizontalFlip(p=0.5)]
-        if resize:
-            steps += [v2.Resize((ssd.IMAGE_SIZE, ssd.IMAGE_SIZE))]
+        steps += [v2.Resize((ssd.IMAGE_SIZE, ssd.IMAGE_SIZE))]
         self.transform = v2.Compose([*steps, v2.ToImage(), v2.SanitizeBoundingBoxes(), v2.ToPureTensor()])
 
     def __len__(self):
@@ -158,14 +156,13 @@ class PeerDataset(torch.utils.data.Dataset):
         return self.transform(image, {"boxes": boxes, "labels": torch.from_numpy(record.labels)})
 
 
-def peer_loader(dataset, device, *, batch_size=1, workers, train=True, batch_sampler=None):
-    """Return a DataLoader of lists of images and targets; train: shuffled, without a smaller last batch."""
-    batching = {"batch_size": min(batch_size, len(dataset)), "shuffle": train, "drop_last": train}
-    if batch_sampler is not None:
-        batching = {"batch_sampler": batch_sampler}
+def peer_loader(dataset, device, *, batch_size, workers):
+    """Return a shuffled DataLoader of lists of images and targets, without a smaller last batch."""
     return torch.utils.data.DataLoader(
         dataset,
-        **batching,
+        batch_size=min(batch_size, len(dataset)),
+        shuffle=True,
+        drop_last=True,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,

@@ -1,6 +1,5 @@
-"""The programs that compare recipes, and recipes with torchvision, run on a tiny data set."""
+"""The program that compares recipes, run on a tiny data set."""
 
-import itertools
 import json
 import re
 import shutil
@@ -9,11 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import torchvision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import against_torchvision
 import common
 import recipes
 
@@ -113,13 +109,8 @@ def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(common, "train", stop)
-    commands = [
-        (recipes.main, ["--set", "shapes", "--folder", str(tmp_path)]),
-        (against_torchvision.main, ["--output-dir", str(tmp_path)]),
-    ]
-    for main, argv in commands:
-        assert main(argv) == 130
-        assert capsys.readouterr().err == "stopped; the same command goes on\n"
+    assert recipes.main(["--set", "shapes", "--folder", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"
 
 
 def test_a_failed_run_is_told_and_leaves_no_line(tmp_path, capsys):
@@ -173,103 +164,3 @@ def test_the_lines_measured_so_far_can_be_tabled():
     for path in sorted((common.ROOT / "benchmarks" / "results" / "recipes").glob("*.jsonl")):
         rows = recipes.summarise(recipes.read_lines(path))
         assert len(recipes.table(rows).splitlines()) == len(rows) + 2 > 2
-
-
-def peer_flags(tiny_voc, tmp_path):
-    return ["--output-dir", str(tmp_path), "--data", str(tiny_voc), "--test-split", "test", *FLAGS.split()]
-
-
-def test_against_torchvision_compares_both_on_the_same_list(tiny_voc, tmp_path, capfd):
-    argv = [*peer_flags(tiny_voc, tmp_path), "--no-pretrained", "--batch-size", "2", "--seeds", "1"]
-    assert against_torchvision.main(argv) == 0
-    ours, theirs = recipes.read_lines(tmp_path / "results.jsonl")
-    assert (ours["seed"], theirs["seed"]) == (1, 1)
-    assert ours["images"] == 8
-    assert theirs["images"] >= 2
-    assert theirs["seconds"] >= ours["seconds"] > 0
-    out = capfd.readouterr().out
-    assert re.search(r"^\| this project +\| 1 +\| \d", out, re.M)
-    assert re.search(r"^\| torchvision +\| 1 +\| \d", out, re.M)
-    assert "mAP ratio: " in out
-    assert against_torchvision.main(argv) == 0  # nothing left to do
-    assert len(recipes.read_lines(tmp_path / "results.jsonl")) == 2
-    assert "epoch" not in capfd.readouterr().out
-
-
-class Stopped(Exception):
-    pass
-
-
-def make_peer(tiny_voc, path, budget=1e9):
-    used = common.ssd.parse_args([*FLAGS.split(), "--data", str(tiny_voc), "--batch-size", "2"])
-    records = common.ssd.load_data(str(tiny_voc), val_fraction=0).train
-    return against_torchvision.Peer(used, 2, torch.device("cpu"), budget, path), records
-
-
-def test_torchvision_s_side_goes_on_where_it_was_saved(tiny_voc, tmp_path, monkeypatch):
-    """Saved after every step and killed after the third, it goes on with the fourth batch of the order."""
-    seen = []
-
-    def step(model, optimizer, images, targets, amp_dtype, stop_at=3):
-        if len(seen) == stop_at:
-            raise Stopped
-        seen.append(sorted(float(target["boxes"].sum()) for target in targets))
-        with torch.no_grad():
-            model.head.classification_head.module_list[0].bias.add_(1.0)
-        return torch.zeros(())
-
-    dataset = common.PeerDataset
-    monkeypatch.setattr(common, "PeerDataset", lambda records, **more: dataset(records, train=False, **more))
-    monkeypatch.setattr(common, "peer_step", step)
-    monkeypatch.setattr(against_torchvision, "SAVE_SECONDS", 0.0)
-    path = tmp_path / "peer.pth"
-    peer, records = make_peer(tiny_voc, path)
-    bias = peer.model.head.classification_head.module_list[0].bias.clone()
-    with pytest.raises(Stopped):
-        peer.train(records, None)
-    again, _ = make_peer(tiny_voc, path)
-    assert (again.step, again.seconds) == (3, peer.seconds)
-    torch.testing.assert_close(again.model.head.classification_head.module_list[0].bias, bias + 3)
-    monkeypatch.setattr(common, "peer_step", lambda *values: step(*values, stop_at=8))
-    with pytest.raises(Stopped):
-        again.train(records, None)
-    assert again.step == 8
-    epochs = [sorted(itertools.chain(*batches)) for batches in (seen[:4], seen[4:])]
-    assert epochs[0] == pytest.approx(epochs[1])  # each has every image once
-    assert seen[:4] != seen[4:]
-    other, _ = make_peer(tiny_voc, path, budget=1.0)
-    assert other.step == 0  # of another comparison
-
-
-def test_torchvision_s_rate_warms_up_and_drops_twice(tiny_voc, tmp_path, monkeypatch):
-    peer, records = make_peer(tiny_voc, tmp_path / "peer.pth", budget=12.0)
-    rates = []
-
-    def step(model, optimizer, *rest):
-        rates.append(optimizer.param_groups[0]["lr"])
-        return torch.zeros(())
-
-    clock = itertools.count()  # half a second for each look, so a second for each step
-    monkeypatch.setattr(against_torchvision.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(common, "peer_step", step)
-    peer.train(records, None)
-    base = 0.002 * 2 / 32
-    expected = [base / 4, base / 2, base * 3 / 4, *[base] * 5, *[base / 10] * 3, base / 100]
-    assert rates == pytest.approx(expected)
-    assert peer.seconds == 12
-    assert (tmp_path / "peer.pth").is_file()
-
-
-def test_torchvision_s_backbone_gets_the_same_convolutions_in_their_order():
-    model = common.peer_model(2, torch.device("cpu"))
-    own = torchvision.models.vgg16(weights=None).features.state_dict()
-    state = {f"features.{name}": value.half() for name, value in own.items()}
-    against_torchvision.load_convolutions(model, state)
-    found = [*model.backbone.features.state_dict().values(), *model.backbone.extra[0].state_dict().values()]
-    assert len(own) == 26
-    for ours, value in zip(found, own.values(), strict=False):
-        torch.testing.assert_close(ours, value.half().float(), rtol=0, atol=0)
-    frozen = [name for name, p in model.backbone.named_parameters() if not p.requires_grad]
-    assert frozen == [f"features.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")]
-    with pytest.raises(common.ssd.InputError, match="Caffe"):
-        against_torchvision.load_convolutions(model, state | {"classifier.0.weight": torch.ones(1)})
