@@ -39,11 +39,8 @@ def test_recipes_run_what_is_missing_and_nothing_twice(tiny_voc, tiny_run, tmp_p
         calls.append(output.name)
         shutil.copytree(tiny_run.output, output, dirs_exist_ok=True)
         run = json.loads((output / "checkpoints" / "run.json").read_text())
-        return run | {
-            "checkpoint": output / "checkpoints" / tiny_run.final.name,
-            "seconds": 1.0,
-            "images": 16,
-        }
+        checkpoint = output / "checkpoints" / tiny_run.final.name
+        return run | {"checkpoint": checkpoint, "seconds": 1.0, "images": 16, "images_per_s": 16.0}
 
     monkeypatch.setattr(common, "train", train)
     argv = [
@@ -70,10 +67,14 @@ def test_recipes_run_what_is_missing_and_nothing_twice(tiny_voc, tiny_run, tmp_p
     for row in lines:
         checkpoints = tmp_path / "runs" / "shapes" / f"{row['variant']}-3" / "checkpoints"
         run = json.loads((checkpoints / "run.json").read_text())
-        assert row["map_area"] == pytest.approx(run["test"]["map_area"], abs=1e-6)
+        assert row["map_area"] == run["test"]["map_area"]
+        assert row["map75"] == run["test"]["map75"]
+        assert (row["images"], row["images_per_s"], row["batch_size"]) == (16, 16.0, 4)
+        assert len(row["module"]) == 12
         run["checkpoint"] = checkpoints / "ssd_tiny_set_final.pth"
         pooled = common.measure(run, ["val", "test"])
         assert row["pooled_map_area"] == pytest.approx(pooled["map_area"], abs=1e-6)
+        assert row["pooled_coco_ap"] == pytest.approx(pooled["coco_ap"], abs=1e-6)
     table = (tmp_path / "shapes.md").read_text()
     assert len(re.findall(r"^\| (base|multibox) +\| 1 ", table, re.M)) == 2
     assert table.splitlines()[0].endswith("trained on cpu")
@@ -87,7 +88,10 @@ def test_a_run_that_was_stopped_goes_on_and_other_flags_begin_anew(tiny_voc, fla
     flags = flags_of(tiny_voc, tmp_path)
     del flags[2:4]  # --output-dir
     whole = common.train([*flags, "--epochs", "2"], tmp_path)
-    assert [whole["seconds"] > 0, whole["images"]] == [True, pytest.approx(16, abs=4)]
+    assert whole["images"] == pytest.approx(16, abs=4)
+    assert whole["seconds"] > 0
+    assert whole["images_per_s"] > 0
+    assert list(tmp_path.rglob("*.png")) == []  # no pictures
     last = tmp_path / "checkpoints" / "last.pth"
     (tmp_path / "checkpoints" / "previous.pth").replace(last)  # as if it had ended after the first epoch
     record = json.loads((tmp_path / "checkpoints" / "run.json").read_text())
@@ -118,6 +122,73 @@ def test_a_failed_run_is_told_and_leaves_no_line(tmp_path, capsys):
     assert recipes.main([*argv, "--folder", str(tmp_path)]) == 2
     assert "base, seed 0: training ended with exit code 2, see " in capsys.readouterr().err
     assert not (tmp_path / "shapes.jsonl").exists()
+
+
+def test_a_queue_stops_before_its_limit_and_goes_on_another_time(tiny_voc, tmp_path, monkeypatch, capsys):
+    clock = [100.0]
+    asked = []
+
+    def train(flags, output, *, deadline, **options):
+        asked.append((output.name, deadline))
+        if output.name == "base-1":
+            raise RuntimeError("stopped at the limit")
+        seconds = {"base": 200.0, "batch_8": 90.0, "multibox": 30.0}[output.name[:-2]]
+        clock[0] += seconds + 10
+        test = {"map_area": 0.5, "map11": 0.4, "map75": 0.2, "split": "val", "detection": {}}
+        used = {"epochs": 100, "batch_size": 8 if output.name == "batch_8-0" else 32}
+        environment = dict.fromkeys(("python", "torch", "albumentations", "device", "cpu_count"), "one")
+        run = {"test": test, "flags": used, "environment": environment}
+        return run | {"seconds": seconds, "images": 800, "images_per_s": 4.0}
+
+    monkeypatch.setattr(common, "train", train)
+    monkeypatch.setattr(recipes.time, "monotonic", lambda: clock[0])
+    flags = "--train-split train --test-split val --no-pretrained"  # 8 images
+    argv = ["--set", "gpu", "--data", str(tiny_voc), "--flags", flags, "--folder", str(tmp_path)]
+    argv += ["--only", "base", "batch 8", "300 epochs", "multibox", "--seeds", "0"]
+    assert recipes.main([*argv, "--limit", "600"]) == 0
+    # 210 s, then 100 s: 270 s are left until 20 s before the limit, too few for 3 times 200 s.
+    assert asked == [("base-0", 680.0), ("batch_8-0", 680.0), ("multibox-0", 680.0)]
+    (left_out,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith("left out")]
+    assert left_out == "left out: 300 epochs, seed 0: needs about 610 s, 270 s are left"
+    lines = recipes.read_lines(tmp_path / "gpu.jsonl")
+    assert [row["variant"] for row in lines] == ["base", "batch 8", "multibox"]
+    assert [row["run_seconds"] for row in lines] == [210, 100, 40]
+    asked.clear()
+    argv += ["0", "1", "--only", "base", "multibox"]
+    assert recipes.main([*argv, "--limit", "240"]) == 1  # the base's second seed was not finished
+    assert asked == [("base-1", 670.0), ("multibox-1", 670.0)]
+    assert "failed: base, seed 1: stopped at the limit" in capsys.readouterr().err
+
+
+def test_a_run_takes_as_long_as_before_or_as_its_images_do():
+    lines = [
+        line("old", 0, 0.5),  # of a version that kept no times
+        line("a", 0, 0.5, run_seconds=90.0, seconds=80.0, images=8000, batch_size=32),
+        line("a", 1, 0.5, run_seconds=95.0, seconds=80.0, images=8000, batch_size=32),
+        line("b", 0, 0.5, run_seconds=50.0, seconds=40.0, images=2000, batch_size=8),
+    ]
+    assert recipes.estimate(["--x", "a"], lines, 1000) == 95
+    new = ["--epochs", "10"]
+    assert recipes.estimate([*new, "--batch-size", "32"], lines, 1000) == 15 + 100
+    assert recipes.estimate([*new, "--batch-size", "8"], lines, 1000) == 10 + 200
+    assert recipes.estimate([*new, "--batch-size", "4"], lines, 1000) == 10 + 200  # the newest
+    assert recipes.estimate(new, lines[:1], 1000) == 60 + 10
+
+
+def test_a_training_is_interrupted_at_the_deadline(tmp_path):
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    began = common.time.monotonic()
+    with pytest.raises(RuntimeError, match="stopped at the limit"):
+        common.run_until(command, began + 0.5, stderr=subprocess.DEVNULL)
+    assert common.time.monotonic() - began < 30
+
+
+def test_the_module_is_named_as_git_names_it():
+    command = ["git", "hash-object", str(common.ROOT / "ssd_object_detection.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("no git here")
+    assert done.stdout.startswith(recipes.module_blob())
 
 
 def test_tables_have_mean_and_spread_best_first(tmp_path, capsys):
