@@ -1641,20 +1641,46 @@ def build_transform(
 class L2Norm(nn.Module):
     """Divide each pixel's channel vector by its length and multiply by a learned scale (ParseNet Eq. 1)."""
 
-    def __init__(self, num_channels: int, scale: float = L2_NORM_SCALE):
+    def __init__(self, num_channels: int, scale: float = L2_NORM_SCALE) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((num_channels,), scale))
 
     def forward(self, x: Tensor) -> Tensor:
         # In float32 under autocast: the sum of 512 squares leaves half precision's range.
-        return F.normalize(x.float(), dim=1).mul(self.weight[:, None, None]).to(x.dtype)
+        normalised = F.normalize(x.float(), dim=1)
+        return normalised.mul(self.weight[:, None, None]).to(x.dtype)
 
 
-def _conv(c_in, c_out, kernel=3, *, stride=1, padding=None, batch_norm=False):
-    """Return the layers convolution, batch norm if asked for, ReLU; padding keeps the size unless given."""
-    padding = kernel // 2 if padding is None else padding
-    norm = [nn.BatchNorm2d(c_out)] if batch_norm else []
-    return [nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=padding), *norm, nn.ReLU(inplace=True)]
+def _scaled(channels: int, width: float) -> int:
+    """Return width times a number of channels, as a multiple of 8."""
+    return max(8, round(channels * width / 8) * 8)
+
+
+def _conv(
+    c_in: int, c_out: int, kernel: int = 3, *, stride: int = 1, padding: int, batch_norm: bool
+) -> list[nn.Module]:
+    """Return the layers convolution, batch norm if asked for, ReLU."""
+    layers: list[nn.Module] = [nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=padding)]
+    if batch_norm:
+        layers.append(nn.BatchNorm2d(c_out))
+    layers.append(nn.ReLU(inplace=True))
+    return layers
+
+
+def _vgg_block(c_in: int, channels: Sequence[int], *, batch_norm: bool) -> nn.Sequential:
+    """Return the 3x3 convolutions of a VGG block, whose max-pool stands before the next one."""
+    layers: list[nn.Module] = []
+    for c_out in channels:
+        layers += _conv(c_in, c_out, padding=1, batch_norm=batch_norm)
+        c_in = c_out
+    return nn.Sequential(*layers)
+
+
+def _extra_stage(c_in: int, c_mid: int, c_out: int, *, padding: int, batch_norm: bool) -> nn.Sequential:
+    """Return a 1x1 convolution and a 3x3 convolution of stride 2 (SSD section 3, the extra layers)."""
+    squeeze = _conv(c_in, c_mid, 1, padding=0, batch_norm=batch_norm)
+    reduce = _conv(c_mid, c_out, stride=2, padding=padding, batch_norm=batch_norm)
+    return nn.Sequential(*squeeze, *reduce)
 
 
 class SSD300(nn.Module):
@@ -1667,6 +1693,10 @@ class SSD300(nn.Module):
     section 4.1), None: their bias is zero.
     """
 
+    anchors: Tensor  # (A, 4) cxcywh
+    mean: Tensor  # (1, 3, 1, 1) of 0..255, as the next
+    std: Tensor
+
     # Differs from paper: its maps have 38, 19, 10, 5, 3, 1 cells and 8,732 anchors. Here VGG's pooling rounds
     # down, conv5_3 feeds a head of its own, fc6 is not dilated, nothing pools before it.
     def __init__(
@@ -1677,35 +1707,35 @@ class SSD300(nn.Module):
         batch_norm: str = "none",
         prior_prob: float | None = None,
         anchor_sizes: Sequence = ANCHOR_SIZES,
-    ):
+    ) -> None:
         super().__init__()
-        self.num_classes, self.batch_norm = num_classes, batch_norm
+        self.num_classes = num_classes
+        self.batch_norm = batch_norm
         self.frozen_blocks = 0
-        conv = functools.partial(_conv, batch_norm=batch_norm != "none")
+        c128, c256 = _scaled(128, width), _scaled(256, width)
+        c512, c1024 = _scaled(512, width), _scaled(1024, width)
 
-        def ch(full):  # a multiple of 8
-            return max(8, round(full * width / 8) * 8)
-
+        # VGG16's five blocks.
         self.blocks = nn.ModuleList()
         c_in = 3
-        for block in VGG16_BLOCKS:
-            layers = []
-            for c_out in map(ch, block):
-                layers += _conv(c_in, c_out, batch_norm=batch_norm == "all")
-                c_in = c_out
-            self.blocks.append(nn.Sequential(*layers))
-        self.l2_norm = L2Norm(ch(512))
-        self.fc = nn.Sequential(*conv(ch(512), ch(1024)), *conv(ch(1024), ch(1024), 1))
-        self.extras = nn.ModuleList(
-            [
-                nn.Sequential(*conv(ch(1024), ch(256), 1), *conv(ch(256), ch(512), stride=2)),  # 18 -> 9
-                nn.Sequential(*conv(ch(512), ch(128), 1), *conv(ch(128), ch(256), stride=2)),  # 9 -> 5
-                nn.Sequential(
-                    *conv(ch(256), ch(128), 1), *conv(ch(128), ch(256), stride=2, padding=0)
-                ),  # 5 -> 2
-            ]
-        )
-        map_channels = [ch(c) for c in (512, 512, 1024, 512, 256, 256)]
+        for full_channels in VGG16_BLOCKS:
+            channels = [_scaled(full, width) for full in full_channels]
+            self.blocks.append(_vgg_block(c_in, channels, batch_norm=batch_norm == "all"))
+            c_in = channels[-1]
+        self.l2_norm = L2Norm(c512)
+
+        # fc6 and fc7 as convolutions, and the extra layers.
+        has_norm = batch_norm != "none"
+        fc6 = _conv(c512, c1024, padding=1, batch_norm=has_norm)
+        fc7 = _conv(c1024, c1024, 1, padding=0, batch_norm=has_norm)
+        self.fc = nn.Sequential(*fc6, *fc7)
+        self.extras = nn.ModuleList()
+        self.extras.append(_extra_stage(c1024, c256, c512, padding=1, batch_norm=has_norm))  # 18 -> 9
+        self.extras.append(_extra_stage(c512, c128, c256, padding=1, batch_norm=has_norm))  # 9 -> 5
+        self.extras.append(_extra_stage(c256, c128, c256, padding=0, batch_norm=has_norm))  # 5 -> 2
+
+        # Two heads for each map.
+        map_channels = (c512, c512, c1024, c512, c256, c256)
         self.anchors_per_cell = [len(sizes) for sizes in anchor_sizes]
         pairs = list(zip(map_channels, self.anchors_per_cell, strict=True))
         self.cls_heads = nn.ModuleList(nn.Conv2d(c, n * (num_classes + 1), 3, padding=1) for c, n in pairs)
@@ -1716,18 +1746,21 @@ class SSD300(nn.Module):
         self._initialise(prior_prob)
 
     @torch.no_grad()
-    def _initialise(self, prior_prob):
+    def _initialise(self, prior_prob: float | None) -> None:
         heads = {*self.cls_heads, *self.box_heads}
-        for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
-            if conv in heads:
-                nn.init.normal_(conv.weight, std=0.01)
+        for module in self.modules():
+            if not isinstance(module, nn.Conv2d):
+                continue
+            if module in heads:
+                nn.init.normal_(module.weight, std=0.01)
             else:
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.get_parameter("bias"))
         if prior_prob is not None:
+            background = math.log((1 - prior_prob) / prior_prob * self.num_classes)
             for head in self.cls_heads:
-                background = math.log((1 - prior_prob) / prior_prob * self.num_classes)
-                head.bias.view(-1, self.num_classes + 1)[:, 0] = background
+                bias = head.get_parameter("bias").view(-1, self.num_classes + 1)
+                bias[:, 0] = background
 
     def freeze_blocks(self, count: int) -> SSD300:
         """Keep the first `count` of the five VGG blocks as they are: no gradient, batch norm not updated."""
@@ -1743,8 +1776,9 @@ class SSD300(nn.Module):
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """Return the six maps, finest first, of normalised images (B, 3, 300, 300)."""
-        for number, block in enumerate(self.blocks[:4]):
-            x = block(F.max_pool2d(x, 2) if number else x)
+        x = self.blocks[0](x)  # (B, 64, 300, 300)
+        for block in self.blocks[1:4]:
+            x = block(F.max_pool2d(x, 2))
         maps = [self.l2_norm(x)]  # (B, 512, 37, 37)
         x = self.blocks[4](F.max_pool2d(x, 2))  # (B, 512, 18, 18)
         maps.append(x)
@@ -1757,16 +1791,18 @@ class SSD300(nn.Module):
         if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f"images must be (B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), got {tuple(images.shape)}")
         maps = self.feature_maps((images.float() - self.mean) / self.std)
-        return (
-            self._flatten(self.cls_heads, maps, self.num_classes + 1),
-            self._flatten(self.box_heads, maps, 4),
-        )
+        cls_logits = self._flatten(self.cls_heads, maps, self.num_classes + 1)
+        box_deltas = self._flatten(self.box_heads, maps, 4)
+        return cls_logits, box_deltas
 
     @staticmethod
-    def _flatten(heads, maps, columns):
+    def _flatten(heads: nn.ModuleList, maps: list[Tensor], columns: int) -> Tensor:
         """Return (B, A, columns): the heads' outputs in the order of the anchors."""
-        outputs = [head(x).permute(0, 2, 3, 1) for head, x in zip(heads, maps, strict=True)]  # (B, y, x, n)
-        return torch.cat([x.reshape(x.shape[0], -1, columns) for x in outputs], dim=1).float()
+        rows = []
+        for head, x in zip(heads, maps, strict=True):
+            output = head(x).permute(0, 2, 3, 1)  # (B, y, x, anchors of a cell * columns)
+            rows.append(output.reshape(len(x), -1, columns))
+        return torch.cat(rows, dim=1).float()
 
 
 def load_tensors(path: PathLike, what: str) -> dict:
@@ -1776,8 +1812,9 @@ def load_tensors(path: PathLike, what: str) -> dict:
     try:
         if zipfile.is_zipfile(path):  # torch's older format is none
             with zipfile.ZipFile(path) as parts:  # torch.load does not look at their checksums
-                if (part := parts.testzip()) is not None:
-                    raise ValueError(f"damaged: the checksum of {part} is wrong")
+                damaged = parts.testzip()
+            if damaged is not None:
+                raise ValueError(f"damaged: the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler meets in a foreign file
         problem = (str(error) or "it is empty").splitlines()[0][:120]
@@ -1785,52 +1822,145 @@ def load_tensors(path: PathLike, what: str) -> dict:
 
 
 def fetch_backbone(source: str = "caffe", *, batch_norm: bool = False) -> dict:
-    """Return ImageNet weights of VGG16: its authors' ("caffe"), torchvision's ("imagenet") or a file's."""
-    if source not in ("imagenet", "caffe"):
+    """Return the weights to start from, as torchvision names them, or those of a file.
+
+    VGG16 trained on ImageNet by its authors ("caffe") or by torchvision ("imagenet"; with batch norm always),
+    or torchvision's SSD300 trained on COCO ("coco").
+    """
+    weights: torchvision.models.WeightsEnum
+    if source == "coco":
+        weights = torchvision.models.detection.SSD300_VGG16_Weights.COCO_V1
+    elif source not in ("imagenet", "caffe"):
         return load_tensors(source, "backbone weights")
-    kinds = torchvision.models.VGG16_BN_Weights if batch_norm else torchvision.models.VGG16_Weights
-    weights = kinds.IMAGENET1K_V1 if batch_norm or source == "imagenet" else kinds.IMAGENET1K_FEATURES
+    elif batch_norm:
+        weights = torchvision.models.VGG16_BN_Weights.IMAGENET1K_V1
+    elif source == "imagenet":
+        weights = torchvision.models.VGG16_Weights.IMAGENET1K_V1
+    else:
+        weights = torchvision.models.VGG16_Weights.IMAGENET1K_FEATURES
     try:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except (OSError, RuntimeError) as error:
         raise InputError(f"{weights.url} failed ({error}): see --backbone-weights, --no-pretrained") from None
 
 
+# What torchvision's SSD300 calls the layers that it shares with this one, in their order.
+COCO_LAYERS = (
+    *(f"features.{place}" for place in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21)),  # blocks 1 to 4
+    *(f"extra.0.{place}" for place in ("1", "3", "5", "7.1", "7.3")),  # block 5, fc6, fc7
+    *(f"extra.{place}" for place in ("1.0", "1.2", "2.0", "2.2", "3.0", "3.2")),
+)
+COCO_KEY = "backbone.scale_weight"  # by which its state dict is recognised
+COCO_MEAN = (0.48235, 0.45882, 0.40784)  # of its images: Caffe's, rounded
+
+
+def vgg_tensors(model: SSD300) -> dict[str, Tensor]:
+    """Return the weights and statistics of a network's VGG blocks, by torchvision's names for vgg16."""
+    tensors = {}
+    number = 0
+    for block in model.blocks:
+        for layer in block.children():
+            for name, value in layer.state_dict().items():
+                if name != "num_batches_tracked":
+                    tensors[f"features.{number}.{name}"] = value
+            number += 1
+        number += 1  # the max-pool behind each block
+    return tensors
+
+
+def _convolutions(part: nn.Module) -> list[nn.Conv2d]:
+    return [module for module in part.modules() if isinstance(module, nn.Conv2d)]
+
+
+def coco_tensors(model: SSD300) -> dict[str, Tensor]:
+    """Return a network's weights but the heads', by the names of torchvision's SSD300; no batch norm."""
+    layers = (*model.blocks, model.fc, *model.extras)
+    convolutions = [convolution for part in layers for convolution in _convolutions(part)]
+    tensors: dict[str, Tensor] = {"backbone.scale_weight": model.l2_norm.weight}
+    for place, convolution in zip(COCO_LAYERS, convolutions, strict=True):
+        for kind, value in convolution.state_dict().items():
+            tensors[f"backbone.{place}.{kind}"] = value
+    return tensors
+
+
+def misfit(problem: str) -> InputError:
+    """Return the error of weights that do not fit the network."""
+    return InputError(f"the backbone weights do not fit: {problem} (see --backbone-weights)")
+
+
+def require_tensor(weights: dict, name: str, shape: Sequence[int]) -> Tensor:
+    """Return the tensor of a name from backbone weights; InputError if it is missing or has another shape."""
+    value = weights.get(name)
+    if not isinstance(value, Tensor):
+        raise misfit(f"{name} {tuple(shape)} is missing")
+    if value.shape != tuple(shape):
+        raise misfit(f"{name} has the shape {tuple(value.shape)}, not {tuple(shape)}")
+    return value
+
+
+@torch.no_grad()
+def load_coco(model: SSD300, state: dict) -> None:
+    """Copy torchvision's SSD300 into a full-width one, all but the heads, which see other anchors there.
+
+    Its images have Caffe's scale, so its features are divided like Caffe's: the images and every bias are.
+    The L2 norm's output has no scale of its input, so its weight stays. InputError as in `load_backbone`.
+    """
+    if model.batch_norm != "none":
+        raise misfit("those of COCO need --batch-norm none")
+    # fc6 is dilated by 6 there, behind a max-pool. Its taps are copied all the same, so that fc7 reads the
+    # channels that it was trained on; those of ImageNet's classifier are as far apart (see load_backbone).
+    own = coco_tensors(model)
+    given = {name: require_tensor(state, name, tensor.shape) for name, tensor in own.items()}
+    model.mean.copy_(255 * torch.tensor(COCO_MEAN).view(1, 3, 1, 1))
+    model.std.fill_(CAFFE_SCALE)
+    for name, tensor in own.items():
+        tensor.copy_(given[name])
+        if name.endswith(".bias"):
+            tensor.div_(CAFFE_SCALE)
+
+
 @torch.no_grad()
 def load_backbone(model: SSD300, state: dict) -> None:
-    """Copy ImageNet weights, a state dict of torchvision's vgg16 or vgg16_bn, into a full-width SSD300.
+    """Copy pretrained weights, a state dict of torchvision's vgg16 or vgg16_bn, into a full-width SSD300.
 
+    A state dict of torchvision's SSD300 does too, see `load_coco`.
     A classifier's fc6 (4096, 512, 7, 7) and fc7 (4096, 4096) are decimated: every fourth output and input,
     rows and columns 0, 3, 6 (DeepLab, arXiv:1412.7062; SSD section 3). The Caffe weights have none and want
-    images normalised their way. InputError if a weight does not fit.
+    images normalised their way. InputError names the tensor that does not fit, and nothing is changed then.
     """
-    state = state if isinstance(state, dict) else {}
-    given = [v for k, v in state.items() if str(k).startswith("features.") and "num_batches" not in k]
-    own = [v for k, v in model.blocks.state_dict().items() if "num_batches" not in k]
-    fc = [state.get(f"classifier.{layer}.{kind}") for layer in (0, 3) for kind in ("weight", "bias")]
-    fc_shapes = [None] * 4 if fc[0] is None else [(4096, 25088), (4096,), (4096, 4096), (4096,)]
-    if [getattr(v, "shape", None) for v in given + fc] != [v.shape for v in own] + fc_shapes:
-        raise InputError(
-            f"the backbone weights do not fit: {len(given)} tensors named features.*, not "
-            f"{len(own)}, or other shapes; take torchvision's vgg16 or vgg16_bn"
-        )
-    has_classifier = fc[0] is not None and not fc[0].isnan().any()  # torchvision fills Caffe's with NaN
-    is_caffe = not has_classifier and model.batch_norm != "all"
-    if is_caffe:
-        model.mean.copy_(255 * torch.tensor(CAFFE_MEAN).view(1, 3, 1, 1))
-        model.std.fill_(CAFFE_SCALE)
-    for target, source in zip(own, given, strict=True):
-        target.copy_(source)
+    if not isinstance(state, dict):
+        raise misfit("not a state dict of torchvision's vgg16 or vgg16_bn")
+    if COCO_KEY in state:
+        load_coco(model, state)
+        return
+    own = vgg_tensors(model)
+    given = {name: require_tensor(state, name, tensor.shape) for name, tensor in own.items()}
+    for name in map(str, state):
+        if name.startswith("features.") and name not in own and not name.endswith("num_batches_tracked"):
+            raise misfit(f"VGG16 has no {name}")
+    has_classifier = "classifier.0.weight" in state
+    if has_classifier:
+        fc6_weight = require_tensor(state, "classifier.0.weight", (4096, 25088))
+        fc6_bias = require_tensor(state, "classifier.0.bias", (4096,))
+        fc7_weight = require_tensor(state, "classifier.3.weight", (4096, 4096))
+        fc7_bias = require_tensor(state, "classifier.3.bias", (4096,))
+        has_classifier = not fc6_weight.isnan().any()  # torchvision fills Caffe's with NaN
+
+    for name, tensor in own.items():
+        tensor.copy_(given[name])
+    if has_classifier:
+        fc6, fc7 = _convolutions(model.fc)
+        fc6_weight = fc6_weight.view(4096, 512, 7, 7)[::4, :, ::3, ::3]
+        fc6.load_state_dict({"weight": fc6_weight, "bias": fc6_bias[::4]})
+        fc7.load_state_dict({"weight": fc7_weight[::4, ::4, None, None], "bias": fc7_bias[::4]})
+    elif model.batch_norm != "all":
         # Caffe's features are divided, so that new layers see numbers around 1: with ReLU it is enough to
         # divide the images and the biases.
-        if is_caffe and target.ndim == 1:
-            target.div_(CAFFE_SCALE)
-    if has_classifier:
-        fc6, fc7 = (layer for layer in model.fc if isinstance(layer, nn.Conv2d))
-        fc6.weight.copy_(fc[0].view(4096, 512, 7, 7)[::4, :, ::3, ::3])
-        fc6.bias.copy_(fc[1][::4])
-        fc7.weight.copy_(fc[2][::4, ::4, None, None])
-        fc7.bias.copy_(fc[3][::4])
+        model.mean.copy_(255 * torch.tensor(CAFFE_MEAN).view(1, 3, 1, 1))
+        model.std.fill_(CAFFE_SCALE)
+        for name, tensor in own.items():
+            if name.endswith(".bias"):
+                tensor.div_(CAFFE_SCALE)
 
 
 @torch.no_grad()
@@ -1839,15 +1969,19 @@ def load_narrow_backbone(model: SSD300, state: dict) -> None:
 
     Each layer keeps the filters of largest norm, of them the channels kept before, at He's spread.
     """
+    if isinstance(state, dict) and COCO_KEY in state:
+        raise misfit("those of COCO need --width 1")
     full = SSD300(1)
     load_backbone(full, state)
-    model.mean, model.std = full.mean, full.std
-    layers = ([m for m in net.blocks.modules() if isinstance(m, nn.Conv2d)] for net in (model, full))
-    kept = slice(None)
-    for own, other in zip(*layers, strict=True):
+    model.mean.copy_(full.mean)
+    model.std.copy_(full.std)
+    kept = torch.arange(3)  # of the image's channels all
+    for own, other in zip(_convolutions(model.blocks), _convolutions(full.blocks), strict=True):
         weight = other.weight[:, kept]
-        kept = other.weight.flatten(1).norm(dim=1).topk(own.out_channels).indices.sort().values
-        own.weight.copy_(weight[kept] * (own.weight.std() / weight[kept].std()))
+        norms = other.weight.flatten(1).norm(dim=1)
+        kept = norms.topk(own.out_channels).indices.sort().values
+        weight = weight[kept]
+        own.weight.copy_(weight * (own.weight.std() / weight.std()))
 
 
 # ---- Losses, detection, evaluation ----
@@ -1859,9 +1993,10 @@ def focal_loss(cls_logits: Tensor, labels: Tensor, *, gamma: float = FOCAL_GAMMA
     cls_logits (..., K + 1); labels (...) int64, 0 is background. gamma 0 is the cross-entropy. Returns (...).
     """
     # Differs from paper: a softmax over K + 1 classes in place of K sigmoids, and no alpha.
-    log_pt = F.log_softmax(cls_logits.float(), dim=-1).gather(-1, labels[..., None])[..., 0]
-    # clamp: below a gamma of 1 the slope of 0 ** gamma is NaN
-    return -((1 - log_pt.exp()).clamp(min=1e-8) ** gamma) * log_pt
+    log_probs = F.log_softmax(cls_logits.float(), dim=-1)
+    log_pt = log_probs.gather(-1, labels[..., None])[..., 0]
+    factor = (1 - log_pt.exp()).clamp(min=1e-8)  # below a gamma of 1 the slope of 0 ** gamma is NaN
+    return -(factor**gamma) * log_pt
 
 
 def mined_cross_entropy(cls_logits: Tensor, labels: Tensor, *, negatives_per_positive: int = 3) -> Tensor:
@@ -1870,7 +2005,7 @@ def mined_cross_entropy(cls_logits: Tensor, labels: Tensor, *, negatives_per_pos
     logits = cls_logits.float()
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     is_positive = labels > 0
-    budget = negatives_per_positive * is_positive.sum(dim=1, keepdim=True).clamp(min=1)
+    budget = negatives_per_positive * is_positive.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     hardness = loss.detach().masked_fill(is_positive, -1.0)
     rank = hardness.argsort(dim=1, descending=True).argsort(dim=1)
     return loss * (is_positive | (rank < budget))
@@ -1893,16 +2028,31 @@ def detection_loss(
     cls_logits, box_deltas = outputs
     labels, box_targets = targets
     is_positive = labels > 0
+    if num_positive is None:
+        num_positive = is_positive.sum()
     # Differs from paper: its loss of a batch without objects is 0, and of one with few it is large.
-    divisor = (is_positive.sum() if num_positive is None else num_positive).clamp(min=len(labels))
+    divisor = num_positive.clamp(min=len(labels))
     if loss == "focal":
-        per_anchor = focal_loss(cls_logits, labels, gamma=gamma)
+        cls = focal_loss(cls_logits, labels, gamma=gamma)  # (B, A)
     else:
-        per_anchor = mined_cross_entropy(cls_logits, labels)
-    box = F.smooth_l1_loss(box_deltas, box_targets, reduction="none").sum(dim=-1)
-    loss_cls = per_anchor.sum() / divisor
+        cls = mined_cross_entropy(cls_logits, labels)
+    box = F.smooth_l1_loss(box_deltas, box_targets, reduction="none").sum(dim=-1)  # (B, A)
+    loss_cls = cls.sum() / divisor
     loss_box = (box * is_positive).sum() / divisor
     return {"loss": loss_cls + loss_box, "loss_cls": loss_cls, "loss_box": loss_box}
+
+
+def _suppress(
+    boxes: Tensor, labels: Tensor, scores: Tensor, nms_iou_thresh: float, max_detections: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best boxes, labels and scores of one image, which come best first, after NMS by class."""
+    # Mostly the best few are enough: NMS never looks down the list.
+    few = 5 * max_detections
+    keep = batched_nms(boxes[:few], scores[:few], labels[:few], nms_iou_thresh)
+    if len(keep) < max_detections and few < len(scores):
+        keep = batched_nms(boxes, scores, labels, nms_iou_thresh)
+    keep = keep[:max_detections]
+    return boxes[keep], labels[keep], scores[keep]
 
 
 @torch.no_grad()
@@ -1921,26 +2071,27 @@ def detect(
     the image's border. Per class the best 1,000 at or above score_thresh, a number or a tensor (K,), go
     through NMS, over all classes the best max_detections stay (SSD section 2.2). D may be 0.
     """
-    scores = F.softmax(cls_logits.float(), dim=-1)[..., 1:]
-    boxes = decode(box_deltas.float(), anchors_cxcywh).clamp(0, 1)
-    has_area = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1, keepdim=True)  # after the cut
-    is_candidate = scores >= score_thresh  # (B, A, K)
+    all_scores = F.softmax(cls_logits.float(), dim=-1)[..., 1:]  # (B, A, K)
+    all_boxes = decode(box_deltas.float(), anchors_cxcywh).clamp(0, 1)  # (B, A, 4)
+    has_area = (all_boxes[..., 2:] > all_boxes[..., :2]).all(dim=-1, keepdim=True)  # after the cut
+    is_candidate = all_scores >= score_thresh  # (B, A, K)
     if is_candidate.sum(dim=1).amax() > PRE_NMS_TOP_K:
-        best = scores.topk(PRE_NMS_TOP_K, dim=1).indices
+        best = all_scores.topk(PRE_NMS_TOP_K, dim=1).indices
         is_candidate &= torch.zeros_like(is_candidate).scatter_(1, best, True)
+
+    # The candidates of all images in one list, image by image, best first.
     image, anchor, column = (is_candidate & has_area).nonzero(as_tuple=True)
-    order = scores[image, anchor, column].argsort(descending=True, stable=True)
-    order = order[image[order].argsort(stable=True)]  # image by image, best first
-    counts = image.bincount(minlength=len(boxes)).tolist()
-    columns = (boxes[image, anchor], column + 1, scores[image, anchor, column])
+    order = all_scores[image, anchor, column].argsort(descending=True, stable=True)
+    order = order[image[order].argsort(stable=True)]
+    image, anchor, column = image[order], anchor[order], column[order]
+    counts = image.bincount(minlength=len(all_boxes)).tolist()
+
+    boxes = all_boxes[image, anchor].split(counts)
+    labels = (column + 1).split(counts)
+    scores = all_scores[image, anchor, column].split(counts)
     results = []
-    for found, label, score in zip(*(part[order].split(counts) for part in columns), strict=True):
-        # Mostly the best few are enough: NMS never looks down the list.
-        for count in (5 * max_detections, len(score)):
-            keep = batched_nms(found[:count], score[:count], label[:count], nms_iou_thresh)[:max_detections]
-            if len(keep) == max_detections or count >= len(score):
-                break
-        results.append((found[keep], label[keep], score[keep]))
+    for found in zip(boxes, labels, scores, strict=True):
+        results.append(_suppress(*found, nms_iou_thresh, max_detections))
     return results
 
 

@@ -6,12 +6,15 @@ where loader processes work ahead, one after the other.
 """
 
 import argparse
+import importlib.util
 import json
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -130,21 +133,19 @@ def peer_targets(truth, device):
 
 
 class PeerDataset(torch.utils.data.Dataset):
-    """Records as torchvision's reference training reads them: (uint8 image (3, H, W), {"boxes", "labels"}).
+    """Records as torchvision's reference training reads them: uint8 image (3, 300, 300), {"boxes", "labels"}.
 
     train: with the reference augmentation for SSD of transforms v2: photometric distortion, zoom-out, IoU
-    crop, flip. resize: to 300x300, which else is left to torchvision's model. Its transforms are faster on
-    PIL images than on tensors, so images are decoded by PIL.
+    crop, flip. Its transforms are faster on PIL images than on tensors, so images are decoded by PIL.
     """
 
-    def __init__(self, records, *, train=True, resize=True):
+    def __init__(self, records, *, train=True):
         self.records = records
         steps = []
         if train:
             steps += [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=(123, 117, 104))]
             steps += [v2.RandomIoUCrop(), v2.RandomHorizontalFlip(p=0.5)]
-        if resize:
-            steps += [v2.Resize((ssd.IMAGE_SIZE, ssd.IMAGE_SIZE))]
+        steps += [v2.Resize((ssd.IMAGE_SIZE, ssd.IMAGE_SIZE))]
         self.transform = v2.Compose([*steps, v2.ToImage(), v2.SanitizeBoundingBoxes(), v2.ToPureTensor()])
 
     def __len__(self):
@@ -158,14 +159,13 @@ class PeerDataset(torch.utils.data.Dataset):
         return self.transform(image, {"boxes": boxes, "labels": torch.from_numpy(record.labels)})
 
 
-def peer_loader(dataset, device, *, batch_size=1, workers, train=True, batch_sampler=None):
-    """Return a DataLoader of lists of images and targets; train: shuffled, without a smaller last batch."""
-    batching = {"batch_size": min(batch_size, len(dataset)), "shuffle": train, "drop_last": train}
-    if batch_sampler is not None:
-        batching = {"batch_sampler": batch_sampler}
+def peer_loader(dataset, device, *, batch_size, workers):
+    """Return a shuffled DataLoader of lists of images and targets, without a smaller last batch."""
     return torch.utils.data.DataLoader(
         dataset,
-        **batching,
+        batch_size=min(batch_size, len(dataset)),
+        shuffle=True,
+        drop_last=True,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
@@ -197,64 +197,68 @@ def peer_step(model, optimizer, images, targets, amp_dtype):
     return loss.detach()
 
 
-def figures(detections, records, num_classes):
-    """Return VOC's and COCO's figures of detections in the form that `ssd.evaluate_voc` takes."""
-    from tools.coco import coco_figures  # needs pycocotools, which the benchmarks of speed do without
+def run_until(command: list[str], deadline: float | None, **options: Any) -> None:
+    """Run a training command until it ends or until a deadline of time.monotonic(), when it is interrupted.
 
-    voc = ssd.score_detections(detections, records, num_classes)
-    coco = coco_figures(detections, ssd.truth_of(records), num_classes)
-    return {
-        "map_area": voc["map_area"],
-        "map11": voc["map11"],
-        "coco_ap": coco["ap"],
-        "ap75": coco["ap75"],
-        "ap_small": coco["ap_small"],
-    }
-
-
-def train(flags, output, **options):
-    """Run this project's training command in a process of its own; a run that was stopped goes on.
-
-    flags: the module's; output: its --output-dir, a Path. options: of `subprocess.Popen`. Returns run.json,
-    with the "checkpoint" to measure, the "seconds" of all epochs together, validation included, and the
-    "images" trained on, steps times batch size. RuntimeError if it fails.
+    options: of `subprocess.Popen`. RuntimeError if it was interrupted, which it can go on after, or failed.
     """
-    checkpoints, given = output / "checkpoints", output / "flags.json"
-    is_same = given.is_file() and json.loads(given.read_text()) == flags
-    if not is_same:  # a run that ends before it saves anything must not go on from this one
-        (checkpoints / "last.pth").unlink(missing_ok=True)
-    going_on = ["--resume"] if is_same and (checkpoints / "last.pth").is_file() else []
-    output.mkdir(parents=True, exist_ok=True)
-    ssd.write_json(given, flags)
-    command = [sys.executable, str(ROOT / "ssd_object_detection.py"), *flags, "--output-dir", str(output)]
-    with subprocess.Popen([*command, *going_on], **options) as process:
+    with subprocess.Popen(command, **options) as process:
         try:
-            code = process.wait()
-        except KeyboardInterrupt:  # which the process got too: it saves what waits
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            code = process.wait(left)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise RuntimeError("stopped at the limit; the same command goes on") from None
+        except KeyboardInterrupt:  # which the process got too
             process.wait()
             raise
     if code:
-        raise RuntimeError(f"training ended with exit code {code}, see {output}")
+        raise RuntimeError(f"training ended with exit code {code}")
+
+
+def train(flags: list[str], output: Path, *, deadline: float | None = None, **options: Any) -> dict:
+    """Run this project's training command in a process of its own; a run that was stopped goes on.
+
+    flags: the module's; output: its --output-dir; deadline, options: of `run_until`. Returns run.json, with
+    the "checkpoint" to measure, the "seconds" of all epochs together, validation included, the "images"
+    trained on (steps times batch size), and the median "images_per_s" of the epochs after the first.
+    """
+    checkpoints = output / "checkpoints"
+    given = output / "flags.json"
+    last = checkpoints / "last.pth"
+    is_same = given.is_file() and json.loads(given.read_text()) == flags
+    if not is_same:  # a run that ends before it saves anything must not go on from this one
+        last.unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    ssd.write_json(given, flags)
+    command = [sys.executable, str(ROOT / "benchmarks" / "bare.py"), *flags, "--output-dir", str(output)]
+    if is_same and last.is_file():
+        command.append("--resume")
+    try:
+        run_until(command, deadline, **options)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}, see {output}") from None
     (final,) = checkpoints.glob("*_final.pth")
     run = json.loads((checkpoints / "run.json").read_text())
-    state = ssd.load_checkpoint(checkpoints / "last.pth")["train_state"]
+    state = ssd.load_checkpoint(last)["train_state"]
+    history = state["history"]
+    rates = [row["images_per_s"] for row in history[1:] or history]
     return run | {
         "checkpoint": final,
-        "seconds": sum(row["seconds"] for row in state["history"]),
+        "seconds": sum(row["seconds"] for row in history),
         "images": state["step"] * run["flags"]["batch_size"],
+        "images_per_s": statistics.median(rates),
     }
 
 
-def measure(run, splits=()):
-    """Return `figures` of a run of `train` on lists of its data together; none: on its test list."""
-    if not run["test"]:
-        raise RuntimeError("the data has no test list: name one with --test-split")
+def measure(run: dict, splits: list[str]) -> dict[str, float]:
+    """Return the figures of a run of `train` on lists of its data together; COCO's where pycocotools is."""
     used = run["flags"]
     lists = [used[name] for name in ("train_split", "val_split", "test_split")]
     root = ssd.find_data(used["data"], used["data_root"], *lists)[0][0]
     saved = ssd.load_checkpoint(run["checkpoint"])
     classes = saved["classes"]
-    splits = splits or [run["test"]["split"]]
     options = {"classes": classes, "unlabelled": used["unlabelled"]}
     records = [record for split in splits for record in ssd.read_records(root, split, **options)]
     model = ssd.model_from_checkpoint(saved, run["checkpoint"], ssd.pick_device(used["device"]))
@@ -262,7 +266,13 @@ def measure(run, splits=()):
     loader = ssd.make_loader(dataset, batch_size=8, workers=used["workers"])
     dtype = ssd.pick_amp_dtype(model.anchors.device, used["amp"])
     result = ssd.evaluate(model, loader, amp_dtype=dtype, **run["test"]["detection"])
-    return figures(result["detections"], records, len(classes))
+    figures = {key: result[key] for key in ("map_area", "map11", "map75")}
+    if importlib.util.find_spec("pycocotools"):
+        from tools.coco import coco_figures
+
+        coco = coco_figures(result["detections"], ssd.truth_of(records), len(classes))
+        figures |= {"coco_ap": coco["ap"], "ap75": coco["ap75"], "ap_small": coco["ap_small"]}
+    return figures
 
 
 def time_in_turns(cases, rounds, device, *, least=0.05):

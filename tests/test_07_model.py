@@ -6,6 +6,7 @@ import torch
 import torchvision
 from torch import nn
 from torchvision.models import VGG16_BN_Weights, VGG16_Weights
+from torchvision.models.detection import SSD300_VGG16_Weights
 
 import ssd_object_detection as ssd
 
@@ -366,20 +367,23 @@ def test_a_checkpoint_keeps_the_normalisation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "problem"),
     [
-        {"features.0.weight": torch.zeros(8, 3, 5, 5)},
-        {"features.30.weight": torch.zeros(8)},
-        {"features.28.weight": None},
-        {"features.2.bias": "no tensor"},
+        (
+            {"features.0.weight": torch.zeros(8, 3, 5, 5)},
+            "features.0.weight has the shape (8, 3, 5, 5), not (8, 3, 3, 3)",
+        ),
+        ({"features.30.weight": torch.zeros(8)}, "VGG16 has no features.30.weight"),
+        ({"features.28.weight": None}, "features.28.weight (64, 64, 3, 3) is missing"),
+        ({"features.2.bias": "no tensor"}, "features.2.bias (8,) is missing"),
     ],
 )
-def test_weights_of_another_network_are_an_input_error_that_changes_nothing(changes):
+def test_weights_of_another_network_are_refused_by_name_and_change_nothing(changes, problem):
     model = narrow()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ssd.InputError, match="do not fit") as error:
+    with pytest.raises(ssd.InputError) as error:
         ssd.load_backbone(model, vgg16_features(model) | changes)
-    assert "\n" not in str(error.value)
+    assert str(error.value) == f"the backbone weights do not fit: {problem} (see --backbone-weights)"
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -480,6 +484,7 @@ def test_a_narrow_network_does_not_start_from_weights_of_another_network():
         ("imagenet", False, VGG16_Weights.IMAGENET1K_V1),
         ("caffe", True, VGG16_BN_Weights.IMAGENET1K_V1),
         ("imagenet", True, VGG16_BN_Weights.IMAGENET1K_V1),
+        ("coco", False, SSD300_VGG16_Weights.COCO_V1),
     ],
 )
 def test_a_kind_of_backbone_weights_is_fetched_through_torchvision(monkeypatch, source, batch_norm, weights):
@@ -489,7 +494,81 @@ def test_a_kind_of_backbone_weights_is_fetched_through_torchvision(monkeypatch, 
 
     monkeypatch.setattr(VGG16_Weights, "get_state_dict", fetch)
     monkeypatch.setattr(VGG16_BN_Weights, "get_state_dict", fetch)
+    monkeypatch.setattr(SSD300_VGG16_Weights, "get_state_dict", fetch)
     assert ssd.fetch_backbone(source, batch_norm=batch_norm) == {"url": weights.url}
+
+
+# -- COCO weights
+
+
+@pytest.fixture(scope="module")
+def torchvision_ssd():
+    """torchvision's SSD300 with random weights, biases and L2 scales."""
+    torch.manual_seed(3)
+    model = torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith(".bias"):
+                value.normal_(std=0.5)
+            elif name.endswith("scale_weight"):
+                value.uniform_(5, 20)
+            elif name.startswith("backbone"):
+                nn.init.kaiming_normal_(value, nonlinearity="relu")
+    return model
+
+
+@torch.no_grad()
+def test_a_coco_start_has_the_features_of_torchvision_s_network_scaled(torchvision_ssd):
+    model = ssd.SSD300(3).eval()
+    ssd.load_backbone(model, torchvision_ssd.state_dict())
+    # 320 pixels, where rounding pooled sizes up or down is the same; and fc6 as it is there.
+    images = 255 * torch.rand(1, 3, 320, 320)
+    x = torchvision_ssd.transform.normalize(images[0] / 255)[None]
+    theirs = list(torchvision_ssd.backbone(x).values())
+    conv5_3 = torchvision_ssd.backbone.extra[0][:-1](torchvision_ssd.backbone.features(x))
+    model.fc[0].dilation = model.fc[0].padding = (6, 6)
+    model.fc.register_forward_pre_hook(lambda module, inputs: nn.functional.max_pool2d(inputs[0], 3, 1, 1))
+    l2, own_conv5_3, fc7, *extras = model.feature_maps((images - model.mean) / model.std)
+
+    def assert_scaled(own, other):
+        assert float(other.std()) > 1
+        torch.testing.assert_close(6 * own, other, rtol=1e-3, atol=1e-4 * float(other.max()))
+
+    torch.testing.assert_close(l2, theirs[0], rtol=1e-3, atol=1e-4)  # whatever the scale before it
+    assert_scaled(own_conv5_3, conv5_3)
+    assert_scaled(fc7, theirs[1])
+    assert_scaled(extras[0], theirs[2])
+    assert_scaled(extras[1], theirs[3])
+    assert_scaled(extras[2], theirs[4][:, :, ::2, ::2])  # it has stride 1 there
+
+
+def test_a_coco_start_leaves_the_heads_and_fits_one_network_alone(torchvision_ssd, tmp_path):
+    state = {name: value.half() for name, value in torchvision_ssd.state_dict().items()}
+    torch.save(state, tmp_path / "coco.pth")
+    model = ssd.SSD300(3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for content, problem in (
+        (state | {"backbone.extra.0.7.3.bias": torch.zeros(9)}, r"extra\.0\.7\.3\.bias has the shape \(9,\)"),
+        ({name: value for name, value in state.items() if ".extra.2" not in name}, r"extra\.2\.0.* missing"),
+    ):
+        with pytest.raises(ssd.InputError, match=problem):
+            ssd.load_backbone(model, content)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    ssd.load_backbone(model, ssd.fetch_backbone(tmp_path / "coco.pth"))
+    same = {name for name, value in model.state_dict().items() if torch.equal(before[name], value)}
+    heads = {name for name in before if "_heads." in name}
+    assert same == heads | {"anchors"}
+    with pytest.raises(ssd.InputError, match="need --width 1"):
+        ssd.load_narrow_backbone(narrow(), state)
+    for batch_norm in ("new", "all"):
+        with pytest.raises(ssd.InputError, match="need --batch-norm none"):
+            ssd.load_backbone(narrow(batch_norm=batch_norm), state)
+
+
+def test_coco_s_weights_have_the_names_and_normalisation_that_are_expected(torchvision_ssd):
+    assert ssd.COCO_KEY in torchvision_ssd.state_dict()
+    assert tuple(torchvision_ssd.transform.image_mean) == ssd.COCO_MEAN
+    assert torchvision_ssd.transform.image_std == pytest.approx([1 / 255] * 3)
 
 
 def test_a_backbone_file_that_cannot_be_read_is_an_input_error(tmp_path):

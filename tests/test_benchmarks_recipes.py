@@ -1,6 +1,5 @@
-"""The programs that compare recipes, and recipes with torchvision, run on a tiny data set."""
+"""The program that compares recipes, run on a tiny data set."""
 
-import itertools
 import json
 import re
 import shutil
@@ -9,11 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import torchvision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import against_torchvision
 import common
 import recipes
 
@@ -43,11 +39,8 @@ def test_recipes_run_what_is_missing_and_nothing_twice(tiny_voc, tiny_run, tmp_p
         calls.append(output.name)
         shutil.copytree(tiny_run.output, output, dirs_exist_ok=True)
         run = json.loads((output / "checkpoints" / "run.json").read_text())
-        return run | {
-            "checkpoint": output / "checkpoints" / tiny_run.final.name,
-            "seconds": 1.0,
-            "images": 16,
-        }
+        checkpoint = output / "checkpoints" / tiny_run.final.name
+        return run | {"checkpoint": checkpoint, "seconds": 1.0, "images": 16, "images_per_s": 16.0}
 
     monkeypatch.setattr(common, "train", train)
     argv = [
@@ -74,10 +67,14 @@ def test_recipes_run_what_is_missing_and_nothing_twice(tiny_voc, tiny_run, tmp_p
     for row in lines:
         checkpoints = tmp_path / "runs" / "shapes" / f"{row['variant']}-3" / "checkpoints"
         run = json.loads((checkpoints / "run.json").read_text())
-        assert row["map_area"] == pytest.approx(run["test"]["map_area"], abs=1e-6)
+        assert row["map_area"] == run["test"]["map_area"]
+        assert row["map75"] == run["test"]["map75"]
+        assert (row["images"], row["images_per_s"], row["batch_size"]) == (16, 16.0, 4)
+        assert len(row["module"]) == 12
         run["checkpoint"] = checkpoints / "ssd_tiny_set_final.pth"
         pooled = common.measure(run, ["val", "test"])
         assert row["pooled_map_area"] == pytest.approx(pooled["map_area"], abs=1e-6)
+        assert row["pooled_coco_ap"] == pytest.approx(pooled["coco_ap"], abs=1e-6)
     table = (tmp_path / "shapes.md").read_text()
     assert len(re.findall(r"^\| (base|multibox) +\| 1 ", table, re.M)) == 2
     assert table.splitlines()[0].endswith("trained on cpu")
@@ -91,7 +88,10 @@ def test_a_run_that_was_stopped_goes_on_and_other_flags_begin_anew(tiny_voc, fla
     flags = flags_of(tiny_voc, tmp_path)
     del flags[2:4]  # --output-dir
     whole = common.train([*flags, "--epochs", "2"], tmp_path)
-    assert [whole["seconds"] > 0, whole["images"]] == [True, pytest.approx(16, abs=4)]
+    assert whole["images"] == pytest.approx(16, abs=4)
+    assert whole["seconds"] > 0
+    assert whole["images_per_s"] > 0
+    assert list(tmp_path.rglob("*.png")) == []  # no pictures
     last = tmp_path / "checkpoints" / "last.pth"
     (tmp_path / "checkpoints" / "previous.pth").replace(last)  # as if it had ended after the first epoch
     record = json.loads((tmp_path / "checkpoints" / "run.json").read_text())
@@ -113,13 +113,8 @@ def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(common, "train", stop)
-    commands = [
-        (recipes.main, ["--set", "shapes", "--folder", str(tmp_path)]),
-        (against_torchvision.main, ["--output-dir", str(tmp_path)]),
-    ]
-    for main, argv in commands:
-        assert main(argv) == 130
-        assert capsys.readouterr().err == "stopped; the same command goes on\n"
+    assert recipes.main(["--set", "shapes", "--folder", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"
 
 
 def test_a_failed_run_is_told_and_leaves_no_line(tmp_path, capsys):
@@ -127,6 +122,73 @@ def test_a_failed_run_is_told_and_leaves_no_line(tmp_path, capsys):
     assert recipes.main([*argv, "--folder", str(tmp_path)]) == 2
     assert "base, seed 0: training ended with exit code 2, see " in capsys.readouterr().err
     assert not (tmp_path / "shapes.jsonl").exists()
+
+
+def test_a_queue_stops_before_its_limit_and_goes_on_another_time(tiny_voc, tmp_path, monkeypatch, capsys):
+    clock = [100.0]
+    asked = []
+
+    def train(flags, output, *, deadline, **options):
+        asked.append((output.name, deadline))
+        if output.name == "base-1":
+            raise RuntimeError("stopped at the limit")
+        seconds = {"base": 200.0, "batch_8": 90.0, "multibox": 30.0}[output.name[:-2]]
+        clock[0] += seconds + 10
+        test = {"map_area": 0.5, "map11": 0.4, "map75": 0.2, "split": "val", "detection": {}}
+        used = {"epochs": 100, "batch_size": 8 if output.name == "batch_8-0" else 32}
+        environment = dict.fromkeys(("python", "torch", "albumentations", "device", "cpu_count"), "one")
+        run = {"test": test, "flags": used, "environment": environment}
+        return run | {"seconds": seconds, "images": 800, "images_per_s": 4.0}
+
+    monkeypatch.setattr(common, "train", train)
+    monkeypatch.setattr(recipes.time, "monotonic", lambda: clock[0])
+    flags = "--train-split train --test-split val --no-pretrained"  # 8 images
+    argv = ["--set", "gpu", "--data", str(tiny_voc), "--flags", flags, "--folder", str(tmp_path)]
+    argv += ["--only", "base", "batch 8", "300 epochs", "multibox", "--seeds", "0"]
+    assert recipes.main([*argv, "--limit", "600"]) == 0
+    # 210 s, then 100 s: 270 s are left until 20 s before the limit, too few for 3 times 200 s.
+    assert asked == [("base-0", 680.0), ("batch_8-0", 680.0), ("multibox-0", 680.0)]
+    (left_out,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith("left out")]
+    assert left_out == "left out: 300 epochs, seed 0: needs about 610 s, 270 s are left"
+    lines = recipes.read_lines(tmp_path / "gpu.jsonl")
+    assert [row["variant"] for row in lines] == ["base", "batch 8", "multibox"]
+    assert [row["run_seconds"] for row in lines] == [210, 100, 40]
+    asked.clear()
+    argv += ["0", "1", "--only", "base", "multibox"]
+    assert recipes.main([*argv, "--limit", "240"]) == 1  # the base's second seed was not finished
+    assert asked == [("base-1", 670.0), ("multibox-1", 670.0)]
+    assert "failed: base, seed 1: stopped at the limit" in capsys.readouterr().err
+
+
+def test_a_run_takes_as_long_as_before_or_as_its_images_do():
+    lines = [
+        line("old", 0, 0.5),  # of a version that kept no times
+        line("a", 0, 0.5, run_seconds=90.0, seconds=80.0, images=8000, batch_size=32),
+        line("a", 1, 0.5, run_seconds=95.0, seconds=80.0, images=8000, batch_size=32),
+        line("b", 0, 0.5, run_seconds=50.0, seconds=40.0, images=2000, batch_size=8),
+    ]
+    assert recipes.estimate(["--x", "a"], lines, 1000) == 95
+    new = ["--epochs", "10"]
+    assert recipes.estimate([*new, "--batch-size", "32"], lines, 1000) == 15 + 100
+    assert recipes.estimate([*new, "--batch-size", "8"], lines, 1000) == 10 + 200
+    assert recipes.estimate([*new, "--batch-size", "4"], lines, 1000) == 10 + 200  # the newest
+    assert recipes.estimate(new, lines[:1], 1000) == 60 + 10
+
+
+def test_a_training_is_interrupted_at_the_deadline(tmp_path):
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    began = common.time.monotonic()
+    with pytest.raises(RuntimeError, match="stopped at the limit"):
+        common.run_until(command, began + 0.5, stderr=subprocess.DEVNULL)
+    assert common.time.monotonic() - began < 30
+
+
+def test_the_module_is_named_as_git_names_it():
+    command = ["git", "hash-object", str(common.ROOT / "ssd_object_detection.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("no git here")
+    assert done.stdout.startswith(recipes.module_blob())
 
 
 def test_tables_have_mean_and_spread_best_first(tmp_path, capsys):
@@ -173,103 +235,3 @@ def test_the_lines_measured_so_far_can_be_tabled():
     for path in sorted((common.ROOT / "benchmarks" / "results" / "recipes").glob("*.jsonl")):
         rows = recipes.summarise(recipes.read_lines(path))
         assert len(recipes.table(rows).splitlines()) == len(rows) + 2 > 2
-
-
-def peer_flags(tiny_voc, tmp_path):
-    return ["--output-dir", str(tmp_path), "--data", str(tiny_voc), "--test-split", "test", *FLAGS.split()]
-
-
-def test_against_torchvision_compares_both_on_the_same_list(tiny_voc, tmp_path, capfd):
-    argv = [*peer_flags(tiny_voc, tmp_path), "--no-pretrained", "--batch-size", "2", "--seeds", "1"]
-    assert against_torchvision.main(argv) == 0
-    ours, theirs = recipes.read_lines(tmp_path / "results.jsonl")
-    assert (ours["seed"], theirs["seed"]) == (1, 1)
-    assert ours["images"] == 8
-    assert theirs["images"] >= 2
-    assert theirs["seconds"] >= ours["seconds"] > 0
-    out = capfd.readouterr().out
-    assert re.search(r"^\| this project +\| 1 +\| \d", out, re.M)
-    assert re.search(r"^\| torchvision +\| 1 +\| \d", out, re.M)
-    assert "mAP ratio: " in out
-    assert against_torchvision.main(argv) == 0  # nothing left to do
-    assert len(recipes.read_lines(tmp_path / "results.jsonl")) == 2
-    assert "epoch" not in capfd.readouterr().out
-
-
-class Stopped(Exception):
-    pass
-
-
-def make_peer(tiny_voc, path, budget=1e9):
-    used = common.ssd.parse_args([*FLAGS.split(), "--data", str(tiny_voc), "--batch-size", "2"])
-    records = common.ssd.load_data(str(tiny_voc), val_fraction=0).train
-    return against_torchvision.Peer(used, 2, torch.device("cpu"), budget, path), records
-
-
-def test_torchvision_s_side_goes_on_where_it_was_saved(tiny_voc, tmp_path, monkeypatch):
-    """Saved after every step and killed after the third, it goes on with the fourth batch of the order."""
-    seen = []
-
-    def step(model, optimizer, images, targets, amp_dtype, stop_at=3):
-        if len(seen) == stop_at:
-            raise Stopped
-        seen.append(sorted(float(target["boxes"].sum()) for target in targets))
-        with torch.no_grad():
-            model.head.classification_head.module_list[0].bias.add_(1.0)
-        return torch.zeros(())
-
-    dataset = common.PeerDataset
-    monkeypatch.setattr(common, "PeerDataset", lambda records, **more: dataset(records, train=False, **more))
-    monkeypatch.setattr(common, "peer_step", step)
-    monkeypatch.setattr(against_torchvision, "SAVE_SECONDS", 0.0)
-    path = tmp_path / "peer.pth"
-    peer, records = make_peer(tiny_voc, path)
-    bias = peer.model.head.classification_head.module_list[0].bias.clone()
-    with pytest.raises(Stopped):
-        peer.train(records, None)
-    again, _ = make_peer(tiny_voc, path)
-    assert (again.step, again.seconds) == (3, peer.seconds)
-    torch.testing.assert_close(again.model.head.classification_head.module_list[0].bias, bias + 3)
-    monkeypatch.setattr(common, "peer_step", lambda *values: step(*values, stop_at=8))
-    with pytest.raises(Stopped):
-        again.train(records, None)
-    assert again.step == 8
-    epochs = [sorted(itertools.chain(*batches)) for batches in (seen[:4], seen[4:])]
-    assert epochs[0] == pytest.approx(epochs[1])  # each has every image once
-    assert seen[:4] != seen[4:]
-    other, _ = make_peer(tiny_voc, path, budget=1.0)
-    assert other.step == 0  # of another comparison
-
-
-def test_torchvision_s_rate_warms_up_and_drops_twice(tiny_voc, tmp_path, monkeypatch):
-    peer, records = make_peer(tiny_voc, tmp_path / "peer.pth", budget=12.0)
-    rates = []
-
-    def step(model, optimizer, *rest):
-        rates.append(optimizer.param_groups[0]["lr"])
-        return torch.zeros(())
-
-    clock = itertools.count()  # half a second for each look, so a second for each step
-    monkeypatch.setattr(against_torchvision.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(common, "peer_step", step)
-    peer.train(records, None)
-    base = 0.002 * 2 / 32
-    expected = [base / 4, base / 2, base * 3 / 4, *[base] * 5, *[base / 10] * 3, base / 100]
-    assert rates == pytest.approx(expected)
-    assert peer.seconds == 12
-    assert (tmp_path / "peer.pth").is_file()
-
-
-def test_torchvision_s_backbone_gets_the_same_convolutions_in_their_order():
-    model = common.peer_model(2, torch.device("cpu"))
-    own = torchvision.models.vgg16(weights=None).features.state_dict()
-    state = {f"features.{name}": value.half() for name, value in own.items()}
-    against_torchvision.load_convolutions(model, state)
-    found = [*model.backbone.features.state_dict().values(), *model.backbone.extra[0].state_dict().values()]
-    assert len(own) == 26
-    for ours, value in zip(found, own.values(), strict=False):
-        torch.testing.assert_close(ours, value.half().float(), rtol=0, atol=0)
-    frozen = [name for name, p in model.backbone.named_parameters() if not p.requires_grad]
-    assert frozen == [f"features.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")]
-    with pytest.raises(common.ssd.InputError, match="Caffe"):
-        against_torchvision.load_convolutions(model, state | {"classifier.0.weight": torch.ones(1)})
