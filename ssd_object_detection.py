@@ -351,20 +351,21 @@ def decode(box_deltas: Tensor, anchors_cxcywh: Tensor) -> Tensor:
     return torch.cat((centre - size / 2, centre + size / 2), dim=-1)
 
 
+def _box_area(boxes: np.ndarray, extra: float) -> np.ndarray:
+    """Return the area (...) of xyxy boxes (..., 4), extra added to every side."""
+    return (boxes[..., 2] - boxes[..., 0] + extra) * (boxes[..., 3] - boxes[..., 1] + extra)
+
+
 def box_iou(boxes: np.ndarray, others: np.ndarray, extra: float = 0.0) -> np.ndarray:
     """Return the IoU (...) of xyxy boxes (..., 4) and others (..., 4), whose leading shapes broadcast.
 
     extra is added to every side: 1 for VOC's pixels, whose corners are included. At least one box of each
     pair must have an area.
     """
-    x1, y1, x2, y2 = np.moveaxis(boxes, -1, 0)
-    left, top, right, bottom = np.moveaxis(others, -1, 0)
-    width = np.minimum(x2, right) - np.maximum(x1, left) + extra
-    height = np.minimum(y2, bottom) - np.maximum(y1, top) + extra
+    width = np.minimum(boxes[..., 2], others[..., 2]) - np.maximum(boxes[..., 0], others[..., 0]) + extra
+    height = np.minimum(boxes[..., 3], others[..., 3]) - np.maximum(boxes[..., 1], others[..., 1]) + extra
     shared = width.clip(min=0) * height.clip(min=0)
-    area = (x2 - x1 + extra) * (y2 - y1 + extra)
-    other_area = (right - left + extra) * (bottom - top + extra)
-    return shared / (area + other_area - shared)
+    return shared / (_box_area(boxes, extra) + _box_area(others, extra) - shared)
 
 
 def _anchor_sizes() -> tuple[tuple[tuple[float, float], ...], ...]:
@@ -666,7 +667,6 @@ def name_object(path: PathLike, number: int, one: VocObject) -> str:
 
 # -- which boxes are kept
 
-
 FLOAT32_BOX = struct.Struct("4f")
 
 
@@ -678,15 +678,16 @@ class Verdict(NamedTuple):
 
 
 def _round_to_float32(box: Box) -> Box:
+    """Return a box in numbers that float32 has (NumPy is too slow for one box)."""
     return FLOAT32_BOX.unpack(FLOAT32_BOX.pack(*box))
 
 
 def judge_box(box_voc: Box, width: int, height: int) -> Verdict:
-    """Decide whether a box of an image is kept: THE rule of training, audit and converter.
+    """Decide whether a box of an image is kept: the one rule of training, audit and converter.
 
-    Left out are boxes "not finite", "reversed", "without area" (also those of one VOC pixel, and those so
-    thin that their edges coincide in float32) and "outside the image". Kept, with these faults, are boxes
-    "beyond the image" by more than a pixel, which are clipped, and "under a pixel" in a side.
+    Left out is a box that is "not finite", "reversed", "without area" (or of one VOC pixel, or so thin that
+    its edges coincide in float32) or "outside the image". Kept is, in spite of its faults, a box "beyond the
+    image" by more than a pixel, which is clipped, or "under a pixel" in width or height.
     """
     xmin, ymin, xmax, ymax = box_voc
     if not all(map(math.isfinite, box_voc)):
@@ -696,7 +697,7 @@ def judge_box(box_voc: Box, width: int, height: int) -> Verdict:
     if xmax == xmin or ymax == ymin:
         return Verdict(None, ("box without area",))
 
-    # 0-based edges, as `from_voc_pixels` has them (too slow for one box), clipped to the image.
+    # 0-based edges, as `from_voc_pixels` gives them, clipped to the image.
     x1, y1 = max(xmin - 1, 0.0), max(ymin - 1, 0.0)
     x2, y2 = min(xmax, width), min(ymax, height)
     if not (x1 < x2 <= MAX_SIDE and y1 < y2 <= MAX_SIDE):
@@ -705,8 +706,8 @@ def judge_box(box_voc: Box, width: int, height: int) -> Verdict:
     # A Record stores float32 edges, the network sees them as float32 fractions of the image.
     box_px = _round_to_float32((x1, y1, x2, y2))
     left, top, right, bottom = box_px
-    left, top, right, bottom = _round_to_float32((left / width, top / height, right / width, bottom / height))
-    if left >= right or top >= bottom:
+    fractions = _round_to_float32((left / width, top / height, right / width, bottom / height))
+    if fractions[0] >= fractions[2] or fractions[1] >= fractions[3]:
         return Verdict(None, ("box without area",))
 
     faults = []
@@ -1025,7 +1026,7 @@ def _try_download(url: str, part: Path, md5: str) -> str | None:
     try:
         total = _append_download(url, part)
     except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
-        if getattr(error, "code", None) == 416:  # nothing follows what is there, which is not the file
+        if getattr(error, "code", None) == 416:  # the server's file ends here, and is another one
             part.unlink()
         return str(error)
     if torchvision.datasets.utils.check_md5(part, md5):
@@ -1121,14 +1122,11 @@ def _find_folder(data: str, data_root: PathLike) -> Path:
 def _choose_lists(root: Path, train_split: str | None, test_split: str | None) -> dict[str, str]:
     """Return the lists of a folder for what the user did not name: train, val and test, or trainval."""
     there = names_of_lists(root)
+    lists = {"train": "train", "val": "", "test": "test" if "test" in there else ""}
     if "trainval" in there and "train" not in there:
-        lists = {"train": "trainval", "val": "", "test": ""}
-    else:
-        lists = {"train": "train", "val": "", "test": ""}
-        if "val" in there and train_split is None and test_split != "val":
-            lists["val"] = "val"
-    if "test" in there:
-        lists["test"] = "test"
+        lists["train"] = "trainval"
+    elif "val" in there and train_split is None and test_split != "val":
+        lists["val"] = "val"
     return lists
 
 
@@ -1160,14 +1158,14 @@ def choose_classes(
     data: str, given: Sequence[str] | None, annotations: Mapping[str, Annotation]
 ) -> tuple[tuple[str, ...], list[Finding]]:
     """Return the classes to train: those given, else VOC's or those of the training annotations."""
-    found: tuple[str, ...] = VOC_CLASSES
+    known: tuple[str, ...] = VOC_CLASSES
     findings: list[Finding] = []
     if not is_voc(data):
-        found, findings = annotated_classes(annotations)
-    absent = [name for name in given or () if name not in found]
+        known, findings = annotated_classes(annotations)
+    absent = [name for name in given or () if name not in known]
     if absent:
-        raise InputError(f"--classes: the training list has {', '.join(found)}, not {', '.join(absent)}")
-    return tuple(given or found), findings
+        raise InputError(f"--classes: the training list has {', '.join(known)}, not {', '.join(absent)}")
+    return tuple(given or known), findings
 
 
 def name_data(data: str, root: Path) -> str:
@@ -1187,7 +1185,7 @@ def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Re
     return left, [record for i, record in enumerate(records) if i in held_out]
 
 
-def check_objects_of(train: list[Record], val: list[Record], lists: dict[str, str]) -> list[Finding]:
+def check_objects(train: list[Record], val: list[Record], lists: dict[str, str]) -> list[Finding]:
     """Return a finding if no validation image has an object. InputError if no training image has one."""
     if not any(len(record.labels) for record in train):
         if val and not lists["val"]:
@@ -1274,7 +1272,7 @@ def load_data(
     if not lists["val"]:
         train, val = hold_out(train, val_fraction, seed)
 
-    findings += check_objects_of(train, val, lists)
+    findings += check_objects(train, val, lists)
     refuse_shared_images(train, val, test)
     train, found = drop_measured_blanks(train, [*val, *test])
     findings += found
@@ -1318,7 +1316,7 @@ class VocDataset(torch.utils.data.Dataset):
         *,
         seed: int = 0,
         pixels: list[np.ndarray] | None = None,  # of decode_all
-    ):
+    ) -> None:
         self.records = records
         self.transform = transform
         self.seed = seed
@@ -1371,7 +1369,7 @@ class EpochBatchSampler(torch.utils.data.Sampler):
         epochs: Sequence[int] = (0,),
         rank: int = 0,
         world: int = 1,
-    ):
+    ) -> None:
         self.num_samples = num_samples
         self.batch_size = min(batch_size, num_samples)  # of all processes together
         self.steps_per_epoch = num_samples // self.batch_size
@@ -1578,7 +1576,7 @@ class Shadow(A.RandomShadow):
 class Noise(A.ImageOnlyTransform):
     """Gaussian noise of a standard deviation within std_range, cut from a table of two million numbers."""
 
-    def __init__(self, std_range: tuple[float, float], p: float = 0.5):
+    def __init__(self, std_range: tuple[float, float], p: float = 0.5) -> None:
         super().__init__(p=p)
         self.std_range = std_range
         self.table = np.random.default_rng(0).standard_normal(2**21, dtype=np.float32)
