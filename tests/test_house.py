@@ -226,8 +226,8 @@ def acts_at_import(tree):
     for number, node in enumerate(tree.body):
         is_docstring = number == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         is_program = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-        assigns = isinstance(node, ast.Assign) and isinstance(node.targets[0], (ast.Attribute, ast.Subscript))
-        is_definition = isinstance(node, allowed) and not assigns
+        changes_others = isinstance(node, ast.Assign) and bool(nodes(node.targets[0], ast.Attribute))
+        is_definition = isinstance(node, allowed) and not changes_others
         if not (is_docstring or is_program or is_definition or source(node).startswith(MAY_ACT)):
             found.append((node.lineno, source(node)))
     return found
@@ -253,7 +253,7 @@ BAD = {
     unannotated: (
         "def f(a: int, *b, c) -> int: ...\nclass A:\n def g(self, **d) -> None: ...\n def h(self): ..."
     ),
-    acts_at_import: "print(1)\nfor a in b:\n pass\nif a:\n b = 1\nos.x = 1\na['b'] = 1",
+    acts_at_import: "print(1)\nfor a in b:\n pass\nif a:\n b = 1\nos.a = 1\nos.environ['b'] = 1",
 }
 FOUND = {  # how many there are in BAD
     nested_conditionals: 1,
@@ -280,7 +280,7 @@ GOOD = {
     unannotated: (
         "def f(a: int, *b: int) -> int:\n return max(b, key=lambda c: c)\nclass A:\n def __init__(self): ..."
     ),
-    acts_at_import: "'Doc.'\nimport a\nb = a.c()\nd: int = 1\nif __name__ == '__main__':\n a.d()",
+    acts_at_import: "'Doc.'\nimport a\nb = a.c()\nb['e'] = 2\nd: int = 1\nif __name__ == '__main__':\n a.d()",
 }
 RULES = list(BAD)
 
