@@ -115,24 +115,24 @@ def alone(**chances):
 
 
 def test_noise_is_that_of_a_camera_in_poor_light():
-    grey = np.full((300, 300, 3), 128, np.uint8)
-    stds = [run(alone(noise=1), grey, np.zeros((0, 4)), seed)[0].std() for seed in range(40)]
+    transform, grey = alone(noise=1), np.full((300, 300, 3), 128, np.uint8)
+    stds = [run(transform, grey, np.zeros((0, 4)), seed)[0].std() for seed in range(40)]
     assert 2.4 < min(stds) < 4
     assert 11 < max(stds) < 13.3
 
 
 @pytest.mark.parametrize("name", ["color", "shadow", "noise", "blur"])
 def test_colours_and_noise_are_as_strong_in_a_large_image_as_in_a_small_one(name):
+    transform, boxes = alone(**{name: 1}), np.zeros((0, 4))
     for seed in range(4):
-        grey = (np.full((side, side, 3), (90, 120, 160), np.uint8) for side in (300, 900))
-        small, large = (run(alone(**{name: 1}), image, np.zeros((0, 4)), seed)[0] for image in grey)
+        small = run(transform, np.full((300, 300, 3), (90, 120, 160), np.uint8), boxes, seed)[0]
+        large = run(transform, np.full((900, 900, 3), (90, 120, 160), np.uint8), boxes, seed)[0]
         np.testing.assert_array_equal(small, large)
 
 
 def test_colours_change_the_canvas_around_an_image_too():
-    images = [
-        run(alone(zoom_out=1, color=1), coloured(150, 150)[0], np.zeros((0, 4)), s)[0] for s in range(9)
-    ]
+    transform, (image, _) = alone(zoom_out=1, color=1), coloured(150, 150)
+    images = [run(transform, image, np.zeros((0, 4)), seed)[0] for seed in range(9)]
     corners = {tuple(image[row, column]) for image in images for row in (0, -1) for column in (0, -1)}
     assert len(corners) > 5  # the mean colour, brighter, darker, of another hue
 
