@@ -13,9 +13,11 @@ import shutil
 import subprocess
 import symtable
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import ssd_object_detection as ssd
 
@@ -313,6 +315,24 @@ def test_there_are_at_most_50_flags():
 
 def test_the_readme_has_at_most_250_lines():
     assert len(lines_of(ROOT / "README.md")) <= 250
+
+
+# ---- files beside the code ----
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    version = project.get("version") or ssd.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert (citation["version"], newest[1]) == (version, version)
+
+
+@pytest.mark.parametrize(
+    "name", [".github/workflows/ci.yml", ".github/ISSUE_TEMPLATE/bug.yml", ".pre-commit-config.yaml"]
+)
+def test_a_file_of_settings_can_be_read(name):
+    assert yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
 
 
 # ---- order ----
