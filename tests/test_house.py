@@ -151,7 +151,8 @@ def unpacked_computations(tree):
 
 
 def is_settings(node):
-    return isinstance(node, ast.Name) and node.id in ("args", "settings")
+    """Whether an expression is `args` or `settings`, or an attribute of this name."""
+    return getattr(node, "attr", getattr(node, "id", "")) in ("args", "settings")
 
 
 def changed_settings(tree):
@@ -244,7 +245,7 @@ BAD = {
     multiplied_truths: "a = [b] * bool(c)\na *= bool(b)\na = (b > c) * d\na = (b or c) * d\na = b * (not c)",
     unpacked_computations: "a, b, c = 1, d + 1, e()",
     changed_settings: (
-        "args.a = 1\nsettings.b += 1\nsetattr(args, name, 1)\nwith a as args.c:\n pass\n"
+        "self.args.a = 1\nsettings.b += 1\nsetattr(args, name, 1)\nwith a as args.c:\n pass\n"
         "for settings.d in e:\n pass\ndel args.e"
     ),
     uses_from_below: (
