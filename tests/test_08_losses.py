@@ -236,6 +236,7 @@ def drawn_records(folder):
     return records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["focal", "multibox"])
 def test_a_narrow_network_learns_a_few_images_by_heart(tmp_path, loss):
     dataset = ssd.VocDataset(drawn_records(tmp_path), ssd.build_transform(train=False), ANCHORS)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 import ssd_object_detection as ssd
 
@@ -125,24 +126,37 @@ def assert_equal(ours, theirs):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("width", "batch_norm", "loader", "fetched"),
-    [
-        ("1", "all", "load_backbone", True),
-        ("1", "new", "load_backbone", False),
-        (".25", "all", "load_narrow_backbone", False),
-        (".25", "none", "load_narrow_backbone", False),
-    ],
-)
-def test_a_narrow_network_starts_from_the_weights_without_batch_norm(
-    monkeypatch, width, batch_norm, loader, fetched
-):
-    calls = []
-    for name in ("load_backbone", "load_narrow_backbone"):
-        monkeypatch.setattr(ssd, name, lambda model, state, name=name: calls.append((name, state)))
-    monkeypatch.setattr(ssd, "fetch_backbone", lambda source, batch_norm: (source, batch_norm))
-    tiny_state("--width", width, "--pretrained", "--backbone-weights", "a.pth", "--batch-norm", batch_norm)
-    assert calls == [(loader, ("a.pth", fetched))]
+@pytest.fixture
+def imagenet(monkeypatch):
+    """Random weights in place of the two downloads, {has batch norm: state dict}; sizes of filters differ."""
+    torch.manual_seed(5)
+    states = {}
+    for has_norm, name in ((False, "vgg16"), (True, "vgg16_bn")):
+        with torch.device("meta"):
+            shapes = getattr(torchvision.models, name)().features.state_dict(prefix="features.")
+        states[has_norm] = {key: torch.ones_like(value, device="cpu") for key, value in shapes.items()}
+        for value in states[has_norm].values():
+            if value.ndim == 4:
+                value.mul_(torch.rand(len(value), 1, 1, 1))
+        weights = getattr(torchvision.models, f"{name.upper()}_Weights")
+        monkeypatch.setattr(weights, "get_state_dict", lambda *_, state=states[has_norm], **__: state)
+    return states
+
+
+@pytest.mark.parametrize(("batch_norm", "has_norm"), [("all", True), ("new", False), ("none", False)])
+def test_a_full_width_network_starts_from_the_imagenet_filters(imagenet, batch_norm, has_norm):
+    model = tiny_state("--width", "1", "--pretrained", "--batch-norm", batch_norm)[0].model
+    assert torch.equal(model.blocks[0][0].weight, imagenet[has_norm]["features.0.weight"])
+
+
+@pytest.mark.parametrize("batch_norm", ["all", "none"])
+def test_a_narrow_network_s_first_layer_has_the_largest_imagenet_filters(imagenet, batch_norm):
+    model = tiny_state("--width", ".25", "--pretrained", "--batch-norm", batch_norm)[0].model
+    own = model.blocks[0][0].weight.detach()
+    filters = imagenet[False]["features.0.weight"]  # without batch norm, whatever the network has
+    largest = filters[:, 0, 0, 0].topk(len(own)).indices.sort().values
+    ratio = own / filters[largest]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, ratio.mean().item()))  # scaled as a whole
 
 
 # ---- learning rate ----
@@ -870,8 +884,9 @@ def test_the_flags_reach_the_loss_the_loaders_and_the_generators(
     assert seen["amp_dtype"] is torch.bfloat16
     assert torch.initial_seed() == 7
     train, val = seen["loaders"]
-    chances = [step.p for step in train.dataset.transform.transforms]
-    assert chances == [0.1, 0.2, 0.5, 1, 0.3, 0.3, 0.3, 0.3, 0.4, 0.6, 0.7]
+    chances = {type(step).__name__: step.p for step in train.dataset.transform.transforms}
+    assert (chances["SSDZoomOut"], chances["SSDCrop"], chances["ColorJitter"]) == (0.1, 0.2, 0.3)
+    assert (chances["Shadow"], chances["Noise"], chances["GaussianBlur"]) == (0.4, 0.6, 0.7)
     assert (train.dataset.seed, train.batch_sampler.seed) == (7, 7)
     assert list(train.batch_sampler.epochs) == [0, 1]
     assert len(train.dataset.pixels) == len(train.dataset) == 8
@@ -895,7 +910,6 @@ def test_the_prior_is_of_the_focal_loss_alone_and_a_resumed_run_fetches_nothing(
         assert head.bias.view(-1, 3)[:, 0].tolist() == pytest.approx([bias] * 4)
     monkeypatch.setattr(ssd, "fetch_backbone", lambda *_, **__: pytest.fail("fetched"))
     tiny_state("--width", ".25", "--pretrained", resume=True)
-    assert (ssd.FOCAL_GAMMA, ssd.MAX_DETECTIONS) == (1.0, 200)  # docs/recipes.md; SSD section 2.2
 
 
 # ---- starting from a checkpoint ----
