@@ -12,19 +12,22 @@ steps, and the matching of the boxes to anchors.
 
 import functools
 import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import common
 from common import ssd
 
 
-def make_cases(records):
+def make_cases(records: list[ssd.Record]) -> common.Cases:
     """Return {case: a function that prepares all images once}, each time as in another epoch."""
 
-    def dataset(**options):
+    def dataset(**options: Any) -> ssd.VocDataset:
         return ssd.VocDataset(records, ssd.build_transform(**options), ssd.make_anchors())
 
-    peer, full = common.PeerDataset(records), dataset(train=True)
-    prepare = {
+    peer = common.PeerDataset(records)
+    full = dataset(train=True)
+    prepare: dict[str, Callable[[int, int], object]] = {
         "torchvision": lambda index, epoch: peer[index],
         "decode, resize only": dataset(train=False).augment,
         "same steps": dataset(train=True, shadow=0.0, noise=0.0, blur=0.0).augment,
@@ -32,7 +35,7 @@ def make_cases(records):
         "sample": lambda index, epoch: full[index, epoch],
     }
 
-    def run(function, epochs):
+    def run(function: Callable[[int, int], object], epochs: Iterator[int]) -> None:
         epoch = next(epochs)
         for index in range(len(records)):
             function(index, epoch)
@@ -40,7 +43,7 @@ def make_cases(records):
     return {name: functools.partial(run, function, itertools.count()) for name, function in prepare.items()}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> dict:
     """Measure by the flags; returns what --json holds."""
     parser = common.make_speed_parser(__doc__, rounds=9)
     parser.set_defaults(threads=1, device="cpu")

@@ -13,32 +13,40 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision import tv_tensors
+from torchvision.models.detection.ssd import SSD
 from torchvision.transforms import v2
 
 import ssd_object_detection as ssd
 
 ROOT = Path(ssd.__file__).resolve().parent
+Truth = list[tuple[Tensor, Tensor]]  # of each image boxes (G, 4) in [0, 1] and labels (G,)
+Cases = dict[str, Callable[[], object]]  # what is to be timed, by its name in the table
+Times = dict[str, list[float]]  # seconds a call
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Prints the defaults, and a program's docstring as it stands."""
 
 
-def make_parser(doc):
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
     """Return a parser without flags; doc is the program's docstring."""
     return argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
 
 
-def make_speed_parser(doc, *, rounds):
+def make_speed_parser(doc: str | None, *, rounds: int) -> argparse.ArgumentParser:
     """Return a parser with the flags of every benchmark of speed."""
     parser = make_parser(doc)
     add = parser.add_argument
@@ -52,7 +60,7 @@ def make_speed_parser(doc, *, rounds):
     return parser
 
 
-def begin(args):
+def begin(args: argparse.Namespace) -> tuple[torch.device, ssd.DataSplits]:
     """Set up torch and OpenCV as training does; returns (device, DataSplits with nothing held out)."""
     torch.set_num_threads(args.threads)
     device = ssd.pick_device(args.device)
@@ -61,13 +69,13 @@ def begin(args):
     return device, data
 
 
-def precisions(device):
+def precisions(device: torch.device) -> dict[str, torch.dtype | None]:
     """Return {name: autocast dtype or None} of what the hardware computes: fp32, and bfloat16 or float16."""
     dtype = ssd.pick_amp_dtype(device)
     return {"fp32": None} if dtype is None else {"fp32": None, str(dtype).removeprefix("torch."): dtype}
 
 
-def make_batch(records, device, *, batch_size):
+def make_batch(records: list[ssd.Record], device: torch.device, *, batch_size: int) -> tuple[dict, Truth]:
     """Return (batch on a device, [(boxes, labels)]): resized images, and their ground truth on the CPU.
 
     boxes (G, 4) float32 in [0, 1], labels (G,) int64. Records are repeated if there are too few.
@@ -75,11 +83,22 @@ def make_batch(records, device, *, batch_size):
     dataset = ssd.VocDataset(records, ssd.build_transform(train=False), ssd.make_anchors())
     indices = [i % len(dataset) for i in range(batch_size)]
     batch = torch.utils.data.default_collate([dataset[i] for i in indices])
-    truth = [tuple(map(torch.from_numpy, dataset.augment(i)[1:])) for i in indices]
+    truth = []
+    for i in indices:
+        _, boxes, labels = dataset.augment(i)
+        truth.append((torch.from_numpy(boxes), torch.from_numpy(labels)))
     return ssd.to_device(batch, device), truth
 
 
-def make_state(num_classes, device, amp_dtype, *, batch_size, width=1.0, compiled=False):
+def make_state(
+    num_classes: int,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    *,
+    batch_size: int,
+    width: float = 1.0,
+    compiled: bool = False,
+) -> tuple[ssd.TrainState, argparse.Namespace]:
     """Return (TrainState, flags) of a run of this project with random weights, by recipe voc's AdamW."""
     args = ssd.parse_args(
         [
@@ -103,21 +122,29 @@ def make_state(num_classes, device, amp_dtype, *, batch_size, width=1.0, compile
     return state, args
 
 
-def own_loader(records, device, *, batch_size, workers, epochs, pixels=None):
+def own_loader(
+    records: list[ssd.Record],
+    device: torch.device,
+    *,
+    batch_size: int,
+    workers: int,
+    epochs: int,
+    pixels: list[np.ndarray] | None = None,
+) -> DataLoader:
     """Return this project's training loader of so many epochs; pixels: of `ssd.decode_all`."""
     dataset = ssd.VocDataset(records, ssd.build_transform(train=True), ssd.make_anchors(), pixels=pixels)
     sampler = ssd.EpochBatchSampler(len(records), batch_size, epochs=range(epochs))
     return ssd.make_loader(dataset, workers=workers, pin_memory=device.type == "cuda", batch_sampler=sampler)
 
 
-def peer_model(num_classes, device):
+def peer_model(num_classes: int, device: torch.device) -> SSD:
     """Return torchvision's SSD300 with random weights; its class count includes the background."""
     return torchvision.models.detection.ssd300_vgg16(
         weights=None, weights_backbone=None, num_classes=num_classes + 1, topk_candidates=ssd.PRE_NMS_TOP_K
     ).to(device)
 
 
-def peer_anchors(model, device):
+def peer_anchors(model: SSD, device: torch.device) -> Tensor:
     """Return the 8,732 anchors of torchvision's SSD300, xyxy in pixels."""
     size = ssd.IMAGE_SIZE
     maps = [torch.zeros(1, 1, cells, cells, device=device) for cells in (38, 19, 10, 5, 3, 1)]
@@ -126,7 +153,7 @@ def peer_anchors(model, device):
     return model.anchor_generator(listed, maps)[0]
 
 
-def peer_targets(truth, device):
+def peer_targets(truth: Truth, device: torch.device) -> list[dict[str, Tensor]]:
     """Return the ground truth of `make_batch` as torchvision takes it: boxes in pixels, labels."""
     size = ssd.IMAGE_SIZE
     return [{"boxes": boxes.to(device) * size, "labels": labels.to(device)} for boxes, labels in truth]
@@ -139,7 +166,7 @@ class PeerDataset(torch.utils.data.Dataset):
     crop, flip. Its transforms are faster on PIL images than on tensors, so images are decoded by PIL.
     """
 
-    def __init__(self, records, *, train=True):
+    def __init__(self, records: list[ssd.Record], *, train: bool = True) -> None:
         self.records = records
         steps = []
         if train:
@@ -148,10 +175,10 @@ class PeerDataset(torch.utils.data.Dataset):
         steps += [v2.Resize((ssd.IMAGE_SIZE, ssd.IMAGE_SIZE))]
         self.transform = v2.Compose([*steps, v2.ToImage(), v2.SanitizeBoundingBoxes(), v2.ToPureTensor()])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         record = self.records[index]
         image = Image.open(record.image_path).convert("RGB")
         size = (record.height, record.width)
@@ -159,7 +186,7 @@ class PeerDataset(torch.utils.data.Dataset):
         return self.transform(image, {"boxes": boxes, "labels": torch.from_numpy(record.labels)})
 
 
-def peer_loader(dataset, device, *, batch_size, workers):
+def peer_loader(dataset: PeerDataset, device: torch.device, *, batch_size: int, workers: int) -> DataLoader:
     """Return a shuffled DataLoader of lists of images and targets, without a smaller last batch."""
     return torch.utils.data.DataLoader(
         dataset,
@@ -174,20 +201,26 @@ def peer_loader(dataset, device, *, batch_size, workers):
     )
 
 
-def peer_to_device(batch, device):
+def peer_to_device(batch: tuple, device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Return a batch of `peer_loader` as torchvision's model takes it: float images in [0, 1], targets."""
     images = [image.to(device, non_blocking=True).float().div_(255) for image in batch[0]]  # converted there
     targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in batch[1]]
     return images, targets
 
 
-def peer_optimizer(model):
+def peer_optimizer(model: SSD) -> torch.optim.Optimizer:
     """Return SGD as SSD is trained, with a small learning rate."""
     params = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.SGD(params, lr=1e-4, momentum=0.9, weight_decay=5e-4)
 
 
-def peer_step(model, optimizer, images, targets, amp_dtype):
+def peer_step(
+    model: SSD,
+    optimizer: torch.optim.Optimizer,
+    images: list[Tensor],
+    targets: list[dict[str, Tensor]],
+    amp_dtype: torch.dtype | None,
+) -> Tensor:
     """Take a training step as torchvision's reference does; returns the loss, still on the device."""
     with ssd.autocast(images[0].device, amp_dtype):
         loss = sum(model(images, targets).values())
@@ -261,7 +294,7 @@ def measure(run: dict, splits: list[str]) -> dict[str, float]:
     classes = saved["classes"]
     options = {"classes": classes, "unlabelled": used["unlabelled"]}
     records = [record for split in splits for record in ssd.read_records(root, split, **options)]
-    model = ssd.model_from_checkpoint(saved, run["checkpoint"], ssd.pick_device(used["device"]))
+    model = ssd.model_from_checkpoint(saved, run["checkpoint"], str(ssd.pick_device(used["device"])))
     dataset = ssd.VocDataset(records, ssd.build_transform(train=False), model.anchors.cpu())
     loader = ssd.make_loader(dataset, batch_size=8, workers=used["workers"])
     dtype = ssd.pick_amp_dtype(model.anchors.device, used["amp"])
@@ -275,13 +308,13 @@ def measure(run: dict, splits: list[str]) -> dict[str, float]:
     return figures
 
 
-def time_in_turns(cases, rounds, device, *, least=0.05):
+def time_in_turns(cases: Cases, rounds: int, device: torch.device, *, least: float = 0.05) -> Times:
     """Return {name: [seconds a call]} of cases {name: function}: `rounds` rounds of every case in turn.
 
     A case is called until `least` seconds are over, and a round before is not counted: it pays for set-up,
     allocation, compilation. Waits for the device after each call. Every time is printed as it comes.
     """
-    times = {name: [] for name in cases}
+    times: Times = {name: [] for name in cases}
     for number in range(rounds + 1):
         for name, function in cases.items():
             calls, seconds = 0, 0.0
@@ -298,12 +331,12 @@ def time_in_turns(cases, rounds, device, *, least=0.05):
     return {name: values[1:] for name, values in times.items()}
 
 
-def time_one_by_one(cases, rounds, device):
+def time_one_by_one(cases: Cases, rounds: int, device: torch.device) -> Times:
     """Return what `time_in_turns` does, for cases whose loader processes go on into their next epoch."""
     return {name: time_in_turns({name: case}, rounds, device, least=0)[name] for name, case in cases.items()}
 
 
-def rows_of(times, peer_of, *, images):
+def rows_of(times: Times, peer_of: dict[str, str], *, images: int) -> list[dict]:
     """Return a table row for each case: median, 95th percentile, spread, images/s, times its peer's speed.
 
     peer_of: {case: the case to compare with}. images: images a call.
@@ -325,15 +358,17 @@ def rows_of(times, peer_of, *, images):
     return rows
 
 
-def _cell(value):
+def _cell(value: str | float | None) -> str:
     if value is None or value != value:  # NaN
         return "-"
     if isinstance(value, str):
         return value
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    if abs(value) < 100:
+        return f"{value:.3g}"
+    return f"{value:,.0f}"
 
 
-def markdown(rows):
+def markdown(rows: list[dict]) -> str:
     """Return row dicts as one Markdown table; "-" stands for None, NaN and what a row lacks."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = [columns, *[[_cell(row.get(column)) for column in columns] for row in rows]]
@@ -343,7 +378,9 @@ def markdown(rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 
 
-def report(title, rows, args, device, **facts):
+def report(
+    title: str, rows: list[dict], args: argparse.Namespace, device: torch.device, **facts: Any
+) -> dict:
     """Print the table, and write it with versions, machine and facts to --json; returns what that holds."""
     machine = ssd.environment(device) | {"threads": torch.get_num_threads()}
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "torchvision", "threads"))

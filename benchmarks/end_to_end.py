@@ -10,12 +10,20 @@ full width and random weights. A first epoch is not counted.
 
 import argparse
 import itertools
+from collections.abc import Callable, Sequence
 
 import common
+import torch
 from common import ssd
 
 
-def own_epoch(args, records, num_classes, device, amp_dtype):
+def own_epoch(
+    args: argparse.Namespace,
+    records: list[ssd.Record],
+    num_classes: int,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+) -> Callable[[], None]:
     """Return a function that trains one more epoch."""
     options = {"batch_size": args.batch_size, "width": args.width, "compiled": args.compile}
     state, flags = common.make_state(num_classes, device, amp_dtype, **options)
@@ -24,21 +32,27 @@ def own_epoch(args, records, num_classes, device, amp_dtype):
     loader = common.own_loader(records, device, **sizes, pixels=pixels)
     batches = itertools.chain.from_iterable([loader])  # its processes start with the first batch
 
-    def epoch():
+    def epoch() -> None:
         ssd.train_one_epoch(state, loader, batches, ssd.detection_loss, flags, amp_dtype=amp_dtype)
         state.epoch += 1
 
     return epoch
 
 
-def peer_epoch(args, records, num_classes, device, amp_dtype):
+def peer_epoch(
+    args: argparse.Namespace,
+    records: list[ssd.Record],
+    num_classes: int,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+) -> Callable[[], None]:
     """Return a function that trains torchvision's SSD one more epoch."""
     model = common.peer_model(num_classes, device).train()
     optimizer = common.peer_optimizer(model)
     dataset = common.PeerDataset(records)
     loader = common.peer_loader(dataset, device, batch_size=args.batch_size, workers=args.workers)
 
-    def epoch():
+    def epoch() -> None:
         for batch in loader:
             images, targets = common.peer_to_device(batch, device)
             common.peer_step(model, optimizer, images, targets, amp_dtype)
@@ -46,7 +60,7 @@ def peer_epoch(args, records, num_classes, device, amp_dtype):
     return epoch
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> dict:
     """Measure by the flags; returns what --json holds."""
     parser = common.make_speed_parser(__doc__, rounds=3)
     add = parser.add_argument
@@ -62,7 +76,7 @@ def main(argv=None):
     args.batch_size = min(args.batch_size, len(records))
     dtype = ssd.pick_amp_dtype(device)
     inputs = args, records, len(data.classes), device, dtype
-    cases = {"torchvision": peer_epoch(*inputs), "SSD300": own_epoch(*inputs)}
+    cases: common.Cases = {"torchvision": peer_epoch(*inputs), "SSD300": own_epoch(*inputs)}
     times = common.time_one_by_one(cases, args.rounds, device)
     images = len(records) // args.batch_size * args.batch_size
     rows = common.rows_of(times, dict.fromkeys(cases, "torchvision"), images=images)

@@ -14,10 +14,12 @@ and accumulate(). The dicts that pycocotools reads and its index are made before
 
 import contextlib
 import io
+from collections.abc import Sequence
 
 import common
 import numpy as np
 from common import ssd
+from pycocotools.cocoeval import COCOeval
 
 import tools.coco
 
@@ -25,7 +27,7 @@ IMAGE = np.array([500, 375])
 OBJECTS, DETECTIONS, CLASSES = 3, 200, 20
 
 
-def random_boxes(rng, count):
+def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
     """Return boxes (N, 4) in VOC pixels, 12 to 280 pixels large, anywhere in an image."""
     side = np.exp(rng.uniform(np.log(12), np.log(280), (count, 1)))
     stretch = np.exp(rng.normal(0, 0.35, (count, 1)))
@@ -34,7 +36,7 @@ def random_boxes(rng, count):
     return np.hstack((low, low + sides - 1))
 
 
-def make_arrays(images, seed=0):
+def make_arrays(images: int, seed: int = 0) -> tuple[dict, dict]:
     """Return (detections, truth) as `evaluate_voc` takes them: what the docstring above describes."""
     rng = np.random.default_rng(seed)
     num_gt = rng.poisson(OBJECTS, images)
@@ -68,7 +70,7 @@ def make_arrays(images, seed=0):
     return {"image_ids": image_ids, "labels": labels, "scores": scores.round(4), "boxes_px": boxes_px}, truth
 
 
-def make_judge(detections, truth):
+def make_judge(detections: dict, truth: dict) -> COCOeval:
     """Return a COCOeval of both, restricted to IoU .5 and objects of all sizes."""
     judge = tools.coco.make_judge(detections, truth, CLASSES)
     judge.params.iouThrs, judge.params.maxDets = np.array([0.5]), [100]
@@ -76,7 +78,7 @@ def make_judge(detections, truth):
     return judge
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> dict:
     """Measure by the flags, print the table; returns what --json holds."""
     parser = common.make_parser(__doc__)
     add = parser.add_argument
@@ -86,12 +88,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     detections, truth = make_arrays(args.images)
     device = ssd.pick_device("cpu")
-    cases = {
-        "pycocotools": lambda: (judge.evaluate(), judge.accumulate()),
-        "evaluate_voc": lambda: ssd.evaluate_voc(detections, truth, CLASSES),
-    }
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         judge = make_judge(detections, truth)
+        cases: common.Cases = {
+            "pycocotools": lambda: (judge.evaluate(), judge.accumulate()),
+            "evaluate_voc": lambda: ssd.evaluate_voc(detections, truth, CLASSES),
+        }
         times = common.time_in_turns(cases, args.rounds, device, least=0)
     rows = common.rows_of(times, dict.fromkeys(times, "pycocotools"), images=args.images)
     counts = f"{len(truth['labels'])} objects, {len(detections['labels'])} detections, {CLASSES} classes"

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import common
@@ -31,7 +32,9 @@ LISTS = ["--val-split", "val", "--test-split", "test"]
 FLAGS = [*LISTS, "--recipe", "shapes", "--epochs", "3", "--workers", "0", "--device", "cpu", "--amp", "off"]
 
 
-def run(main, argv, *, kill_after=None):
+def run(
+    main: Callable[[list[str]], int], argv: Sequence[object], *, kill_after: float | None = None
+) -> tuple[int, str]:
     """Run main(argv) in a fork; returns its exit code, negative for a signal, and what it printed.
 
     kill_after: seconds until it is killed.
@@ -58,21 +61,21 @@ def run(main, argv, *, kill_after=None):
         return code, output.read().decode(errors="replace")
 
 
-def weights_of(path):
+def weights_of(path: Path) -> list[bytes]:
     """Return the weights of a checkpoint, averaged and not, as bytes, which == compares bit for bit."""
     saved = ssd.load_checkpoint(path)
     tensors = [*saved["model"].values(), *saved["train_state"]["model"].values()]
     return [tensor.numpy().tobytes() for tensor in tensors]
 
 
-def metrics_of(checkpoints):
+def metrics_of(checkpoints: Path) -> list[dict]:
     """Return the rows of metrics.jsonl, times apart."""
     path = checkpoints / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
-def kill_runs(flags, folder, kills, rng):
+def kill_runs(flags: list, folder: Path, kills: int, rng: random.Random) -> dict[str, int]:
     """Kill runs and resume them, until there were enough kills and the last run has ended; returns counts."""
     whole, killed = folder / "whole" / "checkpoints", folder / "killed" / "checkpoints"
     began = time.perf_counter()
@@ -104,15 +107,15 @@ def kill_runs(flags, folder, kills, rng):
     return counts
 
 
-def mutate(content, rng):
+def mutate(content: bytes, rng: random.Random) -> bytes:
     """Return bytes with a bit flipped in up to six of them, half of the time cut somewhere."""
-    content = bytearray(content)
+    mutated = bytearray(content)
     for _ in range(rng.randint(1, 6)):
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    return bytes(content[: rng.choice([len(content), rng.randrange(len(content))])])
+        mutated[rng.randrange(len(mutated))] ^= 1 << rng.randrange(8)
+    return bytes(mutated[: rng.choice([len(mutated), rng.randrange(len(mutated))])])
 
 
-def damage_checkpoints(path, flips, rng):
+def damage_checkpoints(path: Path, flips: int, rng: random.Random) -> dict[str, int]:
     """Damage a checkpoint; each time it must be refused by name, or hold the same weights."""
     expected = weights_of(path)
     counts = {"damaged checkpoints": flips, "refused by name": 0, "with the same weights": 0}
@@ -126,7 +129,7 @@ def damage_checkpoints(path, flips, rng):
     return counts
 
 
-def mutate_data(flags, data, folder, mutations, rng):
+def mutate_data(flags: list, data: Path, folder: Path, mutations: int, rng: random.Random) -> dict[str, int]:
     """Damage a file of the data; each time a training must stop and name it, or do without what is lost."""
     files = [path for kind in ("Annotations", "JPEGImages") for path in sorted((data / kind).iterdir())]
     counts = {
@@ -155,7 +158,7 @@ def mutate_data(flags, data, folder, mutations, rng):
     return counts
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Run all kinds of trials and print their counts."""
     parser = common.make_parser(__doc__)
     add = parser.add_argument

@@ -14,11 +14,11 @@ outputs: with random weights they and torchvision's SSDlite find nothing. Their 
     python benchmarks/inference.py --checkpoint FILE --data PATH --test-split LIST    # mAP@.5 on the list too
 """
 
-import argparse
 import functools
 import importlib.util
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import common
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torchvision
 from common import ROOT, ssd
+from torch import Tensor
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
@@ -33,7 +34,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 import export
 
 
-def made_outputs(anchors_cxcywh, truth, num_classes, device):
+def made_outputs(
+    anchors_cxcywh: Tensor, truth: common.Truth, num_classes: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return logits and deltas in which anchors near the objects call them, and a few others something."""
     generator = torch.Generator().manual_seed(0)
     shape = len(truth), len(anchors_cxcywh)
@@ -49,7 +52,7 @@ def made_outputs(anchors_cxcywh, truth, num_classes, device):
     return cls_logits.to(device), box_deltas.to(device)
 
 
-def peer_cases(images, paths, truth, num_classes):
+def peer_cases(images: Tensor, paths: list[str], truth: common.Truth, num_classes: int) -> common.Cases:
     """Return {case: function} of torchvision."""
     device = images.device
     peer = common.peer_model(num_classes, device).eval()
@@ -60,17 +63,17 @@ def peer_cases(images, paths, truth, num_classes):
     peer.head.register_forward_hook(lambda module, inputs, output: head)
     pixels = [image.contiguous() for image in images.float().div(255)]
 
-    def open_file(path):
+    def open_file(path: str) -> Tensor:
         image = v2.functional.to_image(common.Image.open(path).convert("RGB"))
         return v2.functional.to_dtype(image, torch.float32, scale=True).to(device)
 
     @torch.inference_mode()
-    def detect(dtype, from_files):
+    def detect(dtype: torch.dtype | None, from_files: bool) -> list[dict]:
         with ssd.autocast(device, dtype):
             return peer([open_file(path) for path in paths] if from_files else pixels)
 
     @torch.inference_mode()
-    def decode_and_nms():
+    def decode_and_nms() -> list[dict]:
         return peer.postprocess_detections(head, [anchors] * len(images), [images.shape[2:]] * len(images))
 
     small = (
@@ -80,7 +83,7 @@ def peer_cases(images, paths, truth, num_classes):
         .to(device)
         .eval()
     )
-    cases = {
+    cases: common.Cases = {
         "torchvision decode + NMS": decode_and_nms,
         "torchvision SSDlite fp32": torch.inference_mode()(lambda: small(pixels)),
     }
@@ -90,18 +93,35 @@ def peer_cases(images, paths, truth, num_classes):
     return cases
 
 
-def openvino_session(path, threads):
+class OpenVinoInput:
+    """What is used of an onnxruntime session's input."""
+
+    type = "tensor(uint8)"
+
+
+class OpenVinoSession:
+    """A network compiled by OpenVINO, with what is used of an onnxruntime session."""
+
+    def __init__(self, compiled: Callable[[dict], dict]) -> None:
+        self.compiled = compiled
+
+    def run(self, names: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the outputs of the network for its named inputs."""
+        return list(self.compiled(inputs).values())
+
+    def get_inputs(self) -> list[OpenVinoInput]:
+        """Return the description of the one input."""
+        return [OpenVinoInput()]
+
+
+def openvino_session(path: str, threads: int) -> OpenVinoSession:
     """Return an ONNX file in OpenVINO, with what is used of an onnxruntime session."""
     import openvino
 
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
-    return argparse.Namespace(
-        run=lambda names, inputs: list(compiled(inputs).values()),
-        get_inputs=lambda: [argparse.Namespace(type="tensor(uint8)")],
-    )
+    return OpenVinoSession(openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": threads}))
 
 
-def make_sessions(detector, records, threads):
+def make_sessions(detector: ssd.Detector, records: list[ssd.Record], threads: int) -> dict:
     """Return {case: session} of the ONNX files of a Detector; their size is the attribute `megabytes`."""
     sessions = {}
     pictures = [export.network_input(record.read(), "uint8") for record in records]
@@ -117,28 +137,44 @@ def make_sessions(detector, records, threads):
     return sessions
 
 
-def own_cases(model, images, paths, truth):
+class MadeDetector(ssd.Detector):
+    """A Detector that runs its network and goes on with made outputs."""
+
+    made_outputs: tuple[Tensor, Tensor]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the made outputs."""
+        super().forward(images)
+        return self.made_outputs
+
+
+def own_cases(model: ssd.SSD300, images: Tensor, paths: list[str], truth: common.Truth) -> common.Cases:
     """Return {case: function} of this project."""
     device, num_classes = images.device, model.num_classes
     outputs = made_outputs(model.anchors.cpu(), truth, num_classes, device)
 
     @torch.inference_mode()
-    def detect(dtype):
+    def detect(dtype: torch.dtype | None) -> list[tuple[Tensor, Tensor, Tensor]]:
         with ssd.autocast(device, dtype):
             model(images)
         return ssd.detect(*outputs, model.anchors)
 
-    cases = {"SSD300 decode + NMS": lambda: ssd.detect(*outputs, model.anchors)}
+    cases: common.Cases = {"SSD300 decode + NMS": lambda: ssd.detect(*outputs, model.anchors)}
     for name, dtype in common.precisions(device).items():
-        detector = ssd.Detector(model, [str(k) for k in range(num_classes)], dtype)
-        detector.forward = lambda images: (model(images), outputs)[1]
-        options = {"batch_size": len(paths), "score_thresh": 0.01}  # one batch, as `outputs` are
-        cases[f"SSD300 {name} files"] = functools.partial(detector.predict, paths, **options)
+        detector = MadeDetector(model, [str(k) for k in range(num_classes)], dtype)
+        detector.made_outputs = outputs
+        predict = functools.partial(detector.predict, batch_size=len(paths), score_thresh=0.01)
+        cases[f"SSD300 {name} files"] = functools.partial(predict, paths)  # one batch, as `outputs` are
         cases[f"SSD300 {name}"] = functools.partial(detect, dtype)
     return cases
 
 
-def main(argv=None):
+def find_in_files(find: Callable[[np.ndarray], tuple], paths: list[str]) -> list[tuple]:
+    """Return what a function of images (H, W, 3) finds in image files, read one by one."""
+    return [find(np.asarray(ssd.open_image(path))) for path in paths]
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
     """Measure by the flags; returns what --json holds."""
     parser = common.make_speed_parser(__doc__, rounds=5)
     add = parser.add_argument
@@ -157,7 +193,7 @@ def main(argv=None):
     rows, sessions, maps = [], {}, {}
     if device.type == "cpu":
         sessions = make_sessions(ssd.Detector(model, data.classes), ssd.spread(data.train, 32), args.threads)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     if args.test_split:
         (root, *_), _ = ssd.find_data(args.data, args.data_root, "", "", args.test_split)
         records = ssd.read_records(root, args.test_split, data.classes)
@@ -175,9 +211,8 @@ def main(argv=None):
         peer_of = {name: name.replace("SSD300", "torchvision") for name in cases}
         for name, session in sessions.items():
             cases[name] = functools.partial(session.run, None, {"images": batch["images"].numpy()})
-            cases[f"{name} files"] = lambda session=session, paths=paths: [
-                export.find_objects(session, np.asarray(ssd.open_image(path))) for path in paths
-            ]
+            find = functools.partial(export.find_objects, session)
+            cases[f"{name} files"] = functools.partial(find_in_files, find, paths)
             peer_of |= {name: first, f"{name} files": f"{first} files"}
         for row in common.rows_of(common.time_in_turns(cases, args.rounds, device), peer_of, images=size):
             case = row["case"]

@@ -9,22 +9,26 @@ copied one by one as its reference training does. This project's samples are mat
 """
 
 import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import common
+import torch
 from common import ssd
 
 
-def next_epoch(batches, steps, to_device, device):
+def next_epoch(
+    batches: Iterator, steps: int, to_device: Callable, device: torch.device
+) -> Callable[[], None]:
     """Return a function that takes so many more batches of an iterator to the device."""
 
-    def run():
+    def run() -> None:
         for batch in itertools.islice(batches, steps):
             to_device(batch, device)
 
     return run
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> dict:
     """Measure by the flags; returns what --json holds."""
     parser = common.make_speed_parser(__doc__, rounds=3)
     add = parser.add_argument
@@ -36,11 +40,12 @@ def main(argv=None):
     records = ssd.spread(data.train, args.images)
     pixels = ssd.decode_all(records)
     size = min(args.batch_size, len(records))
-    cases = {}
+    cases: common.Cases = {}
     for workers in args.workers:
         sizes = {"batch_size": size, "workers": workers}
         peer = common.peer_loader(common.PeerDataset(records), device, **sizes)
-        endless, steps = itertools.chain.from_iterable(itertools.repeat(peer)), len(peer)
+        steps = len(peer)
+        endless = itertools.chain.from_iterable(itertools.repeat(peer))
         cases[f"torchvision, {workers} workers"] = next_epoch(endless, steps, common.peer_to_device, device)
         for name, decoded in (("files", None), ("cache", pixels)):
             own = common.own_loader(records, device, **sizes, epochs=args.rounds + 1, pixels=decoded)

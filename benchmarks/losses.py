@@ -11,13 +11,17 @@ indices; the targets are made in its loss. `loss` begins with what was matched a
     python benchmarks/losses.py --data data/VOCdevkit/VOC2007 --json losses.json
 """
 
+from collections.abc import Sequence
+
 import common
 import torch
 from common import ssd
+from torch import Tensor
+from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_convert, box_iou
 
 
-def peer_match(model, targets, anchors):
+def peer_match(model: SSD, targets: list[dict[str, Tensor]], anchors: Tensor) -> list[Tensor]:
     """Match as torchvision's SSD.forward does in training; returns a tensor of indices for each image."""
     matched = []
     for target in targets:
@@ -28,15 +32,17 @@ def peer_match(model, targets, anchors):
     return matched
 
 
-def random_outputs(batch_size, num_anchors, num_classes, device):
+def random_outputs(
+    batch_size: int, num_anchors: int, num_classes: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return logits and deltas that require gradients; about one anchor in a hundred looks like an object."""
     cls_logits = torch.randn(batch_size, num_anchors, num_classes + 1)
     cls_logits[..., 0] += 5
     box_deltas = torch.randn(batch_size, num_anchors, 4)
-    return tuple(tensor.to(device).requires_grad_() for tensor in (cls_logits, box_deltas))
+    return cls_logits.to(device).requires_grad_(), box_deltas.to(device).requires_grad_()
 
 
-def make_cases(batch, truth, num_classes):
+def make_cases(batch: dict, truth: common.Truth, num_classes: int) -> common.Cases:
     """Return {case: function} for a batch of `common.make_batch`."""
     device = batch["images"].device
     size = len(truth)
@@ -51,11 +57,11 @@ def make_cases(batch, truth, num_classes):
     on_device = anchors.to(device)
     anchors_xyxy = box_convert(anchors, "cxcywh", "xyxy").numpy()
 
-    def peer_loss():
+    def peer_loss() -> None:
         losses = peer.compute_loss(peer_targets, peer_head, [peer_anchors] * size, peer_matched)
         torch.autograd.grad(sum(losses.values()), peer_outputs)
 
-    def own_loss(loss):
+    def own_loss(loss: str) -> None:
         targets = ssd.build_targets(batch, on_device)  # torchvision's loss encodes the boxes too
         torch.autograd.grad(ssd.detection_loss(outputs, targets, loss=loss)["loss"], outputs)
 
@@ -68,7 +74,7 @@ def make_cases(batch, truth, num_classes):
     }
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> dict:
     """Measure by the flags; returns what --json holds."""
     parser = common.make_speed_parser(__doc__, rounds=9)
     parser.add_argument("--batch-size", type=ssd.positive_int, default=32, help="images a call")

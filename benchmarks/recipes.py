@@ -133,9 +133,9 @@ def run_one(job: Job, args: Namespace, deadline: float | None) -> dict:
     line |= {key: run["test"][key] for key in ("map_area", "map11", "map75")}
     line |= {key: run[key] for key in ("seconds", "images", "images_per_s")}
     line |= {"epochs": run["flags"]["epochs"], "batch_size": run["flags"]["batch_size"]}
-    line |= {"run_seconds": time.monotonic() - began, "threads": threads}
     if args.pool:
         line |= {f"pooled_{key}": value for key, value in common.measure(run, args.pool).items()}
+    line |= {"run_seconds": time.monotonic() - began, "threads": threads}
     names = ("python", "torch", "albumentations", "device", "cpu_count")
     line["environment"] = {name: run["environment"][name] for name in names}
     return line | {"commit": commit(), "module": module_blob()}

@@ -9,13 +9,19 @@ with clipping and averaged weights.
     python benchmarks/training_step.py --device cuda --batch-size 32 --compile --json training_step.json
 """
 
+import argparse
 import functools
+from collections.abc import Callable, Sequence
 
 import common
+import torch
 from common import ssd
+from torch import Tensor
 
 
-def peer_step(batch, truth, num_classes, amp_dtype):
+def peer_step(
+    batch: dict, truth: common.Truth, num_classes: int, amp_dtype: torch.dtype | None
+) -> Callable[[], Tensor]:
     """Return torchvision's step."""
     device = batch["images"].device
     model = common.peer_model(num_classes, device).train()
@@ -24,7 +30,9 @@ def peer_step(batch, truth, num_classes, amp_dtype):
     return functools.partial(common.peer_step, model, common.peer_optimizer(model), *inputs, amp_dtype)
 
 
-def own_step(batch, num_classes, amp_dtype, *, compiled=False):
+def own_step(
+    batch: dict, num_classes: int, amp_dtype: torch.dtype | None, *, compiled: bool = False
+) -> Callable[[], dict | None]:
     """Return this project's step."""
     images = batch["images"]
     state, args = common.make_state(
@@ -35,9 +43,9 @@ def own_step(batch, num_classes, amp_dtype, *, compiled=False):
     return functools.partial(ssd.train_step, state, batch, ssd.detection_loss, **settings)
 
 
-def make_cases(args, batch, truth, num_classes):
+def make_cases(args: argparse.Namespace, batch: dict, truth: common.Truth, num_classes: int) -> common.Cases:
     """Return {case: step}; compiled is the fastest precision alone."""
-    cases = {}
+    cases: common.Cases = {}
     for name, dtype in common.precisions(batch["images"].device).items():
         cases[f"torchvision {name}"] = peer_step(batch, truth, num_classes, dtype)
         cases[f"SSD300 {name}"] = own_step(batch, num_classes, dtype)
@@ -46,7 +54,7 @@ def make_cases(args, batch, truth, num_classes):
     return cases
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> dict:
     """Measure by the flags; returns what --json holds."""
     parser = common.make_speed_parser(__doc__, rounds=3)
     parser.add_argument("--batch-size", type=ssd.positive_int, default=4, help="images a step")
