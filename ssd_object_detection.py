@@ -32,6 +32,7 @@ import datetime
 import difflib
 import functools
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -468,7 +469,10 @@ def read_split(root: PathLike, split: str) -> list[str]:
         print(f"{root} has no lists: all its annotated images are trained on")
         return [file.stem for file in annotated]
     if not path.is_file():
-        hint = "VOC layout is JPEGImages, Annotations, ImageSets/Main; tools/convert.py makes it of others"
+        hint = (
+            "VOC layout is JPEGImages, Annotations, ImageSets/Main; "
+            "python -m ssd_tools.convert makes it of other formats"
+        )
         if there := sorted(file.stem for file in path.parent.glob("*.txt")):
             hint = f"lists there: {', '.join(there[:12])}"
         elif inner := sorted(Path(root).glob("*/ImageSets")):
@@ -551,7 +555,7 @@ def read_annotations(root: PathLike, split: str, *, unlabelled: str = "error") -
     if unclear:
         print(
             f"{root}, list {split}: images turned by EXIF whose annotations fit both readings, taken as "
-            f"upright: {len(unclear)}, as {unclear[0]} (see tools/audit.py)"
+            f"upright: {len(unclear)}, as {unclear[0]} (see python -m ssd_tools.audit)"
         )
     return annotations
 
@@ -618,7 +622,8 @@ def read_records(
         hint = "fractions, sizes or swapped corners? VOC boxes are xmin, ymin, xmax, ymax in pixels"
         raise InputError(f"{root}, list {split}: {what}; {hint}")
     if dropped:
-        print(f"warning: {root}, list {split}: {what}; left out (see tools/audit.py)", file=sys.stderr)
+        text = f"{root}, list {split}: {what}; left out (see python -m ssd_tools.audit)"
+        print(f"warning: {text}", file=sys.stderr)
     if others := sorted({name for name, _ in written} - set(classes)):
         print(f"{root}, list {split}: objects of other classes are left out: {', '.join(others)}")
     return records
@@ -678,6 +683,18 @@ def fetch_voc(root: Path, split: str) -> None:
         raise InputError(f"{target / name} was not unpacked ({error}): make room, or delete it") from None
 
 
+def shapes_script() -> Path:
+    """Return shapes.py of the package ssd_tools, beside this module or installed; InputError without it."""
+    folders = [Path(__file__).resolve().parent / "ssd_tools"]
+    package = importlib.util.find_spec("ssd_tools")
+    if package is not None:
+        folders += map(Path, package.submodule_search_locations or ())
+    for folder in folders:
+        if (folder / "shapes.py").is_file():
+            return folder / "shapes.py"
+    raise InputError(f"--data shapes needs the package ssd_tools, which draws the images, as {folders[0]}")
+
+
 def find_data(
     data: str, data_root: PathLike, train_split: str | None, val_split: str | None, test_split: str | None
 ) -> tuple[list[Path], dict[str, str]]:
@@ -689,10 +706,7 @@ def find_data(
     else:
         roots = [Path(data_root) / "shapes" if data == "shapes" else Path(data)]
         if data == "shapes":
-            script = Path(__file__).resolve().parent / "tools" / "shapes.py"
-            if not script.is_file():
-                raise InputError(f"--data shapes needs {script}, which draws the images")
-            runpy.run_path(str(script))["generate"](roots[0])
+            runpy.run_path(str(shapes_script()))["generate"](roots[0])
         if not roots[0].is_dir():
             raise InputError(f"--data: no folder {roots[0].absolute()}, and not voc2007, voc0712 or shapes")
         inner = [folder.parent for folder in roots[0].glob("*/ImageSets")]

@@ -199,7 +199,7 @@ def peer_step(model, optimizer, images, targets, amp_dtype):
 
 def figures(detections, records, num_classes):
     """Return VOC's and COCO's figures of detections in the form that `ssd.evaluate_voc` takes."""
-    from tools.coco import coco_figures  # needs pycocotools, which the benchmarks of speed do without
+    from ssd_tools.coco import coco_figures  # needs pycocotools, which the benchmarks of speed do without
 
     voc = ssd.score_detections(detections, records, num_classes)
     coco = coco_figures(detections, ssd.truth_of(records), num_classes)

@@ -6,7 +6,7 @@ own resize), the others with images that are there. `decode + NMS` is that part 
 The networks' outputs are exchanged for made ones in which about as many candidates pass the .01 threshold as
 a trained network leaves, since the cost of NMS depends on it. Both keep at most 1,000 a class, 200 in all.
 
-On a CPU also what tools/export.py makes of the network, in ONNX Runtime and, if it is installed, in OpenVINO,
+On a CPU also what ssd_tools.export makes of the network, in ONNX Runtime and, if installed, in OpenVINO,
 which computes the float32 file in bfloat16 where the CPU can. These files detect by themselves, without made
 outputs: with random weights they and torchvision's SSDlite find nothing. Their `files` are read one by one.
 
@@ -17,7 +17,6 @@ outputs: with random weights they and torchvision's SSDlite find nothing. Their 
 import argparse
 import functools
 import importlib.util
-import sys
 import tempfile
 from pathlib import Path
 
@@ -25,12 +24,11 @@ import common
 import numpy as np
 import torch
 import torchvision
-from common import ROOT, ssd
+from common import ssd
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(ROOT / "tools"))
-import export
+from ssd_tools import export
 
 
 def made_outputs(anchors_cxcywh, truth, num_classes, device):

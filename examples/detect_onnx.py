@@ -1,4 +1,4 @@
-"""Detect objects with an ONNX file of tools/export.py; needs numpy, pillow and onnxruntime 1.25 or newer.
+"""Detect objects with an ONNX file of ssd_tools.export; needs numpy, pillow and onnxruntime 1.25 or newer.
 
 python detect_onnx.py model.onnx picture.jpg ...    # draws picture_detected.png beside each picture
 python detect_onnx.py model.onnx 0                  # camera 0, which needs OpenCV too; Ctrl-C ends it

@@ -14,11 +14,10 @@ from PIL import Image
 import ssd_object_detection as ssd
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package)
 
-import export  # noqa: E402
+from ssd_tools import export  # noqa: E402
 
 EXAMPLE = ROOT / "examples" / "detect_onnx.py"
 ALONE = """

@@ -17,7 +17,7 @@ import ssd_object_detection as ssd
 
 MODULE = Path(ssd.__file__).resolve()
 ROOT = MODULE.parent
-TOOLS = sorted((ROOT / "tools").glob("*.py"))
+TOOLS = sorted((ROOT / "ssd_tools").glob("*.py"))
 PROGRAMS = [MODULE, *TOOLS, *sorted((ROOT / "benchmarks").glob("*.py"))]
 SECTIONS = [
     "Constants",
@@ -158,10 +158,10 @@ def imported(path):
 
 def test_tools_depend_on_the_module_and_the_module_on_no_tool():
     assert len(TOOLS) > 1
-    own = {"tools", *(path.stem for path in TOOLS)}
+    own = {"ssd_tools", *(path.stem for path in TOOLS)}
     assert not {name.split(".")[0] for name in imported(MODULE)} & own
     for path in TOOLS:
-        if path.stem == "shapes":  # which the module loads for --data shapes
+        if path.stem in ("shapes", "__init__"):  # which the module loads for --data shapes
             assert not {name.split(".")[0] for name in imported(path)} & {*own, MODULE.stem}
         else:
             assert MODULE.stem in imported(path), path.name
@@ -204,7 +204,7 @@ import ssd_object_detection
 assert state() == before
 assert os.environ["NO_ALBUMENTATIONS_UPDATE"] == "1"
 assert "matplotlib.pyplot" not in sys.modules
-assert "tools" not in sys.modules and "shapes" not in sys.modules
+assert "ssd_tools" not in sys.modules and "shapes" not in sys.modules
 """
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
 import ssd_object_detection as ssd
-from tools import analyze
+from ssd_tools import analyze
 
 A, B, C, FAR = [1, 1, 10, 10], [21, 21, 30, 30], [41, 41, 50, 50], [81, 81, 90, 90]
 B_LOOSE = [21, 26, 30, 35]  # shares 50 of 150 pixels with B

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ssd_object_detection as ssd
-from tools import coco
+from ssd_tools import coco
 
 NAMES = (
     "ap",

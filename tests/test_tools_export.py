@@ -1,4 +1,4 @@
-"""tools/export.py: ONNX against PyTorch, the example in the docs, the Hugging Face folder there and back."""
+"""ssd_tools/export.py: ONNX against PyTorch, the Hugging Face folder there and back."""
 
 import base64
 import contextlib
@@ -20,14 +20,12 @@ import torch
 import ssd_object_detection as ssd
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
 onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("safetensors")
 hub = pytest.importorskip("huggingface_hub")
 
-import export  # noqa: E402
-import predict  # noqa: E402
+from ssd_tools import export, predict  # noqa: E402
 
 THRESH = "0.001"  # a network trained for two epochs is sure of nothing
 
@@ -593,7 +591,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 PUSH_AND_LOAD = """
 import json, os, sys
-import export, ssd_object_detection as ssd
+import ssd_object_detection as ssd
+from ssd_tools import export
 folder, picture = sys.argv[1:]
 pairs = ("bad", "me/tiny"), ("good", "forbidden/tiny"), ("good", "not a name"), ("good", "me/tiny")
 for token, repo in pairs:
@@ -620,7 +619,7 @@ def test_a_pushed_model_comes_back_from_the_hub(hf_folder, tiny_run, tiny_voc, t
         **os.environ,
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(tmp_path),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools'}",
+        "PYTHONPATH": str(ROOT),
         "HF_HUB_DISABLE_XET": "1",
     }
     argv = [sys.executable, "-c", PUSH_AND_LOAD, str(hf_folder), picture]

@@ -1,4 +1,4 @@
-"""tools/predict.py: files, videos, cameras, streams; drawn copies, crops, annotations, averaged flips."""
+"""ssd_tools/predict.py: files, videos, cameras, streams; drawn copies, crops, annotations, averaged flips."""
 
 import contextlib
 import csv
@@ -23,9 +23,7 @@ from PIL import Image, ImageColor
 from reference import Pointer, red_box
 
 import ssd_object_detection as ssd
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-import predict
+from ssd_tools import predict
 
 EVERYTHING = {"score_thresh": 0.0, "max_detections": 50}  # after two epochs a network is sure of nothing
 ORIENTATION = 0x0112  # the EXIF tag
@@ -320,7 +318,7 @@ def test_coco_results_with_ids_are_accepted_and_scored_by_pycocotools(pointer, t
         (tmp_path / name).parent.mkdir(exist_ok=True)
         red_box((200, 100), box).save(tmp_path / name)
     (tmp_path / "links").mkdir()
-    (tmp_path / "links" / "b_x.png").symlink_to(tmp_path / "b" / "x.png")  # as tools/convert.py names it
+    (tmp_path / "links" / "b_x.png").symlink_to(tmp_path / "b" / "x.png")  # as ssd_tools.convert names it
     rows = [
         {
             "id": number,

@@ -1,4 +1,4 @@
-"""tools/report.py: one page that needs nothing else, true to the records, patient with missing ones."""
+"""ssd_tools/report.py: one page that needs nothing else, true to the records, patient with missing ones."""
 
 import base64
 import copy
@@ -16,9 +16,7 @@ import torch
 from PIL import Image
 
 import ssd_object_detection as ssd
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-import report
+from ssd_tools import report
 
 VOID = {"meta", "link", "img", "br"}
 

@@ -1,10 +1,10 @@
 """Turn a checkpoint into an ONNX model, or into a folder for Hugging Face and back.
 
-    python tools/export.py onnx checkpoints/ssd_shapes_final.pth          # beside it, checked on real images
-    python tools/export.py onnx checkpoints/ssd_shapes_final.pth --int8   # smaller, refused if the mAP falls
-    python tools/export.py hf checkpoints/ssd_shapes_final.pth exported/  # weights, config, model card, plots
-    python tools/export.py hf checkpoints/ssd_shapes_final.pth exported/ --onnx --push OWNER/NAME
-    python tools/export.py pth OWNER/NAME model.pth                       # and back, to train or measure it
+    python -m ssd_tools.export onnx checkpoints/ssd_shapes_final.pth         # beside it, checked on images
+    python -m ssd_tools.export onnx checkpoints/ssd_shapes_final.pth --int8  # smaller, refused if mAP falls
+    python -m ssd_tools.export hf checkpoints/ssd_shapes_final.pth exported/  # weights, config, card, plots
+    python -m ssd_tools.export hf checkpoints/ssd_shapes_final.pth exported/ --onnx --push OWNER/NAME
+    python -m ssd_tools.export pth OWNER/NAME model.pth                      # and back, to train or measure
 
 The ONNX model takes images (B, 3, 300, 300), RGB, uint8 or float 0..255.
 It returns boxes (B, D, 4), normalised xyxy, scores (B, D) and labels (B, D), best first after non-maximum
@@ -34,11 +34,9 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import report
-
 import ssd_object_detection as ssd
 from ssd_object_detection import InputError
+from ssd_tools import report
 
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3  # pixels of the image; how far ONNX and PyTorch may differ
 FAR = 5.0  # pixels from which two boxes are of different objects
@@ -545,7 +543,7 @@ def load_published(source):
             raise InputError(f"{source}: no such file or folder, nor on Hugging Face ({problem})") from None
     missing = [name for name in HUB_FILES if not (folder / name).is_file()]
     if missing:
-        raise InputError(f"{source}: lacks {' and '.join(missing)}, which tools/export.py hf writes")
+        raise InputError(f"{source}: lacks {' and '.join(missing)}, which ssd_tools.export hf writes")
     reader = optional_import("safetensors.torch", f"{source}: reading model.safetensors")
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -1,12 +1,12 @@
 """Write one HTML page about a run, or about several side by side.
 
-    python tools/report.py                           # the run of this folder -> plots/report.html
-    python tools/report.py RUN --output report.html  # RUN is what --output-dir was, or a checkpoint
-    python tools/report.py RUN RUN [RUN ...]         # what differs -> plots/comparison.html of the first one
-    python tools/report.py RUN --tensorboard         # event files for TensorBoard -> checkpoints/tensorboard
+    python -m ssd_tools.report                           # the run of this folder -> plots/report.html
+    python -m ssd_tools.report RUN --output report.html  # RUN is what --output-dir was, or a checkpoint
+    python -m ssd_tools.report RUN RUN [RUN ...]         # what differs -> plots/comparison.html of the first
+    python -m ssd_tools.report RUN --tensorboard         # TensorBoard's events -> checkpoints/tensorboard
 
-The page needs no network. What was not recorded is left out or called not recorded. tools/export.py takes the
-words of its model card from here.
+The page needs no network. What was not recorded is left out or called not recorded. ssd_tools.export takes
+the words of its model card from here.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ssd_object_detection as ssd
 from ssd_object_detection import InputError
 
@@ -35,7 +34,7 @@ PLOTS = {  # titles of what the module draws
     "augmentations.png": "Training images as the network sees them",
     "predictions.png": "Test images: truth in white, detections coloured",
 }
-MISTAKES = {  # titles of what tools/analyze.py draws; others in plots/evaluation are shown with their name
+MISTAKES = {  # titles of what ssd_tools.analyze draws; others in plots/evaluation are shown with their name
     "mistakes.png": "The surest false detections and the largest objects that were missed",
     "evaluation/precision_recall.png": "Precision and recall of each class",
     "evaluation/confusion.png": "Confusion matrix",
@@ -44,7 +43,7 @@ MISTAKES = {  # titles of what tools/analyze.py draws; others in plots/evaluatio
     "evaluation/f1.png": "F1 over the score threshold",
     "evaluation/calibration.png": "Share of hits over the score",
 }
-ERROR_KINDS = {  # those of tools/analyze.py
+ERROR_KINDS = {  # those of ssd_tools.analyze
     "localisation": "have the right class and a loose box",
     "classification": "have the wrong class",
     "both": "have the wrong class and a loose box",
@@ -117,7 +116,7 @@ def find_checkpoint(source):
 
 
 def read_measurement(checkpoint, source, evaluation):
-    """Return (test, extra): the test numbers, and what tools/analyze.py added; {} where there are none.
+    """Return (test, extra): the test numbers, and what ssd_tools.analyze added; {} where there are none.
 
     evaluation: the content of an evaluation.json. It counts where it has the mAP of the checkpoint's own
     numbers, or, for a checkpoint without any, where it names that checkpoint.
@@ -135,7 +134,7 @@ def find_plots(folder, *, measured, analyzed):
     """Return [(path, title)] of the PNG files of a run in its plots folder.
 
     measured: whether the last measurement there is of this checkpoint, so that predictions.png is, too;
-    analyzed: whether tools/analyze.py made it.
+    analyzed: whether ssd_tools.analyze made it.
     """
     titles = {folder / name: title for name, title in PLOTS.items() if measured or name != "predictions.png"}
     if analyzed:
@@ -251,7 +250,7 @@ def markdown(table):
 
 
 def analysis_in_words(extra):
-    """Return sentences on what tools/analyze.py found; none if it was not recorded."""
+    """Return sentences on what ssd_tools.analyze found; none if it was not recorded."""
     lines = []
     if drawn := dig_numbers(extra, "analysis", "ap_ranges", "mean"):
         lines.append(
@@ -536,7 +535,7 @@ def measured_on(run):
 
 
 def drawn_ranges(runs):
-    """Return a row of text: where 95 % of tools/analyze.py's drawn lists have their mAP, and its difference.
+    """Return a row of text: where 95 % of ssd_tools.analyze's drawn lists have their mAP, and its difference.
 
     The difference, in brackets, is that of the same drawn lists, so of runs measured on the first one's list.
     """

@@ -1,8 +1,8 @@
 """Bring a data set in another format into Pascal VOC's layout, which training reads.
 
-    python tools/convert.py coco instances_train2017.json train2017 OUT   # again for val2017: one more list
-    python tools/convert.py yolo data.yaml OUT                            # Ultralytics; needs PyYAML
-    python tools/convert.py flat FOLDER OUT                               # pictures with VOC XML beside them
+    python -m ssd_tools.convert coco instances_train2017.json train2017 OUT  # val2017: another list
+    python -m ssd_tools.convert yolo data.yaml OUT                           # Ultralytics; needs PyYAML
+    python -m ssd_tools.convert flat FOLDER OUT                              # pictures beside their VOC XML
 
 OUT gets JPEGImages (symbolic links, or copies where there can be none), Annotations and ImageSets/Main. Boxes
 keep their fractions of a pixel, crowds become difficult, and pictures without objects stay. Up to a tenth of
@@ -25,9 +25,8 @@ import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-import ssd_object_detection as ssd  # noqa: E402
-from tools.shapes import write_annotation  # noqa: E402
+import ssd_object_detection as ssd
+from ssd_tools.shapes import write_annotation
 
 STAMP = "convert.json"  # in OUT: {source: [list, image id]}
 

@@ -1,7 +1,7 @@
 """Score a checkpoint as COCO does, by pycocotools: AP over IoU .5 to .95, by size, and average recall.
 
-    python tools/coco.py checkpoints/FILE.pth
-    python tools/coco.py checkpoints/FILE.pth --data PATH --test-split val --output-dir DIR
+    python -m ssd_tools.coco checkpoints/FILE.pth
+    python -m ssd_tools.coco checkpoints/FILE.pth --data PATH --test-split val --output-dir DIR
 
 Takes the flags of `ssd_object_detection.py --evaluate` after the checkpoint, with the same defaults, and does
 what that does. Besides, it prints COCO's figures and writes them to OUTPUT_DIR/plots/evaluation/coco.json. An
@@ -18,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-import ssd_object_detection as ssd  # noqa: E402
+import ssd_object_detection as ssd
 
 SIZES = ("small", "medium", "large")
 LIMITS = (1, 10, 100)  # detections an image and class that average recall allows

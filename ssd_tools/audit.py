@@ -1,6 +1,6 @@
 """Check every image and annotation of a data set, before a long training.
 
-    python tools/audit.py --data PATH [flags of a training: --classes, --val-split, --unlabelled ...]
+    python -m ssd_tools.audit --data PATH [flags of a training: --classes, --val-split, --unlabelled ...]
 
 It counts all faults, prints the first places of each kind and writes PATH/audit.json with all of them, and
 plots/data.png. The next audit reads only files whose time or size changed. Exit code 0: a training can start.
@@ -24,8 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-import ssd_object_detection as ssd  # noqa: E402
+import ssd_object_detection as ssd
 
 VERSION = 3  # of audit.json
 STOPS = (

@@ -1,12 +1,12 @@
 """Say why a detector fails: run a checkpoint on its test list and take its errors apart.
 
-    python tools/analyze.py checkpoints/FILE.pth
-    python tools/analyze.py checkpoints/FILE.pth --data PATH --test-split val --output-dir DIR
+    python -m ssd_tools.analyze checkpoints/FILE.pth
+    python -m ssd_tools.analyze checkpoints/FILE.pth --data PATH --test-split val --output-dir DIR
 
 Takes the flags of `ssd_object_detection.py --evaluate` after the checkpoint, with the same defaults, and does
 what that does. Besides, it prints a few tables, draws precision_recall.png, confusion.png, errors.png,
 sizes.png, f1.png and calibration.png into OUTPUT_DIR/plots/evaluation, and adds its numbers to
-evaluation.json: "coco" (see tools/coco.py), "confusion" and "analysis". In OUTPUT_DIR/plots it writes every
+evaluation.json: "coco" (see ssd_tools.coco), "confusion" and "analysis". In OUTPUT_DIR/plots it writes every
 error above the threshold to mistakes.csv, draws the first hundred in mistakes.html and a few in mistakes.png.
 Of training images (`--test-split train`) loose boxes come last: the first are likely errors of annotation.
 
@@ -26,9 +26,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageColor, ImageOps
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-import ssd_object_detection as ssd  # noqa: E402
-from tools import coco, report  # noqa: E402
+import ssd_object_detection as ssd
+from ssd_tools import coco, report
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1  # t_f and t_b of TIDE section 2.2
 HEADINGS = {  # of a table's columns: the six kinds of error, then the two sums of TIDE section 2.3

@@ -1,10 +1,10 @@
 """Detect in images, videos, cameras and streams; write drawn copies, predictions, crops, annotations.
 
-    python tools/predict.py photos/ holiday.mp4 --weights checkpoints/ssd_shapes_final.pth
-    python tools/predict.py 'photos/**/*.jpg' --weights OWNER/NAME --classes cat,dog --save-crops --save-xml
-    python tools/predict.py val2017 --weights FILE --save-coco found.json --coco-ids instances_val2017.json
-    python tools/predict.py 0 --weights FILE --show                # a camera, in a window, until q
-    python tools/predict.py rtsp://camera/stream --weights FILE    # written as MP4, until Ctrl-C
+    python -m ssd_tools.predict photos/ holiday.mp4 --weights checkpoints/ssd_shapes_final.pth
+    python -m ssd_tools.predict 'photos/**/*.jpg' --weights FILE --classes cat,dog --save-crops --save-xml
+    python -m ssd_tools.predict val2017 --weights FILE --save-coco found.json --coco-ids instances.json
+    python -m ssd_tools.predict 0 --weights FILE --show                # a camera, in a window, until q
+    python -m ssd_tools.predict rtsp://camera/stream --weights FILE    # written as MP4, until Ctrl-C
 
 The results are in plots/predictions: photos stay JPEG, other images become PNG, videos MP4 without sound. A
 live source leaves a line a frame in NAME.jsonl; frames that come while the network works are dropped. What
@@ -36,11 +36,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from export import load_weights
-from shapes import write_annotation
-
 import ssd_object_detection as ssd
+from ssd_tools.export import load_weights
+from ssd_tools.shapes import write_annotation
 
 PAGED_SUFFIXES = {".gif", ".tif", ".tiff", ".webp", ".png"}  # of images that may have several frames
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
@@ -427,7 +425,7 @@ def write_predictions(path, report):
 def find_image_id(path, known):
     """Return the id of an image file; None: unknown. known: {file name: [(name with folders, id)]}.
 
-    A link, such as tools/convert.py makes, has the name of the file that it leads to.
+    A link, such as ssd_tools.convert makes, has the name of the file that it leads to.
     """
     for place in [path.parent / path.readlink(), path] if path.is_symlink() else [path]:
         rows = known[place.name]

@@ -1,6 +1,6 @@
 """Draw the `shapes` data set: textured, cluttered pictures of circles, crosses, rings, stars and triangles.
 
-    python tools/shapes.py data/shapes
+    python -m ssd_tools.shapes data/shapes
 
 writes 400 training, 40 validation and 150 test pictures in Pascal VOC's layout, the same ones every time,
 in half a minute. `python ssd_object_detection.py --data shapes` does this by itself where they are missing.

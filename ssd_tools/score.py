@@ -1,7 +1,7 @@
 """Score the detection files of any program by the VOC rules, or write those of a checkpoint.
 
-    python tools/score.py DETECTIONS --data PATH --test-split LIST --output-dir DIR
-    python tools/score.py DETECTIONS --write checkpoints/FILE.pth [flags of --evaluate]
+    python -m ssd_tools.score DETECTIONS --data PATH --test-split LIST --output-dir DIR
+    python -m ssd_tools.score DETECTIONS --write checkpoints/FILE.pth [flags of --evaluate]
 
 DETECTIONS is a folder with the files of the VOC devkit's task comp4, comp4_det_LIST_CLASS.txt for each class.
 A line is a detection, `image score xmin ymin xmax ymax`, in pixels counted from 1 with both corners included.
@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-import ssd_object_detection as ssd  # noqa: E402
+import ssd_object_detection as ssd
 
 
 def devkit_path(folder, split, class_name):
