@@ -2,10 +2,10 @@
 
 import hashlib
 import http.server
+import importlib.util
 import itertools
 import os
 import shutil
-import sys
 import tarfile
 import threading
 import time
@@ -743,7 +743,7 @@ def test_a_folder_within_a_whole_one_is_not_looked_into(tmp_path):
 def test_shapes_are_drawn_by_the_script_beside_the_module(tmp_path, monkeypatch):
     monkeypatch.setattr(ssd, "__file__", str(tmp_path / "module.py"))
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "path", [])
+        patch.setattr(importlib.util, "find_spec", lambda name: None)  # nothing is installed
         message = input_error(ssd.find_data, "shapes", tmp_path, None, None, None)
     assert f"needs the package ssd_tools, which draws the images, as {tmp_path / 'ssd_tools'}" in message
     (tmp_path / "ssd_tools").mkdir()
