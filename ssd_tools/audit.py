@@ -16,15 +16,18 @@ import json
 import os
 import re
 import sys
-from collections import Counter, defaultdict, namedtuple
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 import ssd_object_detection as ssd
+from ssd_tools.common import run_program
 
 VERSION = 3  # of audit.json
 STOPS = (
@@ -57,82 +60,125 @@ KINDS = dict.fromkeys(STOPS, "stops a training") | {  # what is found: what come
     "object under 8 pixels at 300x300": "kept, but hardly to be found: cut the images into tiles",
     "same pixels twice": "kept, in one list; blank ones, byte for byte as one measured on, leave training",
 }
-# An object that a training keeps: file and number, class, normalised xyxy, which of train, val, test have it.
-Object = namedtuple("Object", "place name box lists")
+MOST_PLACES = 3  # of a kind that are printed
+MOST_CLASSES = 20  # that are printed
+MOST_BARS = 40  # classes in data.png
+
+Facts = dict[str, Any]  # what `inspect_files` returns
+Findings = dict[str, list[str]]  # {kind: places}
+ImageKey = tuple[Path, str]  # root, image id
 
 
-def inspect_image(path: str, size: list | None) -> tuple[list | None, list]:
+class Object(NamedTuple):
+    """An object that a training keeps."""
+
+    place: str  # file and number
+    name: str
+    box: np.ndarray  # (4,) normalised xyxy
+    lists: list[str]  # which of train, val, test have it
+
+
+def count_frames(image: Image.Image) -> int:
+    """Return the number of frames of an image; 2 where they cannot be counted: a later one is cut off."""
+    if image.format == "MPO":  # a photo with a preview
+        return 1
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # whatever a broken file makes Pillow raise
+        return 2
+
+
+def turned_kind(orientation: int, size: list[int] | None, upright: list[int]) -> str:
+    """Return the kind of an image with an EXIF orientation; upright: its size, size: by its annotation."""
+    is_mirrored = orientation < 5  # or turned by half: the size stays
+    if size is None or is_mirrored or upright[0] == upright[1]:
+        return "image turned by EXIF, both readings fit"
+    if size == upright:
+        return "image turned by EXIF, annotated upright"
+    return "image turned by EXIF, annotated as stored"
+
+
+def inspect_image(path: str, size: list[int] | None) -> tuple[list | None, list]:
     """Return [width, height, digest of the pixels] of an image and its faults [kind, message].
 
     The former is None for an unreadable one. size: [width, height] by the annotation, None without.
     """
-    pixels, faults = None, []
+    faults = []
     try:
         pixels = np.asarray(ssd.open_image(path))
-        upright = list(pixels.shape[1::-1])
-        if size not in (None, upright):
-            pixels = np.asarray(ssd.open_image(path, tuple(size)))
     except ssd.InputError as error:
-        if pixels is None:
-            return None, [["image unreadable", str(error)]]
-        faults.append(["image and annotation differ in size", str(error)])
+        return None, [["image unreadable", str(error)]]
+    upright = list(pixels.shape[1::-1])
+    if size is not None and size != upright:
+        try:
+            pixels = np.asarray(ssd.open_image(path, (size[0], size[1])))
+        except ssd.InputError as error:
+            faults.append(["image and annotation differ in size", str(error)])
     with Image.open(path) as image:
-        orientation = image.getexif().get(0x0112, 1)
-        frames = 2  # where they cannot be counted: the file is cut off behind the first
-        with contextlib.suppress(Exception):
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: with a preview
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        num_frames = count_frames(image)
     if orientation in range(2, 9) and not faults:
-        reading = "annotated upright" if size == upright else "annotated as stored"
-        if size is None or orientation < 5 or upright[0] == upright[1]:  # half a turn, mirrored, a square
-            reading = "both readings fit"
-        faults.append([f"image turned by EXIF, {reading}", path])
-    if frames > 1:
+        faults.append([turned_kind(orientation, size, upright), path])
+    if num_frames > 1:
         faults.append(["image of several frames", path])
     height, width, _ = pixels.shape
-    return [width, height, hashlib.sha1(pixels, usedforsecurity=False).hexdigest()], faults
+    digest = hashlib.sha1(pixels.tobytes(), usedforsecurity=False).hexdigest()
+    return [width, height, digest], faults
 
 
 def stamp_files(root: Path, image_id: str) -> tuple[list[str], list]:
     """Return the paths of an image and its annotation, and [time, size] of each, None for a missing one."""
-    paths, stamps = [], []
+    paths: list[str] = []
+    stamps: list[list[int] | None] = []
     for kind, ending in (("JPEGImages", ".jpg"), ("Annotations", ".xml")):
         path = ssd.find_file(root, kind, image_id)
-        stat = path and os.stat(path)
-        paths.append(path or os.path.join(root, kind, image_id + ending))
-        stamps.append(stat and [stat.st_mtime_ns, stat.st_size])
+        if path is None:
+            paths.append(os.path.join(root, kind, image_id + ending))
+            stamps.append(None)
+        else:
+            stat = os.stat(path)
+            paths.append(path)
+            stamps.append([stat.st_mtime_ns, stat.st_size])
     return paths, stamps
 
 
-def inspect_files(root: Path, image_id: str) -> dict:
+def inspect_files(root: Path, image_id: str) -> Facts:
     """Return what the audit must know of an image and its annotation.
 
     paths, stamps: of `stamp_files`; image: of `inspect_image`; annotation: [width, height, objects] as of
     `ssd.read_annotations`; faults: [kind, message] of the files.
     """
     paths, stamps = stamp_files(root, image_id)
-    size, objects, faults = None, [], []
+    size = None
+    objects: list = []
+    faults = []
     if stamps[1]:
         try:
-            *size, objects = ssd.parse_annotation(paths[1])
-            if min(size) < 1:
-                size = None
+            width, height, objects = ssd.parse_annotation(paths[1])
+            if min(width, height) >= 1:
+                size = [width, height]
+            else:
                 faults.append(["annotation without a size", paths[1]])
         except ssd.InputError as error:
             faults.append(["annotation unreadable", str(error)])
-    image, more = inspect_image(paths[0], size) if stamps[0] else (None, [["image missing", paths[0]]])
-    size = size or (image or [0, 0])[:2]
+    image = None
+    image_faults = [["image missing", paths[0]]]
+    if stamps[0]:
+        image, image_faults = inspect_image(paths[0], size)
+    if size is None:
+        size = (image or [0, 0])[:2]
     return {
         "paths": paths,
         "stamps": stamps,
         "image": image,
-        "faults": faults + more,
+        "faults": faults + image_faults,
         "annotation": [*size, objects if size[0] else []],
     }
 
 
-def inspect_all(root: Path, image_ids: list[str]) -> dict[str, dict]:
+def inspect_all(root: Path, image_ids: Iterable[str]) -> dict[str, Facts]:
     """Return {image_id: `inspect_files`}; files unchanged since ROOT/audit.json are not read again."""
-    facts = {}
+    facts: dict[str, Facts] = {}
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         saved = json.loads((root / "audit.json").read_text(encoding="utf-8"))
         if (saved["version"], saved["root"]) == (VERSION, str(root)):  # the paths begin with it
@@ -144,13 +190,15 @@ def inspect_all(root: Path, image_ids: list[str]) -> dict[str, dict]:
         return facts | dict(zip(ids, found, strict=True))
 
 
-def check_objects(annotation: tuple, path: str, classes, findings: dict) -> list[tuple]:
+def check_objects(
+    annotation: Sequence, path: str, classes: Sequence[str], findings: Findings
+) -> list[tuple[str, str, np.ndarray]]:
     """Return (place, class, normalised box) of the objects that `ssd.read_record` keeps, find the others.
 
     annotation: (width, height, objects); path: its file.
     """
     width, height, objects = annotation
-    kept = {}
+    kept: dict[tuple, tuple[str, str, np.ndarray]] = {}
     for number, (name, (xmin, ymin, xmax, ymax), _) in enumerate(objects, start=1):
         place = f"{path}: object {number} ({name}) [{xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}]"
         raw = (xmin - 1, ymin - 1, xmax, ymax)  # 1-based and inclusive -> 0-based edges
@@ -164,7 +212,8 @@ def check_objects(annotation: tuple, path: str, classes, findings: dict) -> list
         elif (name, box) in kept:
             findings["same box and class twice"].append(place)
         else:
-            kept[name, box] = (place, name, np.float32(box) / np.float32([width, height] * 2))
+            size = np.array([width, height] * 2, dtype=np.float32)
+            kept[name, box] = (place, name, np.array(box, dtype=np.float32) / size)
             if max(abs(a - b) for a, b in zip(raw, box, strict=True)) > 1:  # one pixel: written 0-based
                 findings["box beyond the image"].append(place)
             if min(box[2] - box[0], box[3] - box[1]) < 1:
@@ -172,7 +221,9 @@ def check_objects(annotation: tuple, path: str, classes, findings: dict) -> list
     return list(kept.values())
 
 
-def check_images(images: dict, facts: dict, findings: dict) -> None:
+def check_images(
+    images: Mapping[ImageKey, list[str]], facts: Mapping[Path, Facts], findings: Findings
+) -> None:
     """Find images in two lists, and images of the same pixels. images: {(root, image id): lists}."""
     groups = defaultdict(list)  # digest: images
     for (root, image_id), lists in images.items():
@@ -188,44 +239,62 @@ def check_images(images: dict, facts: dict, findings: dict) -> None:
             findings[LEAK if is_leak else "same pixels twice"].append(place)
 
 
-def check_all(images: dict, facts: dict, classes, args: argparse.Namespace, findings: dict) -> tuple:
+def check_anchors(
+    objects: Sequence[Object], classes: Sequence[str], mode: str, findings: Findings
+) -> np.ndarray:
+    """Return `ssd.best_anchor_iou` (N,) of objects, find what no anchor overlaps by half; mode: --anchors."""
+    train_boxes = np.reshape([one.box for one in objects if "train" in one.lists], (-1, 4))
+    sizes = ssd.ANCHOR_SIZES
+    if len(train_boxes):
+        is_voc = {*classes} == {*ssd.VOC_CLASSES}
+        sizes = ssd.choose_anchors(mode, train_boxes, is_voc=is_voc)
+    best = ssd.best_anchor_iou(np.reshape([one.box for one in objects], (-1, 4)), sizes)
+    for one, iou in zip(objects, best, strict=True):
+        if iou < 0.5:
+            findings["object that no anchor overlaps by half"].append(one.place)
+    return best
+
+
+def check_all(
+    images: Mapping[ImageKey, list[str]],
+    facts: Mapping[Path, Facts],
+    classes: Sequence[str],
+    args: argparse.Namespace,
+    findings: Findings,
+) -> tuple[list[Object], np.ndarray]:
     """Return the Objects that are kept and `ssd.best_anchor_iou` of each; fill findings, {kind: places}."""
     objects = []
+    bare_kinds = {"negative": "image without annotation", "error": "annotation missing"}
     for (root, image_id), lists in images.items():
         one = facts[root][image_id]
         path = one["paths"][1]
         for kind, message in one["faults"]:
             findings[kind].append(message)
         if one["stamps"][1] is None:
-            kind = {"negative": "image without annotation", "error": "annotation missing"}[args.unlabelled]
-            findings[kind].append(f"{path}: no such file (see --unlabelled)")
+            findings[bare_kinds[args.unlabelled]].append(f"{path}: no such file (see --unlabelled)")
         rows = check_objects(one["annotation"], path, classes, findings)
         objects += [Object(*row, lists) for row in rows]
     check_images(images, facts, findings)
-    train_boxes = np.reshape([o.box for o in objects if "train" in o.lists], (-1, 4))
-    is_voc = {*classes} == {*ssd.VOC_CLASSES}
-    sizes = (
-        ssd.choose_anchors(args.anchors, train_boxes, is_voc=is_voc) if len(train_boxes) else ssd.ANCHOR_SIZES
-    )
-    best = ssd.best_anchor_iou(np.reshape([o.box for o in objects], (-1, 4)), sizes)
-    findings["object that no anchor overlaps by half"] += [
-        one.place for one, iou in zip(objects, best, strict=True) if iou < 0.5
-    ]
-    findings["object under 8 pixels at 300x300"] += [
-        one.place for one in objects if 300 * max(one.box[2:] - one.box[:2]) < 8
-    ]
-    if not any("train" in o.lists for o in objects):
+    best = check_anchors(objects, classes, args.anchors, findings)
+    small = [one.place for one in objects if 300 * max(one.box[2:] - one.box[:2]) < 8]
+    findings["object under 8 pixels at 300x300"] += small
+    if not any("train" in one.lists for one in objects):
         findings["no object to train on"].append("the training list")
     return objects, best
 
 
-def check_lists(listed: dict, lists: dict, classes, findings: dict) -> tuple:
+def check_lists(
+    listed: Mapping[tuple[Path, str], dict],
+    lists: Mapping[str, str],
+    classes: Sequence[str] | None,
+    findings: Findings,
+) -> Sequence[str]:
     """Return a training's classes; find what the module says of whole lists, {(root, role): annotations}."""
-    train = next(iter(listed.values()), {})
-    slips = findings["class names that differ by a slip"]
+    train: dict = next(iter(listed.values()), {})
     with contextlib.redirect_stderr(io.StringIO()) as told:
         found = ssd.annotated_classes(train)
-        slips += told.getvalue().replace("warning: ", "").splitlines()
+        slips = told.getvalue().replace("warning: ", "").splitlines()
+        findings["class names that differ by a slip"] += slips
         classes = classes or found
         for (root, role), annotations in listed.items():
             try:
@@ -235,20 +304,26 @@ def check_lists(listed: dict, lists: dict, classes, findings: dict) -> tuple:
     return classes
 
 
-def plot_data(objects: list[Object], best: np.ndarray, classes, num_images: int) -> Figure:
+def plain_label(name: str) -> str:
+    """Return a class name as matplotlib's font can write it: no formula, codes for letters it lacks."""
+    text = re.sub(r"[^\0-\u2e7f]", lambda letter: ascii(letter[0])[1:-1], name)
+    return text.replace("$", r"\$")  # matplotlib reads a formula between two of them
+
+
+def plot_data(objects: Sequence[Object], best: np.ndarray, classes: Sequence[str], num_images: int) -> Figure:
     """Return data.png of training objects, of which `best` are the anchor IoUs: counts, sizes, shares."""
-    names = np.array([o.name for o in objects])
-    size = 300 * np.array([o.box[2:] - o.box[:2] for o in objects])  # pixels of the network's input
-    classes = classes if len(classes) <= 40 else sorted(classes, key=names.tolist().count)[:40]
+    names = np.array([one.name for one in objects])
+    if len(classes) > MOST_BARS:
+        classes = sorted(classes, key=names.tolist().count)[:MOST_BARS]
     counts = [np.count_nonzero(names == name) for name in classes]
     shares = [np.mean(best[names == name] >= 0.5) if name in names else 0 for name in classes]
-    labels = [re.sub(r"[^\0-\u2e7f]", lambda letter: ascii(letter[0])[1:-1], name) for name in classes]
-    labels = [name.replace("$", r"\$") for name in labels]  # matplotlib reads a formula between two of them
+    labels = [plain_label(name) for name in classes]
     figure = Figure(figsize=(14, 4.6 + 0.13 * len(classes)), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     left.bar_label(left.barh(labels, counts, color="C0"), padding=3)
     left.set(title=f"{len(names)} objects in {num_images} training images", xmargin=0.15)
-    middle.scatter(*size.T, s=5, alpha=0.25, c=np.where(best >= 0.5, "C0", "C3"), linewidths=0)
+    width, height = 300 * np.array([one.box[2:] - one.box[:2] for one in objects]).T  # of the network's input
+    middle.scatter(width, height, s=5, alpha=0.25, c=np.where(best >= 0.5, "C0", "C3"), linewidths=0)
     middle.set(title="Sizes at 300x300 (red: no anchor at IoU .5)", xlim=(0, 300), ylim=(0, 300))
     middle.set(xlabel="width, pixels", ylabel="height, pixels", aspect="equal")
     right.bar_label(right.barh(labels, shares, color="C2"), fmt="%.2f", padding=3)
@@ -258,69 +333,115 @@ def plot_data(objects: list[Object], best: np.ndarray, classes, num_images: int)
     return figure
 
 
+# ---- the command line ----
+
+
+def find_images(roots: Sequence[Path], lists: Mapping[str, str]) -> dict[ImageKey, list[str]]:
+    """Return {(root, image id): which of train, val, test have it}; only train has further roots."""
+    images = defaultdict(list)
+    for role, split in lists.items():
+        if not split:
+            continue
+        used = roots if role == "train" else roots[:1]
+        for root in used:
+            for image_id in ssd.read_split(root, split):
+                images[root, image_id].append(role)
+    return images
+
+
+def list_annotations(
+    images: Mapping[ImageKey, list[str]], facts: Mapping[Path, Facts]
+) -> dict[tuple[Path, str], dict]:
+    """Return {(root, role): {image id: annotation}}."""
+    listed: dict[tuple[Path, str], dict] = defaultdict(dict)
+    for (root, image_id), roles in images.items():
+        for role in roles:
+            listed[root, role][image_id] = facts[root][image_id]["annotation"]
+    return listed
+
+
+def write_findings(facts: Mapping[Path, Facts], findings: Findings) -> None:
+    """Write audit.json into each root, with a warning where that is impossible."""
+    counts = {kind: len(places) for kind, places in findings.items()}
+    for root, files in facts.items():
+        content = {"version": VERSION, "root": str(root), "counts": counts, "findings": findings}
+        try:
+            ssd.write_json(root / "audit.json", content | {"files": files})
+        except OSError as error:
+            print(f"warning: {root / 'audit.json'} was not written: {error}", file=sys.stderr)
+
+
+def print_data(
+    images: Mapping[ImageKey, list[str]],
+    lists: Mapping[str, str],
+    objects: Sequence[Object],
+    classes: Sequence[str],
+) -> None:
+    """Print a line for each list, and the classes."""
+    for role, split in lists.items():
+        if split:
+            num_images = sum(role in roles for roles in images.values())
+            num_objects = sum(role in one.lists for one in objects)
+            print(f"{role:<5} {num_images:7d} images {num_objects:8d} objects  (list {split})")
+    text = ", ".join(classes[:MOST_CLASSES])
+    if len(classes) > MOST_CLASSES:
+        text += ", ..."
+    print(f"{len(classes)} classes: {text}")
+
+
+def print_findings(findings: Findings) -> None:
+    """Print the count and the first places of each kind."""
+    for kind, places in findings.items():
+        lines = [f"{len(places):6d} {kind}: {KINDS[kind]}", *places[:MOST_PLACES]]
+        if len(places) > MOST_PLACES:
+            lines.append(f"... and {len(places) - MOST_PLACES} more in audit.json")
+        print("\n         ".join(lines))
+
+
 def run(args: argparse.Namespace) -> int:
     """Audit the data that the flags name; returns the exit code. InputError for a mistake of the user."""
     splits = {name: getattr(args, name) for name in ("data_root", "train_split", "val_split", "test_split")}
     roots, lists = ssd.find_data(args.data, **splits)
-    images = defaultdict(list)
-    for role, split in lists.items():
-        for root in roots if role == "train" else roots[:1]:
-            for image_id in ssd.read_split(root, split) if split else ():
-                images[root, image_id].append(role)
+    images = find_images(roots, lists)
     facts = {root: inspect_all(root, [i for r, i in images if r == root]) for root in roots}
-    num_images = Counter(role for roles in images.values() for role in roles)
-    findings = {kind: [] for kind in KINDS}
-    listed = defaultdict(dict)  # (root, role): annotations
-    for (root, image_id), roles in images.items():
-        for role in roles:
-            listed[root, role][image_id] = facts[root][image_id]["annotation"]
-    given = args.classes or (ssd.VOC_CLASSES if args.data in ("voc2007", "voc0712") else None)
-    classes = check_lists(listed, lists, given, findings)
+
+    # What is wrong with the files, their objects and whole lists.
+    findings: Findings = {kind: [] for kind in KINDS}
+    given = args.classes
+    if not given and args.data in ("voc2007", "voc0712"):
+        given = ssd.VOC_CLASSES
+    classes = check_lists(list_annotations(images, facts), lists, given, findings)
     objects, best = check_all(images, facts, classes, args, findings)
     findings = {kind: places for kind, places in findings.items() if places}
-    counts = {kind: len(places) for kind, places in findings.items()}
-    for root in roots:
-        content = {"version": VERSION, "root": str(root), "counts": counts, "findings": findings}
-        try:
-            ssd.write_json(root / "audit.json", content | {"files": facts[root]})
-        except OSError as error:
-            print(f"warning: {root / 'audit.json'} was not written: {error}", file=sys.stderr)
-    trained = np.flatnonzero(["train" in o.lists for o in objects])
+    write_findings(facts, findings)
+
+    trained = np.flatnonzero(["train" in one.lists for one in objects])
     if len(trained):
-        figure = plot_data([objects[i] for i in trained], best[trained], classes, num_images["train"])
+        num_images = sum("train" in roles for roles in images.values())
+        figure = plot_data([objects[i] for i in trained], best[trained], classes, num_images)
         ssd.save_figure(figure, Path(args.output_dir) / "plots" / "data.png")
-    for role in filter(lists.get, lists):
-        num_objects = sum(role in o.lists for o in objects)
-        print(f"{role:<5} {num_images[role]:7d} images {num_objects:8d} objects  (list {lists[role]})")
-    print(f"{len(classes)} classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}")
-    for kind, places in findings.items():
-        more = [f"... and {len(places) - 3} more in audit.json"] if len(places) > 3 else []
-        print(f"{len(places):6d} {kind}: {KINDS[kind]}", *places[:3], *more, sep="\n         ")
-    if faults := [kind for kind in (*STOPS, LEAK) if kind in findings]:
+    print_data(images, lists, objects, classes)
+    print_findings(findings)
+    faults = [kind for kind in (*STOPS, LEAK) if kind in findings]
+    if faults:
         print(f"mend before a training: {', '.join(faults)}")
         return 1
+
+    # The training's own reading, too, in case that stops at something else.
+    more = {"classes": args.classes, "val_fraction": args.val_fraction, "unlabelled": args.unlabelled}
     with contextlib.redirect_stderr(io.StringIO()):  # its warnings are about what has just been listed
-        ssd.load_data(
-            args.data,
-            classes=args.classes,
-            val_fraction=args.val_fraction,
-            unlabelled=args.unlabelled,
-            **splits,
-        )
+        ssd.load_data(args.data, **more, **splits)
     print("a training can start")
     return 0
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code."""
-    if {"-h", "--help"}.intersection(sys.argv[1:] if argv is None else argv):
+    words = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"}.intersection(words):
         print(__doc__)
         return 0
-    try:
-        return run(ssd.parse_args(argv))
-    except (ssd.InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_program(lambda: run(ssd.parse_args(argv)))
 
 
 if __name__ == "__main__":
