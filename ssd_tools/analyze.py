@@ -292,9 +292,8 @@ def calibrate(found: Arrays) -> Numbers:
     for number in range(NUM_BINS):
         inside = place == number
         count = int(inside.sum())
-        score, precision = math.nan, math.nan
-        if count:
-            score, precision = float(scores[inside].mean()), float(is_hit[inside].mean())
+        score = float(scores[inside].mean()) if count else math.nan
+        precision = float(is_hit[inside].mean()) if count else math.nan
         bins.append(
             {
                 "low": number / NUM_BINS,
@@ -494,7 +493,8 @@ def plot_confusion(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
     wrong = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * matrix.diagonal()
     worst = np.argsort(-wrong[1:], kind="stable")[:MAX_CONFUSION_CLASSES] + 1
     shown = np.concatenate(([0], np.sort(worst)))
-    matrix, share = matrix[np.ix_(shown, shown)], share[np.ix_(shown, shown)]
+    matrix = matrix[np.ix_(shown, shown)]
+    share = share[np.ix_(shown, shown)]
     names = [class_names[label - 1] for label in shown[1:]]
     size = max(7.0, 3.5 + 0.5 * len(shown))
     figure = Figure(figsize=(size + 1, size), layout="constrained")
@@ -587,7 +587,8 @@ def plot_calibration(calibration: Numbers) -> Figure:
     bins = [row for row in calibration["bins"] if row["count"]]
     top.plot([0, 1], [0, 1], "--", color="black", linewidth=0.8, label="a score that is the precision")
     top.plot([row["score"] for row in bins], [row["precision"] for row in bins], "o-", label="this model")
-    ece, ece_confident = text_of(calibration["ece"]), text_of(calibration["ece_confident"])
+    ece = text_of(calibration["ece"])
+    ece_confident = text_of(calibration["ece_confident"])
     title = f"expected calibration error {ece}, at {ssd.DRAW_SCORE_THRESH} or more {ece_confident}"
     top.set(ylim=(0, 1.05), ylabel="share of hits", title=f"Reliability of the scores at IoU .5\n{title}")
     top.legend(loc="upper left")

@@ -91,7 +91,7 @@ postprocess (float[B, {K}, {A}] class_scores, float[B, {A}, 4] anchor_boxes)
 class _Scores(nn.Module):
     """The network with class scores (B, K, A) and boxes (B, A, 4) as outputs, which POSTPROCESS takes."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
@@ -274,11 +274,11 @@ def network_input(pixels: np.ndarray, dtype: str) -> np.ndarray:
 def find_objects(session: Any, pixels: np.ndarray) -> Columns:
     """Return what an ONNX file finds in an image (H, W, 3): boxes_px (D, 4), labels (D,), scores (D,)."""
     dtype = "uint8" if "uint8" in session.get_inputs()[0].type else "float32"
-    outputs = session.run(None, {"images": network_input(pixels, dtype)})
-    boxes, scores, labels = (output[0] for output in outputs)
-    is_real = labels > 0
+    boxes, scores, labels = session.run(None, {"images": network_input(pixels, dtype)})
+    is_real = labels[0] > 0  # (D,)
     height, width = pixels.shape[:2]
-    return boxes[is_real] * np.array([width, height] * 2), labels[is_real], scores[is_real]
+    boxes_px = boxes[0][is_real] * np.array([width, height] * 2)
+    return boxes_px, labels[0][is_real], scores[0][is_real]
 
 
 def check_onnx(

@@ -181,7 +181,7 @@ class NewestFrame:
     opened again, in up to RETRIES tries, and that is printed; then the iteration ends with InputError.
     """
 
-    def __init__(self, source: str, video: cv2.VideoCapture):
+    def __init__(self, source: str, video: cv2.VideoCapture) -> None:
         self.source = source
         self.video = video
         self.num_read = 0
