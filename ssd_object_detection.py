@@ -33,6 +33,7 @@ import datetime
 import difflib
 import functools
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -774,7 +775,10 @@ def _missing_list(root: PathLike, split: str) -> InputError:
     elif inner:
         hint = f"try --data {inner[0].parent}"
     else:
-        hint = "VOC layout is JPEGImages, Annotations, ImageSets/Main; tools/convert.py makes it of others"
+        hint = (
+            "VOC layout is JPEGImages, Annotations, ImageSets/Main; "
+            "python -m ssd_tools.convert makes it of other formats"
+        )
     path = Path(root, "ImageSets", "Main", f"{split}.txt")
     return InputError(f"no image list {path}; {hint} (see --train-split, --val-split, --test-split)")
 
@@ -861,7 +865,7 @@ def read_annotations(
     if ambiguous:
         text = (
             f"{where}: {len(ambiguous)} rotated photos (e.g. {ambiguous[0]}): cannot tell whether boxes were "
-            "drawn before or after rotation; assumed after (see tools/audit.py)"
+            "drawn before or after rotation; assumed after (see python -m ssd_tools.audit)"
         )
         findings.append(Finding("image turned by EXIF, both readings fit", text, tuple(ambiguous)))
     return annotations, findings
@@ -978,7 +982,7 @@ def make_records(
         what = f"{where}: {len(dropped)} of {total} boxes have no area inside their image, as {dropped[0]}"
         if len(dropped) > max(1, total / 10):
             raise InputError(f"{what}; {hint}")
-        text = f"{what}; left out (see tools/audit.py)"
+        text = f"{what}; left out (see python -m ssd_tools.audit)"
         findings.append(Finding("box without area", text, tuple(dropped), is_warning=True))
     others = sorted({one.name for one in written} - set(classes))
     if others:
@@ -1097,12 +1101,16 @@ class DataSplits:
     findings: tuple[Finding, ...] = ()
 
 
-def _draw_shapes(root: Path) -> None:
-    """Draw the images of --data shapes into a folder by the program beside this module."""
-    script = Path(__file__).resolve().parent / "tools" / "shapes.py"
-    if not script.is_file():
-        raise InputError(f"--data shapes needs {script}, which draws the images")
-    runpy.run_path(str(script))["generate"](root)
+def shapes_script() -> Path:
+    """Return shapes.py of the package ssd_tools, beside this module or installed; InputError without it."""
+    folders = [Path(__file__).resolve().parent / "ssd_tools"]
+    package = importlib.util.find_spec("ssd_tools")
+    if package is not None:
+        folders += map(Path, package.submodule_search_locations or ())
+    for folder in folders:
+        if (folder / "shapes.py").is_file():
+            return folder / "shapes.py"
+    raise InputError(f"--data shapes needs the package ssd_tools, which draws the images, as {folders[0]}")
 
 
 def _find_folder(data: str, data_root: PathLike) -> Path:
@@ -1110,7 +1118,7 @@ def _find_folder(data: str, data_root: PathLike) -> Path:
     root = Path(data)
     if data == "shapes":
         root = Path(data_root) / "shapes"
-        _draw_shapes(root)
+        runpy.run_path(str(shapes_script()))["generate"](root)
     if not root.is_dir():
         raise InputError(f"--data: no folder {root.absolute()}, and not voc2007, voc0712 or shapes")
     inner = [folder.parent for folder in root.glob("*/ImageSets")]

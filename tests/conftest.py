@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import ssd_object_detection as ssd
-from tools import shapes
+from ssd_tools import shapes
 
 FAST_FILES = (
     "test_02_boxes",

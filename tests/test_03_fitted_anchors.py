@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.ops import box_convert, box_iou
 
 import ssd_object_detection as ssd
-from tools import shapes
+from ssd_tools import shapes
 
 
 def boxes_of(sizes, seed=0):

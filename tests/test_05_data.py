@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import importlib.util
 import itertools
 import os
 import shutil
@@ -452,7 +453,7 @@ def test_the_folder_above_one_in_voc_layout_is_read_or_told(tmp_path):
     assert ids(load(devkit).train) == ["a"]
     write_voc(devkit / "VOC2012", {"b": [CAT]})
     assert f"try --data {devkit / 'VOC2007'}" in input_error(load, devkit)
-    assert "tools/convert.py" in input_error(load, tmp_path)
+    assert "ssd_tools.convert" in input_error(load, tmp_path)
 
 
 def test_a_folder_without_lists_is_trained_on_as_a_whole(tmp_path):
@@ -907,10 +908,13 @@ def test_a_folder_within_a_whole_one_is_not_looked_into(tmp_path):
 
 def test_shapes_are_drawn_by_the_script_beside_the_module(tmp_path, monkeypatch):
     monkeypatch.setattr(ssd, "__file__", str(tmp_path / "module.py"))
-    message = input_error(ssd.find_data, "shapes", tmp_path, None, None, None)
-    assert str(tmp_path / "tools" / "shapes.py") in message
-    (tmp_path / "tools").mkdir()
-    (tmp_path / "tools" / "shapes.py").write_text("def generate(root):\n    root.mkdir()\n    return root\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)  # nothing is installed
+        message = input_error(ssd.find_data, "shapes", tmp_path, None, None, None)
+    assert f"needs the package ssd_tools, which draws the images, as {tmp_path / 'ssd_tools'}" in message
+    (tmp_path / "ssd_tools").mkdir()
+    script = "def generate(root):\n    root.mkdir()\n    return root\n"
+    (tmp_path / "ssd_tools" / "shapes.py").write_text(script)
     roots, _ = ssd.find_data("shapes", tmp_path, None, None, None)
     assert roots == [tmp_path / "shapes"]
     assert roots[0].is_dir()

@@ -23,7 +23,7 @@ import ssd_object_detection as ssd
 
 MODULE = Path(ssd.__file__).resolve()
 ROOT = MODULE.parent
-PACKAGE = "ssd_tools" if (ROOT / "ssd_tools").is_dir() else "tools"
+PACKAGE = "ssd_tools"
 TOOLS = sorted((ROOT / PACKAGE).glob("*.py"))
 PROGRAMS = [MODULE, *TOOLS, *sorted((ROOT / "benchmarks").glob("*.py"))]
 SECTIONS = [

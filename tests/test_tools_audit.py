@@ -1,4 +1,4 @@
-"""tools/audit.py: every fault is named and counted, and the exit code says if a training can start."""
+"""ssd_tools/audit.py: every fault is named and counted, and the exit code says if a training can start."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import ssd_object_detection as ssd
-from tools import audit
+from ssd_tools import audit
 
 SIZE = (40, 30)  # width, height
 CAT = ("cat", (1, 1, 20, 15))
