@@ -1926,14 +1926,31 @@ def load_coco(model: SSD300, state: dict) -> None:
             tensor.div_(CAFFE_SCALE)
 
 
+def decimated_classifier(state: dict) -> list[dict[str, Tensor]] | None:
+    """Return the weight and bias of fc6 and fc7 for SSD from VGG16's classifier, None if there is none.
+
+    fc6 (4096, 512, 7, 7) and fc7 (4096, 4096) are decimated: every fourth output and input, rows and columns
+    0, 3, 6 (DeepLab, arXiv:1412.7062; SSD section 3).
+    """
+    if "classifier.0.weight" not in state:
+        return None
+    fc6_weight = require_tensor(state, "classifier.0.weight", (4096, 25088))
+    fc6_bias = require_tensor(state, "classifier.0.bias", (4096,))
+    fc7_weight = require_tensor(state, "classifier.3.weight", (4096, 4096))
+    fc7_bias = require_tensor(state, "classifier.3.bias", (4096,))
+    if fc6_weight.isnan().any():  # torchvision fills Caffe's with NaN
+        return None
+    fc6_weight = fc6_weight.view(4096, 512, 7, 7)[::4, :, ::3, ::3]
+    fc7_weight = fc7_weight[::4, ::4, None, None]
+    return [{"weight": fc6_weight, "bias": fc6_bias[::4]}, {"weight": fc7_weight, "bias": fc7_bias[::4]}]
+
+
 @torch.no_grad()
 def load_backbone(model: SSD300, state: dict) -> None:
     """Copy pretrained weights, a state dict of torchvision's vgg16 or vgg16_bn, into a full-width SSD300.
 
-    A state dict of torchvision's SSD300 does too, see `load_coco`.
-    A classifier's fc6 (4096, 512, 7, 7) and fc7 (4096, 4096) are decimated: every fourth output and input,
-    rows and columns 0, 3, 6 (DeepLab, arXiv:1412.7062; SSD section 3). The Caffe weights have none and want
-    images normalised their way. InputError names the tensor that does not fit, and nothing is changed then.
+    The Caffe weights have no classifier and want images normalised their way; torchvision's SSD300 is taken
+    too, see `load_coco`. InputError names the tensor that does not fit, and nothing is changed then.
     """
     if not isinstance(state, dict):
         raise misfit("not a state dict of torchvision's vgg16 or vgg16_bn")
@@ -1942,24 +1959,16 @@ def load_backbone(model: SSD300, state: dict) -> None:
         return
     own = vgg_tensors(model)
     given = {name: require_tensor(state, name, tensor.shape) for name, tensor in own.items()}
-    for name in map(str, state):
-        if name.startswith("features.") and name not in own and not name.endswith("num_batches_tracked"):
-            raise misfit(f"VGG16 has no {name}")
-    has_classifier = "classifier.0.weight" in state
-    if has_classifier:
-        fc6_weight = require_tensor(state, "classifier.0.weight", (4096, 25088))
-        fc6_bias = require_tensor(state, "classifier.0.bias", (4096,))
-        fc7_weight = require_tensor(state, "classifier.3.weight", (4096, 4096))
-        fc7_bias = require_tensor(state, "classifier.3.bias", (4096,))
-        has_classifier = not fc6_weight.isnan().any()  # torchvision fills Caffe's with NaN
-
+    foreign = [str(name) for name in state if str(name).startswith("features.") and name not in own]
+    foreign = [name for name in foreign if not name.endswith("num_batches_tracked")]
+    if foreign:
+        raise misfit(f"VGG16 has no {foreign[0]}")
+    classifier = decimated_classifier(state)
     for name, tensor in own.items():
         tensor.copy_(given[name])
-    if has_classifier:
-        fc6, fc7 = _convolutions(model.fc)
-        fc6_weight = fc6_weight.view(4096, 512, 7, 7)[::4, :, ::3, ::3]
-        fc6.load_state_dict({"weight": fc6_weight, "bias": fc6_bias[::4]})
-        fc7.load_state_dict({"weight": fc7_weight[::4, ::4, None, None], "bias": fc7_bias[::4]})
+    if classifier is not None:
+        for layer, tensors in zip(_convolutions(model.fc), classifier, strict=True):  # fc6, fc7
+            layer.load_state_dict(tensors)
     elif model.batch_norm != "all":
         # Caffe's features are divided, so that new layers see numbers around 1: with ReLU it is enough to
         # divide the images and the biases.

@@ -396,7 +396,8 @@ def settings_used(tree, module):
         if function.name in PARSING:
             continue
         for node in nodes(function, ast.Attribute):
-            if isinstance(node.ctx, ast.Load) and is_settings(node.value):
+            is_own = function.name == "Settings" and getattr(node.value, "id", "") == "self"
+            if isinstance(node.ctx, ast.Load) and (is_settings(node.value) or is_own):
                 used.add(node.attr)
         used |= names_looped_over(function, module)
     return used
