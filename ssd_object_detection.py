@@ -139,6 +139,8 @@ CAFFE_SCALE = 6.0  # root mean square of these weights' conv5_3 on VOC2007 image
 L2_NORM_SCALE = 20.0  # ParseNet section 3.2, SSD section 3.1
 
 FOCAL_GAMMA = 1.0  # Differs from paper: with its 2 (Focal loss section 5.1) mAP is lower (docs/recipes.md)
+# Heads begin near zero: larger random ones make it pay to shrink the features that ImageNet taught.
+HEAD_STD = 0.001
 FOCAL_PRIOR = 0.01  # Focal loss section 4.1, "Initialization"
 SCORE_THRESH = 0.01  # this and the next two: SSD section 2.2, "Inference"
 NMS_IOU_THRESH = 0.45
@@ -1759,7 +1761,7 @@ class SSD300(nn.Module):
             if not isinstance(module, nn.Conv2d):
                 continue
             if module in heads:
-                nn.init.normal_(module.weight, std=0.01)
+                nn.init.normal_(module.weight, std=HEAD_STD)
             else:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.get_parameter("bias"))
@@ -2716,15 +2718,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 32,
         "epochs": 100,
         "optimizer": "adamw",
-        "lr": 1e-4,
-        "backbone_lr": 1.0,
+        "lr": 3e-4,
+        "backbone_lr": 0.1,
         "momentum": 0.9,
         "weight_decay": 0.05,
         "warmup_epochs": 1.0,
         "schedule": "cosine",
         "clip_grad": 10.0,
         "ema_decay": 0.998,
-        "loss": "focal",
+        "loss": "multibox",
         "focal_gamma": FOCAL_GAMMA,
         "zoom_out": 0.5,
         "crop": 1.0,
@@ -2734,7 +2736,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "blur": 0.1,
     }
 }
-RECIPES["scratch"] = RECIPES["voc"] | {"pretrained": False, "batch_norm": "all", "lr": 2e-3}
+RECIPES["scratch"] = RECIPES["voc"] | {
+    "pretrained": False,
+    "batch_norm": "all",
+    "lr": 2e-3,
+    "backbone_lr": 1.0,
+    "loss": "focal",
+}
 RECIPES["small"] = RECIPES["scratch"] | {  # minutes on two CPU cores for a few hundred images
     "pretrained": True,
     "width": 0.125,
@@ -2758,10 +2766,10 @@ RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
 RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
     "optimizer": "sgd",
     "lr": 1e-3,
+    "backbone_lr": 1.0,
     "weight_decay": 5e-4,
     "schedule": "step",
     "warmup_epochs": 0.0,
-    "loss": "multibox",
     "clip_grad": 0.0,
     "ema_decay": 0.0,
     "shadow": 0.0,
