@@ -1,6 +1,7 @@
 """Command line: flags, recipes, mistakes, signals, full disks, and whole runs."""
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -61,22 +62,18 @@ def interrupt(*args, **more):
 
 
 @pytest.mark.parametrize("name", ssd.RECIPES)
-def test_every_entry_of_a_recipe_is_a_flag_but_four(name):
-    flags, recipe = {action.dest for action in actions()}, ssd.RECIPES[name]
-    assert recipe.keys() - flags == {"momentum", "schedule", "clip_grad", "ema_decay"}
-    assert ssd.RECIPES["voc"].keys() <= recipe.keys()
-    assert not recipe.keys() & set(ssd.MACHINE_FLAGS)
+def test_every_recipe_sets_every_setting_that_has_no_default(name):
+    settings = {field.name for field in dataclasses.fields(ssd.Settings)}
+    assert ssd.RECIPES[name].keys() == settings - ssd.DEFAULTS.keys()
+    assert not ssd.RECIPES[name].keys() & set(ssd.MACHINE_FLAGS)
 
 
-def test_every_flag_without_a_printed_default_has_one():
-    none = {action.dest for action in actions() if action.default == "==SUPPRESS=="}
-    assert none == {*ssd.RECIPES["voc"], *ssd.OPTIONAL_FLAGS, "data", "recipe"} - {
-        "momentum",
-        "schedule",
-        "clip_grad",
-        "ema_decay",
-    }
-    assert {action.dest for action in actions()} <= vars(ssd.load_settings([])[0]).keys()
+def test_every_setting_is_a_flag_or_an_entry_of_the_recipes_alone():
+    settings = {field.name for field in dataclasses.fields(ssd.Settings)}
+    flags = {action.dest for action in actions()}
+    assert flags <= settings
+    alone = {"backbone_lr", "momentum", "schedule", "clip_grad", "ema_decay", "focal_gamma"}
+    assert settings - flags == alone
 
 
 def test_each_flag_explains_itself_and_has_one_name():
