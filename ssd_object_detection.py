@@ -1220,7 +1220,9 @@ class SSD300(nn.Module):
         rows = []
         for head, x in zip(heads, maps, strict=True):
             output = head(x).permute(0, 2, 3, 1)  # (B, y, x, anchors of a cell * columns)
-            rows.append(output.reshape(len(x), -1, columns))
+            rows.append(
+                output.reshape(output.shape[0], -1, columns)
+            )  # len() would fix B in an exported graph
         return torch.cat(rows, dim=1).float()
 
 
