@@ -1220,9 +1220,8 @@ class SSD300(nn.Module):
         rows = []
         for head, x in zip(heads, maps, strict=True):
             output = head(x).permute(0, 2, 3, 1)  # (B, y, x, anchors of a cell * columns)
-            rows.append(
-                output.reshape(output.shape[0], -1, columns)
-            )  # len() would fix B in an exported graph
+            num_images = output.shape[0]  # len() would fix B in an exported graph
+            rows.append(output.reshape(num_images, -1, columns))
         return torch.cat(rows, dim=1).float()
 
 
