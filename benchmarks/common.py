@@ -301,7 +301,7 @@ def measure(run: dict, splits: list[str]) -> dict[str, float]:
     result = ssd.evaluate(model, loader, amp_dtype=dtype, **run["test"]["detection"])
     figures = {key: result[key] for key in ("map_area", "map11", "map75")}
     if importlib.util.find_spec("pycocotools"):
-        from tools.coco import coco_figures
+        from ssd_tools.coco import coco_figures
 
         coco = coco_figures(result["detections"], ssd.truth_of(records), len(classes))
         figures |= {"coco_ap": coco["ap"], "ap75": coco["ap75"], "ap_small": coco["ap_small"]}

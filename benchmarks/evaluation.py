@@ -21,7 +21,7 @@ import numpy as np
 from common import ssd
 from pycocotools.cocoeval import COCOeval
 
-import tools.coco
+from ssd_tools import coco
 
 IMAGE = np.array([500, 375])
 OBJECTS, DETECTIONS, CLASSES = 3, 200, 20
@@ -72,7 +72,7 @@ def make_arrays(images: int, seed: int = 0) -> tuple[dict, dict]:
 
 def make_judge(detections: dict, truth: dict) -> COCOeval:
     """Return a COCOeval of both, restricted to IoU .5 and objects of all sizes."""
-    judge = tools.coco.make_judge(detections, truth, CLASSES)
+    judge = coco.make_judge(detections, truth, CLASSES)
     judge.params.iouThrs, judge.params.maxDets = np.array([0.5]), [100]
     judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
     return judge

@@ -21,11 +21,9 @@ from pathlib import Path
 
 import common
 import cv2
-from common import ROOT, ssd
+from common import ssd
 
-sys.path.insert(0, str(ROOT / "tools"))
-import audit
-import shapes
+from ssd_tools import audit, shapes
 
 TIMES = {"seconds", "images_per_s", "data_wait"}
 LISTS = ["--val-split", "val", "--test-split", "test"]

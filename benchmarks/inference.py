@@ -6,7 +6,7 @@ own resize), the others with images that are there. `decode + NMS` is that part 
 The networks' outputs are exchanged for made ones in which about as many candidates pass the .01 threshold as
 a trained network leaves, since the cost of NMS depends on it. Both keep at most 1,000 a class, 200 in all.
 
-On a CPU also what tools/export.py makes of the network, in ONNX Runtime and, if it is installed, in OpenVINO,
+On a CPU also what ssd_tools.onnx makes of the network, in ONNX Runtime and, if installed, in OpenVINO,
 which computes the float32 file in bfloat16 where the CPU can. These files detect by themselves, without made
 outputs: with random weights they and torchvision's SSDlite find nothing. Their `files` are read one by one.
 
@@ -16,7 +16,6 @@ outputs: with random weights they and torchvision's SSDlite find nothing. Their 
 
 import functools
 import importlib.util
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,8 +29,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(ROOT / "tools"))
-import export
+from ssd_tools import onnx
 
 
 def made_outputs(
@@ -124,12 +122,12 @@ def openvino_session(path: str, threads: int) -> OpenVinoSession:
 def make_sessions(detector: ssd.Detector, records: list[ssd.Record], threads: int) -> dict:
     """Return {case: session} of the ONNX files of a Detector; their size is the attribute `megabytes`."""
     sessions = {}
-    pictures = [export.network_input(record.read(), "uint8") for record in records]
+    pictures = [onnx.network_input(record.read(), "uint8") for record in records]
     for name, calibration in (("fp32", None), ("int8", pictures)):
-        content = export.to_onnx(detector, calibration=calibration).SerializeToString()
+        content = onnx.to_onnx(detector, calibration=calibration).SerializeToString()
         with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
             Path(file.name).write_bytes(content)
-            sessions[f"ONNX Runtime {name}"] = export.open_onnx(file.name, threads)
+            sessions[f"ONNX Runtime {name}"] = onnx.open_onnx(file.name, threads)
             if importlib.util.find_spec("openvino"):
                 sessions[f"OpenVINO {name}"] = openvino_session(file.name, threads)
         for case in [case for case in sessions if name in case]:
@@ -197,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.test_split:
         (root, *_), _ = ssd.find_data(args.data, args.data_root, "", "", args.test_split)
         records = ssd.read_records(root, args.test_split, data.classes)
-        maps = {name: export.onnx_map(one, records, model.num_classes) for name, one in sessions.items()}
+        maps = {name: onnx.onnx_map(one, records, model.num_classes) for name, one in sessions.items()}
         dataset = ssd.VocDataset(records, ssd.build_transform(train=False), ssd.make_anchors())
         for name, dtype in common.precisions(device).items():
             result = ssd.evaluate(model, ssd.make_loader(dataset), amp_dtype=dtype)
@@ -211,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         peer_of = {name: name.replace("SSD300", "torchvision") for name in cases}
         for name, session in sessions.items():
             cases[name] = functools.partial(session.run, None, {"images": batch["images"].numpy()})
-            find = functools.partial(export.find_objects, session)
+            find = functools.partial(onnx.find_objects, session)
             cases[f"{name} files"] = functools.partial(find_in_files, find, paths)
             peer_of |= {name: first, f"{name} files": f"{first} files"}
         for row in common.rows_of(common.time_in_turns(cases, args.rounds, device), peer_of, images=size):

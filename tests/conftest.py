@@ -12,10 +12,36 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import ssd_object_detection as ssd
-from tools import shapes
+from ssd_tools import shapes
 
+FAST_FILES = (
+    "test_02_boxes",
+    "test_03_anchors",
+    "test_03_fitted_anchors",
+    "test_04_matching",
+    "test_05_data",
+    "test_06_augmentation",
+    "test_08_losses",
+    "test_09_detection",
+    "test_10_evaluation",
+    "test_11_records",
+    "test_15_cli",
+    "test_house",
+    "test_tools_score",
+    "test_tools_shapes",
+)
+TRAINING = {"tiny_run", "flags_of", "same_run"}  # fixtures of tests that train
 TINY_SPLITS = {"train": 8, "val": 4, "test": 4}
 ROUND = ("circle", "ring")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the fast lane: the tests of FAST_FILES that train nothing and are not marked slow."""
+    for item in items:
+        is_slow = item.get_closest_marker("slow") or TRAINING & set(item.fixturenames)
+        if item.path.stem in FAST_FILES and not is_slow:
+            item.add_marker(pytest.mark.fast)
 
 
 def write_voc(root, splits=None, seed=0, empty_every=4):

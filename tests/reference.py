@@ -138,3 +138,11 @@ def batch(boxes, labels):
 def targets(boxes, labels):
     """labels (B, A) and box_targets (B, A, 4) of images, see `batch`."""
     return ssd.build_targets(batch(boxes, labels), ANCHORS)
+
+
+def assert_same_predictions(found, expected):
+    """Demand that two images' detections, as dicts of JSON, are the same but for the last rounded digits."""
+    assert found["labels"] == expected["labels"]
+    assert found["names"] == expected["names"]
+    np.testing.assert_allclose(found["boxes_px"], expected["boxes_px"], atol=0.05)
+    np.testing.assert_allclose(found["scores"], expected["scores"], atol=5e-4)

@@ -97,6 +97,19 @@ def test_no_boxes_give_no_boxes(function):
     assert function(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0, 4)
 
 
+# -- VOC's pixels
+
+
+def test_voc_pixels_count_from_one_and_include_both_corners():
+    edges = [[0, 0, 10, 20], [0.5, 4, 40, 30]]  # edges 0 to 10 are the ten pixels 1 to 10
+    pixels = [[1, 1, 10, 20], [1.5, 5, 40, 30]]
+    assert ssd.to_voc_pixels(edges).tolist() == pixels
+    assert ssd.from_voc_pixels(pixels).tolist() == edges
+    for function in (ssd.to_voc_pixels, ssd.from_voc_pixels):
+        assert function(np.zeros((0, 4), np.float32)).shape == (0, 4)
+        assert function(np.zeros(4, np.float32)).dtype == np.float64
+
+
 # -- Overlap
 
 

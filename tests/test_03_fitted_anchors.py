@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.ops import box_convert, box_iou
 
 import ssd_object_detection as ssd
-from tools import shapes
+from ssd_tools import shapes
 
 
 def boxes_of(sizes, seed=0):
@@ -101,16 +101,16 @@ def small_objects(tmp_path):
 def test_auto_fits_where_the_paper_s_anchors_do_not_reach_and_never_for_voc(tmp_path, capsys):
     boxes = np.concatenate([record.boxes for record in ssd.load_data(str(small_objects(tmp_path))).train])
     assert np.mean(ssd.best_anchor_iou(boxes) >= 0.5) < ssd.LEAST_REACH
-    fitted = ssd.choose_anchors("auto", boxes)
-    assert fitted == ssd.choose_anchors("fit", boxes) == ssd.fit_anchor_sizes(boxes)
+    fitted = ssd.choose_anchors("auto", boxes, ["nail"])
+    assert fitted == ssd.choose_anchors("fit", boxes, ["nail"]) == ssd.fit_anchor_sizes(boxes)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert "0.0%" in lines[0]
     reached = boxes_of([(0.2, 0.2), (0.5, 0.5), (0.3, 0.15)])
-    assert ssd.choose_anchors("auto", reached) == ssd.ANCHOR_SIZES
-    assert ssd.choose_anchors("auto", boxes, is_voc=True) == ssd.ANCHOR_SIZES
-    assert ssd.choose_anchors("paper", boxes) == ssd.ANCHOR_SIZES
-    assert ssd.choose_anchors(fitted, reached) == fitted  # of a saved run
+    assert ssd.choose_anchors("auto", reached, ["nail"]) == ssd.ANCHOR_SIZES
+    assert ssd.choose_anchors("auto", boxes, ssd.VOC_CLASSES) == ssd.ANCHOR_SIZES
+    assert ssd.choose_anchors("paper", boxes, ["nail"]) == ssd.ANCHOR_SIZES
+    assert ssd.choose_anchors(fitted, reached, ["nail"]) == fitted  # of a saved run
     assert capsys.readouterr().out == ""
 
 
@@ -118,14 +118,14 @@ def test_many_boxes_are_thinned_out(monkeypatch):
     boxes = boxes_of(np.full((9000, 2), 0.05))
     seen = []
     monkeypatch.setattr(ssd, "fit_anchor_sizes", lambda boxes: [seen.append(len(boxes)), ssd.ANCHOR_SIZES][1])
-    ssd.choose_anchors("fit", boxes)
+    ssd.choose_anchors("fit", boxes, ["nail"])
     assert seen == [3000]
 
 
 def test_auto_fits_where_more_than_two_of_a_hundred_boxes_are_not_reached():
     for small, is_fitted in ((1, False), (3, True)):
         boxes = boxes_of([(0.2, 0.2)] * (100 - small) + [(0.02, 0.02)] * small)
-        assert (ssd.choose_anchors("auto", boxes) != ssd.ANCHOR_SIZES) == is_fitted
+        assert (ssd.choose_anchors("auto", boxes, ["nail"]) != ssd.ANCHOR_SIZES) == is_fitted
 
 
 def test_fitted_anchors_are_trained_with_resumed_refined_and_evaluated(

@@ -106,6 +106,7 @@ def some_anchors(rng, boxes):
     return anchors[rng.permutation(np.concatenate((near, np.arange(10))))]
 
 
+@pytest.mark.slow
 def test_matching_agrees_with_the_reference_on_a_thousand_images():
     sizes, num_copies, num_matched = [], 0, 0
     for seed in range(1000):

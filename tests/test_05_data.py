@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import importlib.util
 import itertools
 import os
 import shutil
@@ -70,15 +71,23 @@ def input_error(call, *args, **settings):
 # -- Annotations
 
 
-def test_coordinates_become_zero_based_edges(tmp_path, capsys):
-    (record,) = load(write_voc(tmp_path, {"a": [CAT, DOG]})).train
+def found(findings, kind):
+    """Return the only finding of a kind."""
+    (one,) = [finding for finding in findings if finding.kind == kind]
+    assert "\n" not in one.text
+    return one
+
+
+def test_coordinates_become_zero_based_edges(tmp_path):
+    data = load(write_voc(tmp_path, {"a": [CAT, DOG]}))
+    (record,) = data.train
     assert record.boxes_px.tolist() == [[0, 0, 20, 15], [10, 5, 40, 30]]
     assert record.boxes_px.dtype == np.float32
     np.testing.assert_allclose(record.boxes, [[0, 0, 0.5, 0.5], [0.25, 1 / 6, 1, 1]], atol=1e-6)
     assert (record.width, record.height, record.image_id) == (40, 30, "a")
     assert (record.labels.tolist(), record.labels.dtype) == ([1, 2], np.int64)
     assert (record.difficult.tolist(), record.difficult.dtype) == ([False, True], bool)
-    assert capsys.readouterr().err == ""
+    assert data.findings == ()
 
 
 def test_parse_annotation_returns_what_is_written_and_skips_parts(tmp_path):
@@ -89,11 +98,12 @@ def test_parse_annotation_returns_what_is_written_and_skips_parts(tmp_path):
         "<xmin>5</xmin><ymin>5</ymin><xmax>6</xmax><ymax>6</ymax></bndbox></part><name>person</name>"
         "<bndbox><xmax>20.5</xmax><xmin>3</xmin><ymin>4</ymin><ymax>9</ymax></bndbox></object></annotation>"
     )
-    assert ssd.parse_annotation(path) == (40, 30, [("person", [3, 4, 20.5, 9], False)])
+    person = ssd.VocObject("person", (3, 4, 20.5, 9), difficult=False)
+    assert ssd.parse_annotation(path) == ssd.Annotation(40, 30, (person,))
 
 
 def record_of(root, classes):
-    annotations = ssd.read_annotations(root, "train")
+    annotations, _ = ssd.read_annotations(root, "train")
     return ssd.read_record(root, "a", annotations["a"], classes)
 
 
@@ -127,19 +137,109 @@ def test_a_box_listed_twice_counts_once_and_of_two_classes_twice(tmp_path):
     assert dropped == []
 
 
+@pytest.mark.parametrize(
+    ("box", "box_px", "faults"),
+    [
+        ((1, 1, 20, 15), (0, 0, 20, 15), ()),
+        ((1, 1, 40, 30), (0, 0, 40, 30), ()),
+        ((0, 0, 40, 30), (0, 0, 40, 30), ()),  # written 0-based, beyond by one pixel
+        ((-9, 11, 60, 40), (0, 10, 40, 30), ("box beyond the image",)),
+        ((5, 5, 5.1, 20), (4, 4, 5.1, 20), ()),  # 1.1 pixels wide
+        ((-30, 5, 0.5, 20), (0, 4, 0.5, 20), ("box beyond the image", "box under a pixel")),
+        ((40.5, 5, 41, 20), (39.5, 4, 40, 20), ("box under a pixel",)),
+        ((20, 5, 10, 20), None, ("box reversed",)),
+        ((5, 9, 20, 8), None, ("box reversed",)),
+        ((60, 9, 50, 8), None, ("box reversed",)),
+        ((7, 7, 7, 7), None, ("box without area",)),  # one pixel of VOC
+        ((5, 5, 5, 20), None, ("box without area",)),
+        ((41, 5, 60, 20), None, ("box outside the image",)),
+        ((5, -20, 20, -3), None, ("box outside the image",)),
+        ((5, 5, float("nan"), 20), None, ("box not finite",)),
+        ((5, 5, float("inf"), 20), None, ("box not finite",)),
+    ],
+)
+def test_the_verdict_on_a_box(box, box_px, faults):
+    verdict = ssd.judge_box(box, *SIZE)
+    assert verdict.box_px == (box_px and pytest.approx(box_px))
+    assert verdict.faults == faults
+
+
+def test_a_box_whose_edges_coincide_in_float32_has_no_area():
+    # What is inside the image is 2**-10 or 2**-30 wide, beside 40.
+    assert ssd.judge_box((41 - 2**-10, 5, 42, 20), *SIZE).box_px == (40 - 2**-10, 4, 40, 20)
+    assert ssd.judge_box((41 - 2**-30, 5, 42, 20), *SIZE) == (None, ("box without area",))
+
+
+def test_an_image_without_a_size_has_no_box_inside():
+    assert ssd.judge_box((1, 1, 20, 15), 0, 0) == (None, ("box outside the image",))
+
+
+def in_record(box_voc, width, height):
+    """Return the Record of an image with one object."""
+    annotation = ssd.Annotation(width, height, (ssd.VocObject("cat", box_voc, difficult=False),))
+    return ssd.read_record("nowhere", "a", annotation, ("cat",))
+
+
+# Of any size, and near whole numbers, where edges of float32 coincide.
+coordinate = st.floats(allow_nan=False, allow_infinity=False) | st.builds(
+    lambda whole, part: whole + part, st.integers(-3, 70), st.floats(-1e-5, 1e-5)
+)
+corners = st.tuples(coordinate, coordinate, coordinate, coordinate)
+
+
+@settings(max_examples=300, deadline=None)
+@given(box=corners, width=st.integers(0, 10**40), height=st.integers(0, 10**40))
+def test_any_finite_box_of_any_image_has_a_verdict(box, width, height):
+    box_px, faults = ssd.judge_box(box, width, height)
+    assert len(set(faults)) == len(faults)
+    if box_px is None:
+        assert len(faults) == 1
+    else:
+        assert set(faults) <= {"box beyond the image", "box under a pixel"}
+        assert np.float32(box_px).tolist() == list(box_px)
+
+
+@settings(max_examples=300, deadline=None)
+@given(box=corners, width=st.integers(1, 64) | st.integers(1, 2**24), height=st.integers(1, 64))
+def test_boxes_of_a_record_lie_in_the_image_and_have_an_area(box, width, height):
+    record, dropped = in_record(box, width, height)
+    assert len(record.labels) + len(dropped) == 1
+    assert (record.boxes_px.dtype, record.boxes_px.shape) == (np.float32, (len(record.labels), 4))
+    for x1, y1, x2, y2 in record.boxes.tolist():
+        assert 0 <= x1 < x2 <= 1
+        assert 0 <= y1 < y2 <= 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(box=corners, width=st.integers(1, 64), height=st.integers(1, 64), epoch=st.integers(0, 50))
+def test_any_box_that_is_kept_comes_out_of_the_augmentation(box, width, height, epoch):
+    record, _ = in_record(box, width, height)
+    pixels = np.zeros((height, width, 3), np.uint8)
+    for train in (True, False):
+        transform = ssd.build_transform(train=train, zoom_out=0.8)
+        sample = ssd.VocDataset([record], transform, ANCHORS, pixels=[pixels])[0, epoch]
+        assert torch.isfinite(sample["gt_boxes"]).all()
+        labels, box_targets = ssd.build_targets(torch.utils.data.default_collate([sample]), ANCHORS)
+        assert torch.isfinite(box_targets[labels > 0]).all()
+
+
 def numbered(count):
     """Cats of which each lies a pixel lower than the one before."""
     return [("cat", (1, 1 + n, 20, 10 + n), False) for n in range(count)]
 
 
-def test_a_few_dropped_boxes_of_a_list_are_one_warning_that_names_one(tmp_path, capsys):
+def test_a_few_dropped_boxes_of_a_list_are_one_warning_that_names_one(tmp_path):
     flat = ("cat", (7, 7, 7, 7), False)
     root = write_voc(tmp_path, {"i0": [*numbered(15), flat], "i1": [flat, *numbered(15)]})
-    ssd.read_records(root, "train", ("cat",))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: ")
-    assert "list train: 2 of 32 boxes have no area" in line
-    assert "i0.xml: object 16 (cat) [7, 7, 7, 7]" in line
+    _, findings = ssd.read_records(root, "train", ("cat",))
+    (finding,) = findings
+    assert finding.is_warning
+    assert "list train: 2 of 32 boxes have no area" in finding.text
+    assert "i0.xml: object 16 (cat) [7, 7, 7, 7]" in finding.text
+    assert [os.path.basename(place) for place in finding.places] == [
+        "i0.xml: object 16 (cat) [7, 7, 7, 7]",
+        "i1.xml: object 1 (cat) [7, 7, 7, 7]",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +288,8 @@ def test_difficult_is_a_number_or_a_word(tmp_path, word, expected):
         "<size><width>40</width></size>",
         "<size><width>0</width><height>30</height></size>",
         "<size><width>wide</width><height>inf</height></size>",
+        "<size><width>1e300</width><height>30</height></size>",
+        "<size><width>-40</width><height>30</height></size>",
     ],
 )
 def test_a_size_that_is_not_given_is_the_image_s_own(tmp_path, size):
@@ -218,11 +320,11 @@ def test_a_shape_that_is_no_box_is_named(tmp_path, tag):
     assert f"but name, difficult, {tag}" in input_error(load, root)
 
 
-def test_classes_that_are_not_listed_are_no_dropped_boxes(tmp_path, capsys):
+def test_classes_that_are_not_listed_are_no_dropped_boxes(tmp_path):
     root = write_voc(tmp_path, {"a": [DOG, CAT, DOG]})
-    (record,) = ssd.read_records(root, "train", ("cat",))
+    (record,), findings = ssd.read_records(root, "train", ("cat",))
     assert record.labels.tolist() == [1]
-    assert capsys.readouterr().err == ""
+    assert [finding.kind for finding in findings] == ["object of another class"]
 
 
 ENTITY_CAT = annotation([("&a;", *CAT[1:])])
@@ -254,11 +356,14 @@ def test_a_missing_file_is_an_input_error_that_names_it(tmp_path, name):
     assert str(root / name) in input_error(load, root)
 
 
-def test_an_unknown_class_in_another_list_is_told_and_left_out(tmp_path, capsys):
+def test_an_unknown_class_in_another_list_is_told_and_left_out(tmp_path):
     root = write_voc(tmp_path, {"a": [CAT], "b": [DOG, CAT]}, train=["a"], test=["b"])
-    assert load(root).test[0].labels.tolist() == [1]
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.endswith("list test: objects of other classes are left out: dog")
+    data = load(root)
+    assert data.test[0].labels.tolist() == [1]
+    (finding,) = data.findings
+    assert finding.text.endswith("list test: objects of other classes are left out: dog")
+    assert finding.places == ("dog",)
+    assert not finding.is_warning
 
 
 def test_the_file_name_in_an_annotation_is_never_followed(tmp_path):
@@ -315,7 +420,7 @@ def test_a_line_of_a_list_names_an_image_in_any_of_the_usual_ways(tmp_path, line
         shutil.copy(
             root / folder / f"plain{end}", root / folder / "sub" / f"e\u0301{end}"
         )  # as macOS writes it
-    (image_id,) = ssd.read_annotations(root, "train")
+    (image_id,) = ssd.read_split(root, "train")
     stem = os.path.splitext(os.path.basename(ssd.find_file(root, "JPEGImages", image_id)))[0]
     assert stem[0] == line.strip().replace("sub", "").strip("/\\")[0].replace("\u00e9", "e")
 
@@ -348,25 +453,47 @@ def test_the_folder_above_one_in_voc_layout_is_read_or_told(tmp_path):
     assert ids(load(devkit).train) == ["a"]
     write_voc(devkit / "VOC2012", {"b": [CAT]})
     assert f"try --data {devkit / 'VOC2007'}" in input_error(load, devkit)
-    assert "tools/convert.py" in input_error(load, tmp_path)
+    assert "ssd_tools.convert" in input_error(load, tmp_path)
 
 
-def test_a_folder_without_lists_is_trained_on_as_a_whole(tmp_path, capsys):
+def test_a_folder_without_lists_is_trained_on_as_a_whole(tmp_path):
     root = write_voc(tmp_path, {"b": [CAT], "a": [DOG]})
     (root / "ImageSets" / "Main" / "train.txt").unlink()
     for _ in range(2):
-        assert ids(load(root).train) == ["a", "b"]
-        assert "has no lists" in capsys.readouterr().out
+        data = load(root)
+        assert ids(data.train) == ["a", "b"]
+        assert "has no lists" in found(data.findings, "no lists").text
         shutil.rmtree(root / "ImageSets", ignore_errors=True)
 
 
-def test_names_that_differ_by_a_slip_are_one_warning(tmp_path, capsys):
+def test_names_that_differ_by_a_slip_are_one_warning(tmp_path):
     names = ("Cat", "cat", "dogs", "dog", "car", "cart")
-    load(write_voc(tmp_path, {"a": [(name, (1, 1, 9, 9), False) for name in names]}))
-    (line,) = capsys.readouterr().err.splitlines()
-    for pair in ("Cat (1) and cat (1)", "dog (1) and dogs (1)", "--classes"):
-        assert pair in line
-    assert "car" not in line
+    data = load(write_voc(tmp_path, {"a": [(name, (1, 1, 9, 9), False) for name in names]}))
+    (finding,) = data.findings
+    assert finding.is_warning
+    assert finding.places == ("Cat (1) and cat (1)", "dog (1) and dogs (1)")
+    for words in (*finding.places, "--classes"):
+        assert words in finding.text
+    assert "car" not in finding.text
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "count", "other_count", "expected"),
+    [
+        ("Cat", "cat", 5, 5, True),
+        ("dogs", "dog", 5, 5, True),
+        ("bicycle", "bicyle", 10, 1, True),  # a letter, and ten times rarer
+        ("bicyle", "bicycle", 1, 10, True),
+        ("bicycle", "bicyle", 9, 1, False),
+        ("car", "cart", 10, 1, True),
+        ("car", "bus", 10, 1, False),
+        ("type 1", "type 2", 10, 1, False),
+    ],
+)
+def test_names_are_similar_by_case_a_plural_or_a_letter_of_a_rare_one(
+    name, other, count, other_count, expected
+):
+    assert ssd.are_similar_names(name, other, count, other_count) == expected
 
 
 def test_a_missing_list_is_an_input_error_that_names_those_there(tmp_path):
@@ -476,7 +603,7 @@ def test_images_without_objects_are_legal(tmp_path):
 
 
 def test_a_training_list_without_any_object_is_an_input_error(tmp_path):
-    assert "no object to train on" in input_error(load, write_voc(tmp_path, {"a": [], "b": []}))
+    assert "no objects to train on" in input_error(load, write_voc(tmp_path, {"a": [], "b": []}))
 
 
 def test_the_held_out_share_is_disjoint_and_covers_the_list_with_the_rest(tmp_path):
@@ -498,7 +625,15 @@ def test_a_held_out_share_of_zero_is_nothing_and_a_small_one_at_least_one_image(
 
 
 def test_nothing_left_to_train_on_is_an_input_error(tmp_path):
-    assert "--val-fraction" in input_error(load, write_voc(tmp_path, {"a": [CAT]}), val_fraction=0.5)
+    message = input_error(load, write_voc(tmp_path, {"a": [CAT]}), val_fraction=0.5)
+    assert message == "list train has no objects left to train on; lower --val-fraction"
+
+
+def test_nothing_to_validate_on_is_a_warning(tmp_path):
+    root = write_voc(tmp_path, {"a": [CAT], "b": []}, train=["a"], val=["b"])
+    finding = found(load(root, val_split="val").findings, "no object to validate on")
+    assert finding.is_warning
+    assert "keeps the last weights" in finding.text
 
 
 def test_named_lists_are_used_as_they_are(tmp_path):
@@ -524,7 +659,7 @@ def test_an_image_in_two_lists_is_an_input_error_that_names_it(tmp_path, lists):
     assert f"{shared}.jpg is in two of the lists" in message
 
 
-def test_copies_of_blank_frames_that_are_measured_on_leave_training(tmp_path, capsys):
+def test_copies_of_blank_frames_that_are_measured_on_leave_training(tmp_path):
     objects = {i: [CAT] if i in "ade" else [] for i in "abcdefg"}
     root = write_voc(tmp_path, objects, train=["a", "b", "c", "g"], val=["d", "e"], test=["f"])
     copies = {"b": "blank", "f": "blank", "c": "other", "g": "third", "a": "object", "d": "object"}
@@ -534,9 +669,12 @@ def test_copies_of_blank_frames_that_are_measured_on_leave_training(tmp_path, ca
     data = load(root, val_split="val")
     assert ids(data.train) == ["a", "c", "g"]  # an image with objects stays, as the audit says of it
     assert [ids(data.val), ids(data.test)] == [["d", "e"], ["f"]]
-    assert "left out: 1\n" in capsys.readouterr().out
-    assert ids(load(root, val_split="val", test_split="").train) == ["a", "b", "c", "g"]
-    assert "left out" not in capsys.readouterr().out
+    (finding,) = data.findings
+    assert finding.text.endswith("left out: 1")
+    assert finding.places == (str(root / "JPEGImages" / "b.jpg"),)
+    data = load(root, val_split="val", test_split="")
+    assert ids(data.train) == ["a", "b", "c", "g"]
+    assert data.findings == ()
 
 
 def test_voc0712_trains_on_both_years_and_tests_on_2007(tmp_path):
@@ -546,6 +684,47 @@ def test_voc0712_trains_on_both_years_and_tests_on_2007(tmp_path):
     data = load("voc0712", data_root=str(tmp_path))
     assert ids(data.train) == ["2007a", "2012a"]
     assert ids(data.test) == ["2007b"]
+
+
+def test_data_functions_print_nothing_and_return_what_they_found(tmp_path, capsys):
+    flat = ("cat", (7, 7, 7, 7), False)
+    cats = [("Cats", CAT[1], False), *numbered(15)]
+    objects = {"a": cats, "b": [flat, CAT, DOG], "c": [], "d": [], "e": []}
+    root = write_voc(tmp_path, objects, train=["a", "b", "e"], val=["c"], test=["d"])
+    for name in "cde":
+        Image.new("RGB", SIZE).save(root / "JPEGImages" / f"{name}.jpg")
+    findings = load(root, classes=("cat",)).findings
+    assert [finding.kind for finding in findings] == [
+        "class names that differ by a slip",
+        "box without area",
+        "object of another class",
+        "no object to validate on",
+        "same pixels twice",
+    ]
+    assert capsys.readouterr() == ("", "")
+    ssd.print_findings(findings)
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [finding.text for finding in findings if not finding.is_warning]
+    warnings = [f"warning: {finding.text}" for finding in findings if finding.is_warning]
+    assert err.splitlines() == warnings
+    assert len(warnings) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("voc2007", True),
+        ("voc0712", True),
+        ("shapes", False),
+        ("data/VOCdevkit/VOC2007", False),
+        (ssd.VOC_CLASSES, True),
+        (ssd.VOC_CLASSES[::-1], True),
+        (ssd.VOC_CLASSES[:19], False),
+        (("cat",), False),
+    ],
+)
+def test_voc_is_known_by_its_name_or_its_classes(data, expected):
+    assert ssd.is_voc(data) == expected
 
 
 # -- Download
@@ -622,14 +801,7 @@ def load_voc(data):
 
 @pytest.mark.parametrize(
     "manners",
-    [
-        ["good"],
-        ["forbidden", "good"],
-        ["html", "good"],
-        ["silent", "good"],
-        ["cut"],
-        ["cut", "plain"],
-    ],
+    [["good"], ["forbidden", "good"], ["html", "good"], ["silent", "good"], ["cut"], ["cut", "plain"]],
 )
 def test_an_archive_is_fetched_from_the_first_server_that_has_it(server, manners, tmp_path):
     if "cut" in manners:
@@ -645,12 +817,7 @@ def test_an_archive_is_fetched_from_the_first_server_that_has_it(server, manners
 
 
 @pytest.mark.parametrize(
-    ("manner", "problem"),
-    [
-        ("forbidden", "403"),
-        ("html", "MD5"),
-        ("silent", "timed out"),
-    ],
+    ("manner", "problem"), [("forbidden", "403"), ("html", "MD5"), ("silent", "timed out")]
 )
 def test_an_archive_that_cannot_be_had_is_an_input_error_that_says_what_to_do(server, manner, problem):
     data = server(manner)
@@ -741,10 +908,13 @@ def test_a_folder_within_a_whole_one_is_not_looked_into(tmp_path):
 
 def test_shapes_are_drawn_by_the_script_beside_the_module(tmp_path, monkeypatch):
     monkeypatch.setattr(ssd, "__file__", str(tmp_path / "module.py"))
-    message = input_error(ssd.find_data, "shapes", tmp_path, None, None, None)
-    assert str(tmp_path / "tools" / "shapes.py") in message
-    (tmp_path / "tools").mkdir()
-    (tmp_path / "tools" / "shapes.py").write_text("def generate(root):\n    root.mkdir()\n    return root\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)  # nothing is installed
+        message = input_error(ssd.find_data, "shapes", tmp_path, None, None, None)
+    assert f"needs the package ssd_tools, which draws the images, as {tmp_path / 'ssd_tools'}" in message
+    (tmp_path / "ssd_tools").mkdir()
+    script = "def generate(root):\n    root.mkdir()\n    return root\n"
+    (tmp_path / "ssd_tools" / "shapes.py").write_text(script)
     roots, _ = ssd.find_data("shapes", tmp_path, None, None, None)
     assert roots == [tmp_path / "shapes"]
     assert roots[0].is_dir()
@@ -790,7 +960,7 @@ def test_a_turned_image_is_read_as_its_annotation_means_it(tmp_path):
         assert is_as_stored == (stored != upright)  # where both readings fit, it is upright
 
 
-def test_turned_images_whose_annotations_fit_both_readings_are_counted(tmp_path, capsys):
+def test_turned_images_whose_annotations_fit_both_readings_are_counted(tmp_path):
     root = write_voc(
         tmp_path, {"plain": [CAT], "half": [CAT], "none": [], "quarter": [CAT], "sizeless": [CAT]}
     )
@@ -805,12 +975,31 @@ def test_turned_images_whose_annotations_fit_both_readings_are_counted(tmp_path,
         Image.new("RGB", size).save(root / "JPEGImages" / f"{name}.jpg", exif=exif)
     path = root / "Annotations" / "sizeless.xml"
     path.write_text(path.read_text().replace("<width>40", "<width>0"))
-    load(root)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "EXIF" in line]
-    assert "taken as upright: 2, as" in line
-    assert "half.jpg" in line
-    load(write_voc(tmp_path / "other", {"plain": [CAT]}))
-    assert "EXIF" not in capsys.readouterr().out
+    (finding,) = load(root).findings
+    assert finding.kind == "image turned by EXIF, both readings fit"
+    assert finding.text.startswith(f"{root}, list train: 2 rotated photos (e.g. {finding.places[0]}): ")
+    assert [os.path.basename(place) for place in finding.places] == ["half.jpg", "sizeless.jpg"]
+    assert load(write_voc(tmp_path / "other", {"plain": [CAT]})).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "expected"),
+    [
+        (1, (8, 8), False),
+        (2, (8, 6), True),  # mirrored or upside down: the sides stay
+        (3, (8, 6), True),
+        (4, (8, 6), True),
+        (5, (8, 6), False),  # the sides are swapped
+        (6, (8, 6), False),
+        (8, (8, 6), False),
+        (6, (8, 8), True),
+        (6, (0, 0), True),  # no size in the annotation
+        (7, (8, 0), True),
+        (9, (8, 8), False),  # no orientation
+    ],
+)
+def test_a_turn_is_ambiguous_where_the_size_fits_both_readings(orientation, size, expected):
+    assert ssd.is_turn_ambiguous(orientation, *size) == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing", "cut off"])
@@ -1095,14 +1284,7 @@ def test_cores_are_shared_by_the_processes_of_the_machine(monkeypatch):
 
 @pytest.mark.parametrize(
     ("batches", "expected"),
-    [
-        (1000, (4, 4)),
-        (40, (4, 3)),
-        (18, (4, 1)),
-        (12, (2, 1)),
-        (7, (0, 1)),
-        (0, (0, 1)),
-    ],
+    [(1000, (4, 4)), (40, (4, 3)), (18, (4, 1)), (12, (2, 1)), (7, (0, 1)), (0, (0, 1))],
 )
 @pytest.mark.parametrize("world", [1, 3])
 def test_loader_processes_fit_into_shared_memory(monkeypatch, capsys, batches, expected, world):

@@ -108,21 +108,33 @@ def test_colours_change_as_much_as_in_the_paper(name, color, measure, limit):
     assert 0.8 * limit < max(found) <= 1.03 * limit
 
 
-def test_noise_is_that_of_a_camera():
-    assert STEPS["9_Noise"].std_range == (0.01, 0.05)
+def alone(**chances):
+    """Return the training pipeline with these probabilities, all others zero."""
+    off = dict.fromkeys(("zoom_out", "crop", "color", "shadow", "noise", "blur"), 0.0)
+    return ssd.build_transform(train=True, **off | chances)
 
 
-def test_training_pipeline_has_the_documented_steps():
-    names = [name.split("_")[1] for name in STEPS]
-    assert names[:4] == ["SSDZoomOut", "SSDCrop", "HorizontalFlip", "Resize"]
-    assert set(names[4:]) == {
-        "RandomBrightnessContrast",
-        "ColorJitter",
-        "HueSaturationValue",
-        "Shadow",
-        "Noise",
-        "GaussianBlur",
-    }
+def test_noise_is_that_of_a_camera_in_poor_light():
+    transform, grey = alone(noise=1), np.full((300, 300, 3), 128, np.uint8)
+    stds = [run(transform, grey, np.zeros((0, 4)), seed)[0].std() for seed in range(40)]
+    assert 2.4 < min(stds) < 4
+    assert 11 < max(stds) < 13.3
+
+
+@pytest.mark.parametrize("name", ["color", "shadow", "noise", "blur"])
+def test_colours_and_noise_are_as_strong_in_a_large_image_as_in_a_small_one(name):
+    transform, boxes = alone(**{name: 1}), np.zeros((0, 4))
+    for seed in range(4):
+        small = run(transform, np.full((300, 300, 3), (90, 120, 160), np.uint8), boxes, seed)[0]
+        large = run(transform, np.full((900, 900, 3), (90, 120, 160), np.uint8), boxes, seed)[0]
+        np.testing.assert_array_equal(small, large)
+
+
+def test_colours_change_the_canvas_around_an_image_too():
+    transform, (image, _) = alone(zoom_out=1, color=1), coloured(150, 150)
+    images = [run(transform, image, np.zeros((0, 4)), seed)[0] for seed in range(9)]
+    corners = {tuple(image[row, column]) for image in images for row in (0, -1) for column in (0, -1)}
+    assert len(corners) > 5  # the mean colour, brighter, darker, of another hue
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -395,15 +395,7 @@ def test_weights_of_another_network_are_refused_by_name_and_change_nothing(chang
 
 
 @pytest.mark.parametrize(
-    "content",
-    [
-        {},
-        {"model": torch.zeros(1)},
-        {1: torch.zeros(1)},
-        torch.zeros(3),
-        [1, 2],
-        "text",
-    ],
+    "content", [{}, {"model": torch.zeros(1)}, {1: torch.zeros(1)}, torch.zeros(3), [1, 2], "text"]
 )
 def test_a_backbone_file_of_something_else_is_an_input_error(tmp_path, content):
     torch.save(content, tmp_path / "a.pth")

@@ -25,7 +25,7 @@ def detections_of(rows):
         "image_ids": np.array(image_ids, int),
         "labels": np.array(labels, int),
         "scores": np.array(scores, float),
-        "boxes_px": np.array(boxes_px, float).reshape(-1, 4),
+        "boxes_voc": np.array(boxes_px, float).reshape(-1, 4),
     }
 
 
@@ -35,7 +35,7 @@ def truth_of(rows):
     return {
         "image_ids": np.array(image_ids, int),
         "labels": np.array(labels, int),
-        "boxes_px": np.array(boxes_px, float).reshape(-1, 4),
+        "boxes_voc": np.array(boxes_px, float).reshape(-1, 4),
         "difficult": np.array(difficult, bool),
     }
 
@@ -337,27 +337,27 @@ def perfect_answers(records):
 
 def test_perfect_detections_have_map_one(records):
     model = Stub(perfect_answers(records), num_classes=2).train()
-    result = ssd.evaluate(model, loader_of(records))
+    result = ssd.measure(model, loader_of(records))
     assert [result[name] for name in ("map_area", "map11", "map75")] == pytest.approx([1, 1, 1])
     assert not any(model.modes)  # evaluation mode
     found = result["detections"]
     assert [len(column) for column in found.values()] == [8] * 4
     # The images' own pixels, as VOC counts them: corners from 1, both included.
-    first = found["boxes_px"][found["image_ids"] == 0]
+    first = found["boxes_voc"][found["image_ids"] == 0]
     np.testing.assert_allclose(first, records[0].boxes_px + np.array([1, 1, 0, 0]), atol=0.01)
 
 
 def test_the_batch_size_changes_nothing(records):
     model = Stub(perfect_answers(records), num_classes=2)
-    results = [ssd.evaluate(model, loader_of(records, size)) for size in (1, 5)]
-    for name in ("image_ids", "labels", "scores", "boxes_px"):
+    results = [ssd.measure(model, loader_of(records, size)) for size in (1, 5)]
+    for name in ("image_ids", "labels", "scores", "boxes_voc"):
         np.testing.assert_allclose(results[0]["detections"][name], results[1]["detections"][name], atol=1e-4)
 
 
 def test_detections_of_another_image_are_false(records):
     answers = perfect_answers(records)
     swapped = {**answers, 0: answers[2], 2: answers[0]}
-    assert ssd.evaluate(Stub(swapped, num_classes=2), loader_of(records))["map_area"] < 0.9
+    assert ssd.measure(Stub(swapped, num_classes=2), loader_of(records))["map_area"] < 0.9
 
 
 def test_the_strict_figures_ask_for_an_overlap_of_three_quarters():
@@ -379,29 +379,29 @@ def test_the_strict_figures_ask_for_an_overlap_of_three_quarters():
 
 
 def test_classes_without_ground_truth_are_left_out_of_the_means(records):
-    result = ssd.evaluate(Stub(perfect_answers(records), num_classes=5), loader_of(records))
+    result = ssd.measure(Stub(perfect_answers(records), num_classes=5), loader_of(records))
     assert [result[name] for name in ("map_area", "map11", "map75")] == pytest.approx([1, 1, 1])
     assert list(result["classes"]) == [1, 2, 3, 4, 5]
     assert math.isnan(result["classes"][4]["ap_area"])
 
 
 def test_no_detection_at_all_has_map_zero(records):
-    result = ssd.evaluate(Stub({n: [] for n in range(5)}, num_classes=2), loader_of(records))
+    result = ssd.measure(Stub({n: [] for n in range(5)}, num_classes=2), loader_of(records))
     assert result["map_area"] == result["map11"] == result["map75"] == 0
-    assert result["detections"]["boxes_px"].shape == (0, 4)
+    assert result["detections"]["boxes_voc"].shape == (0, 4)
 
 
 def test_no_ground_truth_at_all_has_no_map(records):
-    result = ssd.evaluate(Stub({1: [([0.1, 0.1, 0.4, 0.4], 1)]}, num_classes=2), loader_of([records[1]]))
+    result = ssd.measure(Stub({1: [([0.1, 0.1, 0.4, 0.4], 1)]}, num_classes=2), loader_of([records[1]]))
     assert all(math.isnan(result[name]) for name in ("map_area", "map11", "map75"))
     assert len(result["detections"]["labels"]) == 1
 
 
 def test_settings_reach_detect(records):
     model = Stub(perfect_answers(records), num_classes=2)
-    result = ssd.evaluate(model, loader_of(records), max_detections=1)
+    result = ssd.measure(model, loader_of(records), max_detections=1)
     assert np.bincount(result["detections"]["image_ids"], minlength=5).tolist() == [1, 0, 1, 1, 1]
-    assert len(ssd.evaluate(model, loader_of(records), score_thresh=0.9999)["detections"]["scores"]) == 0
+    assert len(ssd.measure(model, loader_of(records), score_thresh=0.9999)["detections"]["scores"]) == 0
 
 
 def test_losses_are_means_over_the_images(records):
@@ -412,36 +412,36 @@ def test_losses_are_means_over_the_images(records):
         value = torch.tensor(float(len(calls)))
         return {"loss": value, "loss_cls": 2 * value, "loss_box": 3 * value}
 
-    result = ssd.evaluate(Stub(perfect_answers(records), num_classes=2), loader_of(records), loss=loss)
+    result = ssd.measure(Stub(perfect_answers(records), num_classes=2), loader_of(records), loss=loss)
     assert calls == [[(n, 9966, 3), (n, 9966, 4), (n, 9966), (n, 9966, 4)] for n in (2, 2, 1)]
     mean = (2 * 1 + 2 * 2 + 1 * 3) / 5  # of the batches' losses 1, 2 and 3
     assert [result[k] for k in ("loss", "loss_cls", "loss_box")] == pytest.approx([mean, 2 * mean, 3 * mean])
 
 
 def test_without_a_loss_there_is_none_in_the_result(records):
-    assert "loss" not in ssd.evaluate(Stub(perfect_answers(records), num_classes=2), loader_of(records))
+    assert "loss" not in ssd.measure(Stub(perfect_answers(records), num_classes=2), loader_of(records))
 
 
 def test_truth_and_pixels_follow_the_voc_convention(records):
     truth = ssd.truth_of(records)
     assert truth["image_ids"].tolist() == [0, 0, 2, 2, 2, 3, 4, 4]
     assert truth["labels"].tolist() == np.concatenate([r.labels for r in records]).tolist()
-    np.testing.assert_allclose(truth["boxes_px"][5], records[3].boxes_px[0] + np.array([1, 1, 0, 0]))
+    np.testing.assert_allclose(truth["boxes_voc"][5], records[3].boxes_px[0] + np.array([1, 1, 0, 0]))
     hard = dataclasses.replace(records[2], difficult=np.array([False, True, False]))
     mixed = [*records[:2], hard, *records[3:]]
     assert ssd.truth_of(mixed)["difficult"].tolist() == [False] * 3 + [True] + [False] * 4
     answers = perfect_answers(records)
     del answers[2][1]  # not found, which costs nothing
-    assert ssd.evaluate(Stub(answers, num_classes=2), loader_of(mixed))["map_area"] == pytest.approx(1)
+    assert ssd.measure(Stub(answers, num_classes=2), loader_of(mixed))["map_area"] == pytest.approx(1)
     # Edges 0 to 10 are the ten pixels 1 to 10.
     assert ssd.to_voc_pixels([[0, 0, 10, 20]]).tolist() == [[1, 1, 10, 20]]
     assert ssd.to_voc_pixels(np.zeros((0, 4))).shape == (0, 4)
 
 
 def test_the_table_names_every_class_and_the_mean(records):
-    result = ssd.evaluate(Stub(perfect_answers(records), num_classes=3), loader_of(records))
+    result = ssd.measure(Stub(perfect_answers(records), num_classes=3), loader_of(records))
     lines = ssd.class_table(result, ("cat", "dog", "unicorn")).splitlines()
-    assert [line.split()[0] for line in lines] == ["class", "cat", "dog", "unicorn", "mean"]
+    assert [line.split()[0] for line in lines] == ["class", "cat", "dog", "unicorn", "mean", "Test"]
     counts = np.bincount(np.concatenate([r.labels for r in records]), minlength=3)
     assert [int(line.split()[1]) for line in lines[1:3]] == counts[1:].tolist()
     assert lines[1].split()[2:] == ["1.000", "1.0000", "1.0000", "1.0000"]

@@ -160,7 +160,7 @@ def found(*rows):
         "image_ids": np.array(image_ids, int),
         "labels": np.ones(len(rows), int),
         "scores": np.array(scores),
-        "boxes_px": np.array(boxes_px, float).reshape(-1, 4),
+        "boxes_voc": np.array(boxes_px, float).reshape(-1, 4),
     }
 
 

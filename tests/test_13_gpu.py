@@ -48,8 +48,9 @@ def make_batch():
 def make_state(device, *flags):
     """Return (TrainState, flags) of a narrow network of two classes on a device, the same weights on all."""
     torch.manual_seed(0)
-    args = ssd.parse_args([*FLAGS, *flags])
-    return ssd.build_state(args, 2, device, None)[0], args
+    args = ssd.load_settings([*FLAGS, *flags])[0]
+    machine = ssd.Machine(device, None, workers=0, compiled=bool(args.compile))
+    return ssd.build_state(args, machine, 2)[0], args
 
 
 def take_step(state, args, batch):

@@ -58,7 +58,7 @@ def gradients(batch):
     found = {}
     for loss in ("focal", "multibox"):
         torch.manual_seed(0)
-        args = ssd.parse_args(
+        args = ssd.load_settings(
             [
                 "--recipe",
                 "small",
@@ -69,10 +69,10 @@ def gradients(batch):
                 "--batch-norm",
                 "none",
             ]
-        )
+        )[0]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ssd, "SSD300", DoubleSSD300)
-            state, _ = ssd.build_state(args, 3, CPU, None)
+            state, _ = ssd.build_state(args, ssd.Machine(CPU, None, 0, False), 3)
 
         def criterion(outputs, targets, loss=loss, **more):
             return ssd.detection_loss(outputs, targets, loss=loss, **more)

@@ -1,4 +1,8 @@
-"""The house rules: sizes, order of definitions, documentation, nothing at import, the module alone."""
+"""The house rules: plain code, sizes, order, documentation, nothing at import, the module alone.
+
+Each rule of form is a function that takes the tree of a file and returns [(line, what is wrong)].
+BAD and GOOD hold an example that it finds, and one that it does not.
+"""
 
 import ast
 import builtins
@@ -9,15 +13,18 @@ import shutil
 import subprocess
 import symtable
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import ssd_object_detection as ssd
 
 MODULE = Path(ssd.__file__).resolve()
 ROOT = MODULE.parent
-TOOLS = sorted((ROOT / "tools").glob("*.py"))
+PACKAGE = "ssd_tools"
+TOOLS = sorted((ROOT / PACKAGE).glob("*.py"))
 PROGRAMS = [MODULE, *TOOLS, *sorted((ROOT / "benchmarks").glob("*.py"))]
 SECTIONS = [
     "Constants",
@@ -34,6 +41,9 @@ SECTIONS = [
     "Runs",
     "Command line",
 ]
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def lines_of(path):
@@ -44,35 +54,118 @@ def tree_of(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def name_of(path):
-    return path.relative_to(ROOT).as_posix()
+def nodes(tree, *kinds):
+    """Return the nodes of these kinds, at any depth."""
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
 
 
-# ---- sizes ----
+def within(node, *kinds):
+    """Return the nodes of these kinds inside a node, itself left out."""
+    return [inner for inner in nodes(node, *kinds) if inner is not node]
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=name_of)
-def test_no_function_has_more_than_60_lines(path):
-    functions = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef)]
-    lengths = {function.name: function.end_lineno - function.lineno + 1 for function in functions}
-    assert {name: length for name, length in lengths.items() if length > 60} == {}
+def source(node, most=90):
+    """Return a line of source code, cut off."""
+    text = ast.unparse(node).replace("\n", " ")
+    return text if len(text) <= most else f"{text[:most]} ..."
 
 
-def test_there_are_at_most_50_flags():
-    actions = [action for action in ssd.build_parser()._actions if action.dest != "help"]
-    assert 30 < len(actions) <= 50
+# ---- rules of form ----
 
 
-def test_the_readme_has_at_most_250_lines():
-    assert len(lines_of(ROOT / "README.md")) <= 250
+def long_functions(tree):
+    """No function or method has more than 60 lines."""
+    lengths = [(f, f.end_lineno - f.lineno + 1) for f in nodes(tree, *FUNCTIONS)]
+    return [(f.lineno, f"{f.name}: {length} lines") for f, length in lengths if length > 60]
 
 
-# ---- order and form ----
+def nested_conditionals(tree):
+    """No conditional expression stands inside another."""
+    return [(node.lineno, source(node)) for node in nodes(tree, ast.IfExp) if within(node, ast.IfExp)]
 
 
-def test_the_sections_stand_in_order_with_a_banner_each():
-    banners = [re.fullmatch(r"# ---- (.+) ----", line) for line in lines_of(MODULE)]
-    assert [banner[1] for banner in banners if banner] == SECTIONS
+def busy_strings(tree):
+    """No conditional expression and no f-string stands inside an f-string."""
+    found = []
+    for string in nodes(tree, ast.JoinedStr):
+        for value in (part.value for part in string.values if isinstance(part, ast.FormattedValue)):
+            if nodes(value, ast.IfExp, ast.JoinedStr):
+                found.append((string.lineno, source(string)))
+    return found
+
+
+def has_choice(node):
+    """Whether a conditional expression takes part in a value; not inside a comprehension or lambda of it."""
+    if isinstance(node, (*COMPREHENSIONS, ast.Lambda)):
+        return False
+    return isinstance(node, ast.IfExp) or any(map(has_choice, ast.iter_child_nodes(node)))
+
+
+def conditional_loops(tree):
+    """No loop runs over what a conditional expression chooses."""
+    loops = nodes(tree, ast.For, ast.AsyncFor, ast.comprehension)
+    return [(loop.iter.lineno, source(loop.iter)) for loop in loops if has_choice(loop.iter)]
+
+
+def unpacked_generators(tree):
+    """No generator or list comprehension is unpacked into names."""
+    found = []
+    for node in nodes(tree, ast.Assign):
+        is_generator = isinstance(node.value, (ast.GeneratorExp, ast.ListComp))
+        is_unpacked = isinstance(node.targets[0], (ast.Tuple, ast.List))
+        if is_generator and is_unpacked and not nodes(node.targets[0], ast.Starred):
+            found.append((node.lineno, source(node)))
+    return found
+
+
+def is_call_of(node, name):
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+
+
+def is_truth(node):
+    """Whether an expression is a truth value by its form."""
+    is_negation = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+    return is_negation or isinstance(node, (ast.Compare, ast.BoolOp)) or is_call_of(node, "bool")
+
+
+def multiplied_truths(tree):
+    """Nothing is multiplied by a truth value to save an `if`; for masks there are `where` and indices."""
+    found = []
+    for node in nodes(tree, ast.BinOp, ast.AugAssign):
+        factors = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.value]
+        if isinstance(node.op, ast.Mult) and any(map(is_truth, factors)):
+            found.append((node.lineno, source(node)))
+    return found
+
+
+def unpacked_computations(tree):
+    """No assignment packs three or more computations into a line."""
+    found = []
+    for node in nodes(tree, ast.Assign):
+        is_packed = isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple)
+        if not is_packed or len(node.value.elts) < 3:
+            continue
+        if not all(isinstance(value, ast.Constant) for value in node.value.elts):
+            found.append((node.lineno, source(node)))
+    return found
+
+
+def is_settings(node):
+    """Whether an expression is `args` or `settings`, or an attribute of this name."""
+    return getattr(node, "attr", getattr(node, "id", "")) in ("args", "settings")
+
+
+def changed_settings(tree):
+    """Nothing is assigned to an attribute of `args` or `settings`: they are as they were parsed."""
+    found = []
+    for node in nodes(tree, ast.Attribute):
+        if isinstance(node.ctx, (ast.Store, ast.Del)) and is_settings(node.value):
+            found.append((node.lineno, source(node)))
+    for call in nodes(tree, ast.Call):
+        is_change = is_call_of(call, "setattr") or is_call_of(call, "delattr")
+        if is_change and is_settings(call.args[0]):
+            found.append((call.lineno, source(call)))
+    return found
 
 
 def names_used(node):
@@ -87,16 +180,16 @@ def names_used(node):
 
 def names_defined(node):
     """Return the names that a top-level statement binds in its module."""
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+    if isinstance(node, DEFINITIONS):
         return {node.name}
     bound = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    imports = [n for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    imports = nodes(node, ast.Import, ast.ImportFrom)
     return bound | {(alias.asname or alias.name).split(".")[0] for n in imports for alias in n.names}
 
 
 def uses_from_below(tree):
-    """Return [(line, name)] of what the top-level statements use but nothing at or above them defines."""
-    defined = {*dir(builtins), "__file__", "__name__", "__doc__"}
+    """A definition uses only what stands at or above it."""
+    defined = {*dir(builtins), "__file__", "__name__", "__doc__", "__package__"}
     below = []
     for node in tree.body:
         defined |= names_defined(node)
@@ -104,67 +197,235 @@ def uses_from_below(tree):
     return below
 
 
-def test_definitions_use_only_what_stands_above_them():
-    assert uses_from_below(tree_of(MODULE)) == []
+def undocumented(tree):
+    """Public functions and classes have a docstring."""
+    public = [node for node in tree.body if isinstance(node, DEFINITIONS) and not node.name.startswith("_")]
+    return [(node.lineno, node.name) for node in public if not ast.get_docstring(node)]
 
 
-def test_the_check_of_the_order_finds_what_it_looks_for():
-    bad = """
-def first(items):
-    def inner():
-        return [later(item) for item in items]
-    return inner
-
-def later(item):
-    return later(item - 1)
-"""
-    assert uses_from_below(ast.parse(bad)) == [(2, "later")]
-
-
-def test_public_functions_and_classes_are_documented_and_annotated():
-    missing = []
-    for node in tree_of(MODULE).body:
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+def unannotated(tree):
+    """Functions and methods say which types they take and return."""
+    found = []
+    for node in [*tree.body, *(method for owner in nodes(tree, ast.ClassDef) for method in owner.body)]:
+        if not isinstance(node, FUNCTIONS):
             continue
-        if not ast.get_docstring(node):
-            missing.append(f"{node.name}: no docstring")
-        if isinstance(node, ast.FunctionDef):
-            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            missing += [f"{node.name}: {a.arg} has no annotation" for a in arguments if a.annotation is None]
-            missing += [] if node.returns is not None else [f"{node.name}: no annotation of what it returns"]
-    assert missing == []
-
-
-def test_no_assignment_unpacks_three_or_more_computations():
-    unpacked = {}
-    for node in ast.walk(tree_of(MODULE)):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and len(node.value.elts) > 2:
-            is_constant = all(isinstance(value, ast.Constant) for value in node.value.elts)
-            if isinstance(node.targets[0], ast.Tuple) and not is_constant:
-                unpacked[node.lineno] = ast.unparse(node)
-    assert unpacked == {}
-
-
-def imported(path):
-    """Return the modules that a file names in import statements at its top level."""
-    found = set()
-    for node in tree_of(path).body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        taken += [argument for argument in (node.args.vararg, node.args.kwarg) if argument]
+        missing = [a.arg for a in taken if a.annotation is None and a.arg not in ("self", "cls")]
+        if missing:
+            found.append((node.lineno, f"{node.name}: {', '.join(missing)}"))
+        if node.returns is None and node.name != "__init__":
+            found.append((node.lineno, f"{node.name}: what it returns"))
     return found
 
 
-def test_tools_depend_on_the_module_and_the_module_on_no_tool():
+MAY_ACT = ("os.environ.setdefault(", "Image.MAX_IMAGE_PIXELS =")  # settings of packages, where they are read
+
+
+def acts_at_import(tree):
+    """A file defines and imports; it does nothing when it is imported."""
+    allowed = (*DEFINITIONS, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+    found = []
+    for number, node in enumerate(tree.body):
+        is_docstring = number == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_program = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        changes_others = isinstance(node, ast.Assign) and bool(nodes(node.targets[0], ast.Attribute))
+        is_definition = isinstance(node, allowed) and not changes_others
+        if not (is_docstring or is_program or is_definition or source(node).startswith(MAY_ACT)):
+            found.append((node.lineno, source(node)))
+    return found
+
+
+BAD = {
+    long_functions: "class A:\n def f(self):\n" + "  pass\n" * 60,
+    nested_conditionals: "a = 1 if b else (2, 3 if c else 4)",
+    busy_strings: "a = f'x{f\"{b}\" + c}', f'{b if c else 0:>{d}}'",
+    conditional_loops: "for a in enumerate(b if c else ()):\n pass\nd = [e for e in (b if c else a)]",
+    unpacked_generators: "a, b = (c for c in d)\n[a, b] = [c for c in d]",
+    multiplied_truths: "a = [b] * bool(c)\na *= bool(b)\na = (b > c) * d\na = (b or c) * d\na = b * (not c)",
+    unpacked_computations: "a, b, c = 1, d + 1, e()",
+    changed_settings: (
+        "self.args.a = 1\nsettings.b += 1\nsetattr(args, name, 1)\nwith a as args.c:\n pass\n"
+        "for settings.d in e:\n pass\ndel args.e"
+    ),
+    uses_from_below: (
+        "def first(items):\n def inner():\n  return [later(item) for item in items]\n return inner\n\n"
+        "def later(item):\n return later(item - 1)"
+    ),
+    undocumented: "def f():\n pass\nclass A:\n pass",
+    unannotated: (
+        "def f(a: int, *b, c) -> int: ...\nclass A:\n def g(self, **d) -> None: ...\n def h(self): ..."
+    ),
+    acts_at_import: "print(1)\nfor a in b:\n pass\nif a:\n b = 1\nos.a = 1\nos.environ['b'] = 1",
+}
+FOUND = {  # how many there are in BAD
+    nested_conditionals: 1,
+    busy_strings: 2,
+    conditional_loops: 2,
+    unpacked_generators: 2,
+    multiplied_truths: 5,
+    changed_settings: 6,
+    undocumented: 2,
+    unannotated: 3,
+    acts_at_import: 5,
+}
+GOOD = {
+    long_functions: "def f():\n" + " pass\n" * 59 + "\n" * 60 + "def g():\n pass",
+    nested_conditionals: "a = (1 if b else 2), (3 if c else 4)",
+    busy_strings: "a = f'{b:>{c}} {d + 1} {e!r}' + ('f' if g else '')",
+    conditional_loops: "for a in b:\n c = d if a else e\nf = [g for g in sorted(h if i else j for i in k)]",
+    unpacked_generators: "a, b = c\n(d,) = e(f)\ng = (h for h in i)\na, *b = [h for h in i]",
+    multiplied_truths: "a = b * c\na *= 2\na = bool(b) + (c > d)\na = [0] * b",
+    unpacked_computations: "a, b = c(), d()\ne, f, g = 0, 0, 0\nh, i, j = k",
+    changed_settings: "args = parse()\nother.args = args.a\nsettings[0] = settings.b",
+    uses_from_below: "import a\n\ndef e(f):\n return f\n\ndef b(c):\n return b(c + a.d) + len(e(c))",
+    undocumented: "def f():\n 'Say so.'\ndef _g():\n pass",
+    unannotated: (
+        "def f(a: int, *b: int) -> int:\n return max(b, key=lambda c: c)\nclass A:\n def __init__(self): ..."
+    ),
+    acts_at_import: "'Doc.'\nimport a\nb = a.c()\nb['e'] = 2\nd: int = 1\nif __name__ == '__main__':\n a.d()",
+}
+RULES = list(BAD)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_code_keeps_the_rule(rule):
+    found = [(path, line, what) for path in PROGRAMS for line, what in rule(tree_of(path))]
+    listed = [f"{path.relative_to(ROOT).as_posix()}:{line}: {what}" for path, line, what in found]
+    assert not listed, "\n".join([rule.__doc__, *listed])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_rule_finds_what_it_looks_for_and_nothing_else(rule):
+    assert len(rule(ast.parse(BAD[rule]))) == FOUND.get(rule, 1)
+    assert rule(ast.parse(GOOD[rule])) == []
+
+
+# ---- sizes ----
+
+
+def test_the_module_is_short_enough_to_be_read():
+    length = len(lines_of(MODULE))
+    assert length <= 3200, f"{MODULE.name} has {length} lines: propose what leaves it (CONTRIBUTING.md)"
+
+
+def test_there_are_at_most_50_flags():
+    actions = [action for action in ssd.build_parser()._actions if action.dest != "help"]
+    assert 30 < len(actions) <= 50
+
+
+def test_the_readme_has_at_most_250_lines():
+    assert len(lines_of(ROOT / "README.md")) <= 250
+
+
+# ---- files beside the code ----
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    version = project.get("version") or ssd.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert (citation["version"], newest[1]) == (version, version)
+
+
+@pytest.mark.parametrize(
+    "name", [".github/workflows/ci.yml", ".github/ISSUE_TEMPLATE/bug.yml", ".pre-commit-config.yaml"]
+)
+def test_a_file_of_settings_can_be_read(name):
+    assert yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+# ---- order ----
+
+
+def test_the_sections_stand_in_order_with_a_banner_each():
+    banners = [re.fullmatch(r"# ---- (.+) ----", line) for line in lines_of(MODULE)]
+    assert [banner[1] for banner in banners if banner] == SECTIONS
+
+
+def imported(tree):
+    """Return the modules that a file names in import statements, wherever they stand."""
+    found = {alias.name for node in nodes(tree, ast.Import) for alias in node.names}
+    for node in nodes(tree, ast.ImportFrom):
+        found |= {f"{node.module or PACKAGE}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_tools_depend_on_the_module_and_the_module_on_no_tool_but_shapes():
     assert len(TOOLS) > 1
-    own = {"tools", *(path.stem for path in TOOLS)}
-    assert not {name.split(".")[0] for name in imported(MODULE)} & own
-    for path in TOOLS:
-        if path.stem == "shapes":  # which the module loads for --data shapes
-            assert not {name.split(".")[0] for name in imported(path)} & {*own, MODULE.stem}
-        else:
-            assert MODULE.stem in imported(path), path.name
+    own = {PACKAGE, *(path.stem for path in TOOLS)}
+    tools_of = {name for name in imported(tree_of(MODULE)) if name.split(".")[0] in own}
+    assert {name for name in tools_of if not name.startswith(f"{PACKAGE}.shapes")} == set()
+    shapes = imported(tree_of(ROOT / PACKAGE / "shapes.py"))  # which the module runs for --data shapes
+    assert {name.split(".")[0] for name in shapes} & {*own, MODULE.stem} == set()
+
+
+# ---- settings ----
+
+PARSING = ("build_parser", "parse_args", "parse_settings", "parse_given", "print_header", "check_consistency")
+
+
+def strings_in(node, own, module):
+    """Return the strings of a tuple that is written out, or named in the function or the module."""
+    if isinstance(node, ast.Name):
+        if node.id in own:
+            return strings_in(own[node.id], {}, module)
+        return {name for name in getattr(module, node.id, ()) if isinstance(name, str)}
+    if isinstance(node, ast.Starred):
+        return strings_in(node.value, own, module)
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return set().union(*(strings_in(part, own, module) for part in node.elts))
+    return {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+
+
+def names_looped_over(function, module):
+    """Return the strings that a function's comprehensions take as names for getattr(args, name)."""
+    own = {}
+    for node in nodes(function, ast.Assign):
+        if isinstance(node.targets[0], ast.Name):
+            own[node.targets[0].id] = node.value
+    names = set()
+    for node in nodes(function, *COMPREHENSIONS):
+        calls = [call for call in nodes(node, ast.Call) if is_call_of(call, "getattr")]
+        if any(is_settings(call.args[0]) for call in calls):
+            names |= strings_in(node.generators[0].iter, own, module)
+    return names
+
+
+def settings_used(tree, module):
+    """Return the settings that a function reads which neither parses nor prints them: of args or settings."""
+    used = set()
+    for function in (node for node in tree.body if isinstance(node, DEFINITIONS)):
+        if function.name in PARSING:
+            continue
+        for node in nodes(function, ast.Attribute):
+            if isinstance(node.ctx, ast.Load) and is_settings(node.value):
+                used.add(node.attr)
+        used |= names_looped_over(function, module)
+    return used
+
+
+def test_every_flag_and_every_entry_of_a_recipe_is_used():
+    flags = {action.dest for action in ssd.build_parser()._actions if action.dest != "help"}
+    entries = {name for recipe in ssd.RECIPES.values() for name in recipe}
+    printed_only = {"recipe"}  # which chose the others
+    assert (flags | entries) - settings_used(tree_of(MODULE), ssd) == printed_only
+
+
+def test_the_check_of_flags_finds_one_that_nothing_uses():
+    code = """
+NAMES = ("e", "f")
+def run(args, other):
+    names = ("a", "b")
+    more = {name: getattr(args, name) for name in (*names, "c")} | {n: getattr(args, n) for n in NAMES}
+    unrelated = ("lost", other.lost, [getattr(other, name) for name in ("lost",)])
+    args.lost = args.d
+def print_header(args):
+    print(args.lost)
+"""
+    module = type("module", (), {"NAMES": ("e", "f")})
+    assert settings_used(ast.parse(code), module) == {*"abcdef"}
 
 
 # ---- importing ----
@@ -204,7 +465,7 @@ import ssd_object_detection
 assert state() == before
 assert os.environ["NO_ALBUMENTATIONS_UPDATE"] == "1"
 assert "matplotlib.pyplot" not in sys.modules
-assert "tools" not in sys.modules and "shapes" not in sys.modules
+assert not {"tools", "ssd_tools", "shapes"} & set(sys.modules)
 """
 
 
@@ -214,6 +475,7 @@ def clean_environment(**more):
     return kept | {"PYTHONDONTWRITEBYTECODE": "1", **more}
 
 
+@pytest.mark.slow
 def test_importing_the_module_does_nothing(tmp_path):
     env = clean_environment(PYTHONPATH=str(ROOT))
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""tools/audit.py: every fault is named and counted, and the exit code says if a training can start."""
+"""ssd_tools/audit.py: every fault is named and counted, and the exit code says if a training can start."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import ssd_object_detection as ssd
-from tools import audit
+from ssd_tools import audit
 
 SIZE = (40, 30)  # width, height
 CAT = ("cat", (1, 1, 20, 15))
@@ -557,12 +557,7 @@ def test_the_program_writes_audit_json_and_data_png_alone(make_voc, tmp_path, mo
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        ["--data", "nowhere"],
-        ["--train-split", "none"],
-        ["--classes", "cat,walrus"],
-        ["--val-split", "none"],
-    ],
+    [["--data", "nowhere"], ["--train-split", "none"], ["--classes", "cat,walrus"], ["--val-split", "none"]],
 )
 def test_a_mistake_is_told_in_one_line(flags, tmp_path, capsys):
     root = write_voc(tmp_path, {"a": [CAT], "b": [CAT]})

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ssd_object_detection as ssd
-from tools import coco
+from ssd_tools import coco
 
 NAMES = (
     "ap",
@@ -217,7 +217,9 @@ def test_pycocotools_missing_is_one_line(monkeypatch, tiny_run, tmp_path, capsys
     assert coco.main([str(tiny_run.final), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]) == 2
     out, err = capsys.readouterr()
     assert err.splitlines() == [err.strip()]
-    assert err.startswith("error: COCO's figures need pycocotools: pip install pycocotools")
+    assert err.startswith(
+        "error: measuring as COCO does needs the package pycocotools: pip install pycocotools"
+    )
     assert out == ""  # said before the work
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""tools/convert.py: COCO, YOLO and flat folders become VOC's layout, box for box; faults are named."""
+"""ssd_tools/convert.py: COCO, YOLO and flat folders become VOC's layout, box for box; faults are named."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import ssd_object_detection as ssd
-from tools import convert, shapes
+from ssd_tools import convert, shapes
 
 ODD_STEMS = ("a b", "細胞 é", "x & <y>", "scan 1", " edge ", "v1.2")
 ORIENTATION = 0x0112  # the EXIF tag

@@ -1,4 +1,4 @@
-"""tools/report.py: one page that needs nothing else, true to the records, patient with missing ones."""
+"""ssd_tools/report.py: one page that needs nothing else, true to the records, patient with missing ones."""
 
 import base64
 import copy
@@ -16,9 +16,7 @@ import torch
 from PIL import Image
 
 import ssd_object_detection as ssd
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-import report
+from ssd_tools import report
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -171,16 +169,19 @@ def test_the_analysis_and_its_pictures_are_shown_if_they_are_of_this_measurement
     folder = shutil.copytree(tiny_run.output, tmp_path / "run")
     plots = folder / "plots"
     evaluation = json.loads((plots / "evaluation" / "evaluation.json").read_text())
-    evaluation["analysis"] = {"calibration": {"ece": 0.0667}}
+    evaluation |= {"analysis": {"calibration": {"ece": 0.0667}}, "mistakes": 9}
     (plots / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
     for name in ("evaluation/worst_mistakes.png", "evaluation/errors.png", "mistakes.png"):
         shutil.copy(plots / "predictions.png", plots / name)
     page = Page(report.page(report.read_run(report.find_checkpoint(folder))))
     assert "by 0.067 on average" in page.text
     assert "worst mistakes" in page.text
-    assert report.MISTAKES["evaluation/errors.png"] in page.text
+    assert report.ANALYSIS["evaluation/errors.png"] in page.text
     assert page.tags["img"] == 6
-    del evaluation["analysis"]  # measured again without it: its pictures are of an earlier measurement
+    del evaluation["mistakes"]  # measured again without it: its picture is of an earlier measurement
+    (plots / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
+    assert Page(report.page(report.read_run(report.find_checkpoint(folder)))).tags["img"] == 5
+    del evaluation["analysis"]
     (plots / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
     assert Page(report.page(report.read_run(report.find_checkpoint(folder)))).tags["img"] == 3
     evaluation["map_area"] /= 2  # a later measurement by other flags is not this result

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ssd_object_detection as ssd
-from tools import score
+from ssd_tools import score
 
 CLASSES = ("cat", "dog")
 NOTHING = {

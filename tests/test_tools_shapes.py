@@ -1,4 +1,4 @@
-"""tools/shapes.py: the drawn data set, the same every time and with boxes that bound what is visible."""
+"""ssd_tools/shapes.py: the drawn data set, the same every time and with boxes that bound what is visible."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import ssd_object_detection as ssd
-from tools import shapes
+from ssd_tools import shapes
 
 
 def draw_few(patch, **splits):

@@ -1,34 +1,31 @@
 """Say why a detector fails: run a checkpoint on its test list and take its errors apart.
 
-    python tools/analyze.py checkpoints/FILE.pth
-    python tools/analyze.py checkpoints/FILE.pth --data PATH --test-split val --output-dir DIR
+    python -m ssd_tools.analyze checkpoints/FILE.pth
+    python -m ssd_tools.analyze checkpoints/FILE.pth --data PATH --test-split val --output-dir DIR
 
 Takes the flags of `ssd_object_detection.py --evaluate` after the checkpoint, with the same defaults, and does
 what that does. Besides, it prints a few tables, draws precision_recall.png, confusion.png, errors.png,
 sizes.png, f1.png and calibration.png into OUTPUT_DIR/plots/evaluation, and adds its numbers to
-evaluation.json: "coco" (see tools/coco.py), "confusion" and "analysis". In OUTPUT_DIR/plots it writes every
-error above the threshold to mistakes.csv, draws the first hundred in mistakes.html and a few in mistakes.png.
-Of training images (`--test-split train`) loose boxes come last: the first are likely errors of annotation.
+evaluation.json: "coco" (see ssd_tools.coco), "confusion" and "analysis". ssd_tools.mistakes shows the errors.
 
 The kinds of error are those of TIDE (Bolya et al. 2020, arXiv:2008.08115).
 """
 
-import csv
-import html
+import argparse
 import itertools
 import math
 import sys
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image, ImageColor, ImageOps
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-import ssd_object_detection as ssd  # noqa: E402
-from tools import coco, report  # noqa: E402
+import ssd_object_detection as ssd
+from ssd_tools import coco, report
+from ssd_tools.common import evaluation_folder, measure_checkpoint, read_json, run_on_checkpoint
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1  # t_f and t_b of TIDE section 2.2
 HEADINGS = {  # of a table's columns: the six kinds of error, then the two sums of TIDE section 2.3
@@ -43,48 +40,44 @@ HEADINGS = {  # of a table's columns: the six kinds of error, then the two sums 
 }
 KINDS = tuple(HEADINGS)[:6]
 MENDED_KINDS = ("classification", "localisation")  # their repair makes hits; those of the others are left out
-DESCRIPTIONS = {
-    "classification": "wrong class",
-    "localisation": "loose",
-    "both": "wrong class and loose",
-    "duplicate": "found already",
-    "background": "nothing there",
-}
 RELATIVE_EDGES = (0.0, *ssd.ANCHOR_SCALES[:5], math.inf)  # of the box's side over the image's
 NUM_BINS = 10  # of the reliability curve
 NUM_LISTS = 500  # drawn from the test list, for the range of its AP
 MAX_CONFUSION_CLASSES = 40  # a plot of more cannot be read
-MISTAKE_COLUMNS = ("image", "kind", "said", "true", "score", "iou", "x1", "y1", "x2", "y2")  # of mistakes.csv
-LOOSE_KINDS = ("localisation", "both")  # of training images seldom an error of the annotation
-SHEET_LENGTH = 100  # errors in mistakes.html
-CELL_SIDE = 300  # pixels of the picture of one error
+
+Arrays = dict[str, np.ndarray]  # columns of detections or objects, a row each; see `ssd.evaluate_voc`
+Numbers = dict[str, Any]  # a part of evaluation.json
+Curve = tuple[int, str, np.ndarray, np.ndarray]  # class label, text, x, y
 
 
-def mean(values):
+def mean(values: Iterable[float]) -> float:
     """Return the mean of the values that are not NaN; NaN of nothing."""
-    values = [value for value in values if not math.isnan(value)]
-    return float(np.mean(values)) if values else math.nan
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
 
 
 # ---- Errors ----
 
 
-def best_pairs(rows, targets, iou, count):
+def best_pairs(
+    rows: np.ndarray, targets: np.ndarray, iou: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return (target, iou), each (count,): each row's pair of largest IoU (ties: first), or -1 and 0."""
     order = np.lexsort((targets, -iou, rows))
     order = order[np.unique(rows[order], return_index=True)[1]]
-    target, best = np.full(count, -1), np.zeros(count)
+    target = np.full(count, -1)
+    best = np.zeros(count)
     target[rows[order]] = targets[order]
     best[rows[order]] = iou[order]
     return target, best
 
 
-def overlaps(det, gt):
+def overlaps(det: Arrays, gt: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (row of det, row of gt, IoU) of all pairs of an image that overlap, whatever their classes."""
     return ssd.overlap_pairs(det["image_ids"], det["boxes_px"], gt["image_ids"], gt["boxes_px"])
 
 
-def find_errors(detections, truth, num_classes):
+def find_errors(detections: Arrays, truth: Arrays, num_classes: int) -> tuple[Arrays, Arrays]:
     """Return (found, objects): detections with their kind of error, objects with whether they are missed.
 
     The arguments are those of `ssd.evaluate_voc`, whose assignment at IoU .5 says which detections are hits,
@@ -136,7 +129,9 @@ def find_errors(detections, truth, num_classes):
     return found, {**truth, "is_found": is_found, "is_missed": is_missed}
 
 
-def repaired_ap(found, objects, num_classes, kinds=()):
+def repaired_ap(
+    found: Arrays, objects: Arrays, num_classes: int, kinds: Sequence[str] = ()
+) -> dict[int, float]:
     """Return {label: area AP at IoU .5} after the repair of some kinds of error (TIDE section 2.3).
 
     classification, localisation: the best-scored detection of each target that has no hit and is not
@@ -146,14 +141,17 @@ def repaired_ap(found, objects, num_classes, kinds=()):
     is; all of KINDS give 1. NaN for a class without objects; where a repair leaves it none to find, its AP is
     1 if no detection is left either, else 0.
     """
-    labels, is_hit = found["labels"].copy(), found["is_hit"].copy()
-    is_real, is_found = ~objects["difficult"], objects["is_found"].copy()
+    labels = found["labels"].copy()
+    is_hit = found["is_hit"].copy()
+    is_found = objects["is_found"].copy()
+    is_real = ~objects["difficult"]
     is_chosen = np.isin(found["kind"], [kind for kind in kinds if kind in KINDS])
     is_counted = ~found["is_ignored"] & ~is_chosen
     mended = np.flatnonzero(is_chosen & np.isin(found["kind"], MENDED_KINDS))
     mended = mended[(is_real & ~is_found)[found["target"][mended]]]
     mended = mended[np.unique(found["target"][mended], return_index=True)[1]]  # the best of each target
-    is_counted[mended] = is_hit[mended] = True
+    is_counted[mended] = True
+    is_hit[mended] = True
     is_found[found["target"][mended]] = True
     labels[mended] = objects["labels"][found["target"][mended]]
     if "false_positives" in kinds:
@@ -177,14 +175,14 @@ def repaired_ap(found, objects, num_classes, kinds=()):
     return aps
 
 
-def unseen_objects(found, objects):
+def unseen_objects(found: Arrays, objects: Arrays) -> np.ndarray:
     """Return bool (M,): objects that count and have no hit with a score of at least DRAW_SCORE_THRESH."""
     is_unseen = ~objects["difficult"]
     is_unseen[found["target"][found["is_hit"] & (found["scores"] >= ssd.DRAW_SCORE_THRESH)]] = False
     return is_unseen
 
 
-def analyze_errors(found, objects, class_names):
+def analyze_errors(found: Arrays, objects: Arrays, class_names: Sequence[str]) -> Numbers:
     """Return {"ap", "gain", "counts", "confident"}: by class and "mean" the AP, and what repairs gain.
 
     A kind is repaired alone, the others left as they are, so gains need not sum to what is lost. counts:
@@ -207,7 +205,7 @@ def analyze_errors(found, objects, class_names):
 # ---- Confusion, sizes, thresholds, calibration ----
 
 
-def confusion_matrix(found, objects, num_classes):
+def confusion_matrix(found: Arrays, objects: Arrays, num_classes: int) -> np.ndarray:
     """Return int64 (K + 1, K + 1): rows are true classes, columns detected ones, 0 is background.
 
     found, objects: of `find_errors`; detections below DRAW_SCORE_THRESH are left out. A hit and an error of
@@ -224,7 +222,9 @@ def confusion_matrix(found, objects, num_classes):
     return matrix
 
 
-def analyze_sizes(found, truth, records, num_classes):
+def analyze_sizes(
+    found: Arrays, truth: Arrays, records: Sequence[ssd.Record], num_classes: int
+) -> list[Numbers]:
     """Return [{"low", "high", "objects", "ap", "recall"}] by the square root of a box's share of its image.
 
     VOC area AP and recall at IoU .5, means over the classes that have such objects. Objects outside the range
@@ -232,12 +232,13 @@ def analyze_sizes(found, truth, records, num_classes):
     """
     side_px = np.sqrt([record.width * record.height for record in records])
 
-    def relative_size(side):
+    def relative_size(side: Arrays) -> np.ndarray:
         boxes = side["boxes_px"]
         area = (boxes[:, 2:] - boxes[:, :2] + 1).clip(min=0).prod(axis=1)
         return np.sqrt(area) / side_px[side["image_ids"]]
 
-    size, gt_size = relative_size(found), relative_size(truth)
+    size = relative_size(found)
+    gt_size = relative_size(truth)
     is_on_object = found["own_iou"] >= FOREGROUND_IOU
     ranges = []
     for low, high in itertools.pairwise(RELATIVE_EDGES):
@@ -245,7 +246,7 @@ def analyze_sizes(found, truth, records, num_classes):
         ignored = truth["difficult"] | (gt_size < low) | (gt_size >= high)
         det = {name: found[name][kept] for name in ("image_ids", "labels", "scores", "boxes_px")}
         rows = ssd.evaluate_voc(det, {**truth, "difficult": ignored}, num_classes).values()
-        recalls = [row["recall"][-1] if len(row["recall"]) else 0.0 for row in rows if row["num_gt"]]
+        recalls = [row["recall"].max(initial=0.0) for row in rows if row["num_gt"]]
         ranges.append(
             {
                 "low": low,
@@ -258,7 +259,7 @@ def analyze_sizes(found, truth, records, num_classes):
     return ranges
 
 
-def best_f1(row):
+def best_f1(row: dict[str, Any]) -> dict[str, float]:
     """Return {"score_thresh", "f1", "precision", "recall"} where F1 of a class of `evaluate_voc` is best.
 
     Ties: the highest score. All NaN for a class without objects or detections.
@@ -276,40 +277,47 @@ def best_f1(row):
     }
 
 
-def calibrate(found):
+def calibrate(found: Arrays) -> Numbers:
     """Return {"bins", "ece", "ece_confident"}: how often detections of a score are hits.
 
     bins: {"low", "high", "count", "score", "precision"} of ten ranges of the score, NaN in an empty one.
     ece is the expected calibration error: the mean of |precision - score| over the bins, weighted by counts;
     ece_confident that of the bins from DRAW_SCORE_THRESH on. Ignored detections are left out.
     """
-    scores, is_hit = (found[name][~found["is_ignored"]] for name in ("scores", "is_hit"))
+    is_counted = ~found["is_ignored"]
+    scores = found["scores"][is_counted]
+    is_hit = found["is_hit"][is_counted]
     place = (scores * NUM_BINS).astype(int).clip(0, NUM_BINS - 1)
     bins = []
     for number in range(NUM_BINS):
         inside = place == number
         count = int(inside.sum())
-        means = [float(values[inside].mean()) if count else math.nan for values in (scores, is_hit)]
+        score = float(scores[inside].mean()) if count else math.nan
+        precision = float(is_hit[inside].mean()) if count else math.nan
         bins.append(
             {
                 "low": number / NUM_BINS,
                 "high": (number + 1) / NUM_BINS,
                 "count": count,
-                "score": means[0],
-                "precision": means[1],
+                "score": score,
+                "precision": precision,
             }
         )
 
-    def error(rows):
+    def error(rows: Sequence[Numbers]) -> float:
+        if not rows:
+            return math.nan
         gaps = [abs(row["precision"] - row["score"]) for row in rows]
-        return float(np.average(gaps, weights=[row["count"] for row in rows])) if rows else math.nan
+        return float(np.average(gaps, weights=[row["count"] for row in rows]))
 
     filled = [row for row in bins if row["count"]]
     sure = [row for row in filled if row["low"] >= ssd.DRAW_SCORE_THRESH]
     return {"bins": bins, "ece": error(filled), "ece_confident": error(sure)}
 
 
-def draw_lists(found, objects, class_names, num_images):
+def draw_lists(
+    found: Arrays, objects: Arrays, class_names: Sequence[str], num_images: int
+) -> tuple[dict[str, list[float]], list[float]]:
     """Return (ranges, maps): what AP and mAP (area, IoU .5) lists drawn from this one have (Efron 1979).
 
     NUM_LISTS lists of as many images are drawn with replacement, always the same ones: of two models, drawn
@@ -317,7 +325,8 @@ def draw_lists(found, objects, class_names, num_images):
     high]} by class and "mean", within which 95 % lie (NaN for a class without objects; a list without any of
     a class does not count for it). maps: of each drawn list. found, objects: of `find_errors`.
     """
-    is_counted, is_real = ~found["is_ignored"], ~objects["difficult"]
+    is_counted = ~found["is_ignored"]
+    is_real = ~objects["difficult"]
     parts = []  # of each class: images of its detections, best first, which are hits, images of its objects
     for label in range(1, len(class_names) + 1):
         own = is_counted & (found["labels"] == label)
@@ -328,8 +337,9 @@ def draw_lists(found, objects, class_names, num_images):
     for row in aps:
         times = np.bincount(rng.integers(num_images, size=num_images), minlength=num_images)
         for k, (images, is_hit, images_of_objects) in enumerate(parts):
-            if num_gt := times[images_of_objects].sum():
-                drawn = times[images]
+            num_gt = times[images_of_objects].sum()
+            drawn = times[images]
+            if num_gt:
                 hits = (drawn * is_hit).cumsum()
                 row[k] = ssd.average_precision(hits / num_gt, hits / drawn.cumsum().clip(min=1))[0]
     maps = list(map(mean, aps))
@@ -340,16 +350,14 @@ def draw_lists(found, objects, class_names, num_images):
     return ranges, np.round(maps, 5).tolist()
 
 
-def analyze(result, records, class_names):
-    """Return (numbers, found, objects): what is added to evaluation.json, and what `find_errors` returns.
-
-    result: what `ssd.evaluate` returns for the records.
-    """
-    detections, truth = result["detections"], ssd.truth_of(records)
+def analyze(result: Mapping[str, Any], records: list[ssd.Record], class_names: Sequence[str]) -> Numbers:
+    """Return what is added to evaluation.json; result: what `ssd.evaluate` returns for the records."""
+    detections = result["detections"]
+    truth = ssd.truth_of(records)
     num_classes = len(class_names)
     found, objects = find_errors(detections, truth, num_classes)
     ranges, maps = draw_lists(found, objects, class_names, len(records))
-    numbers = {
+    return {
         "coco": coco.by_name(coco.coco_figures(detections, truth, num_classes), class_names),
         "confusion": {
             "score_thresh": ssd.DRAW_SCORE_THRESH,
@@ -366,25 +374,26 @@ def analyze(result, records, class_names):
             "drawn_maps": maps,
         },
     }
-    return numbers, found, objects
 
 
 # ---- Tables ----
 
 
-def text_of(value, digits=3):
+def text_of(value: float | str, digits: int = 3) -> str:
     """Return a number as the tables write it: an integer as it is, NaN as a dash."""
     if isinstance(value, (int, str)):
         return str(value)
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def tables(numbers):
+def tables(numbers: Numbers) -> str:
     """Return the analysis as text: AP gained by kind, its range, AP by size, best thresholds, calibration."""
-    tide, best, calibration = (numbers["analysis"][name] for name in ("tide", "best_f1", "calibration"))
+    tide = numbers["analysis"]["tide"]
+    best = numbers["analysis"]["best_f1"]
+    calibration = numbers["analysis"]["calibration"]
     width = max(9, *map(len, tide["ap"]))
 
-    def row(name, cells):
+    def row(name: str, cells: Iterable[float | str]) -> str:
         return f"{name:<{width}}" + "".join(f"{text_of(cell):>10}" for cell in cells)
 
     lines = [
@@ -419,13 +428,14 @@ def tables(numbers):
 # ---- Plots ----
 
 
-def plot_curves(curves, legend_title, **settings):
+def plot_curves(curves: Sequence[Curve], legend_title: str, **settings: Any) -> Figure:
     """Return a Figure of curves (class label, text, x, y) in the unit square; settings: of the axes."""
     columns = max(1, math.ceil(len(curves) / 25))
     figure = Figure(figsize=(8 + 2 * columns, 6), layout="constrained")
     axes = figure.subplots()
     for label, text, x, y in curves:
-        style = report.LINE_STYLES[(label - 1 + (label - 1) // len(ssd.PALETTE)) % len(report.LINE_STYLES)]
+        turn = label - 1 + (label - 1) // len(ssd.PALETTE)  # another style where the colours begin again
+        style = report.LINE_STYLES[turn % len(report.LINE_STYLES)]
         axes.plot(x, y, style, color=ssd.color_of(label), label=text)
     axes.set(xlim=(0, 1.01), ylim=(0, 1.05), **settings)
     axes.grid(alpha=0.3)
@@ -435,7 +445,7 @@ def plot_curves(curves, legend_title, **settings):
     return figure
 
 
-def plot_precision_recall(result, class_names):
+def plot_precision_recall(result: Mapping[str, Any], class_names: Sequence[str]) -> Figure:
     """Return precision_recall.png: a curve a class with its area AP in the legend, best first."""
     rows = [(k, row) for k, row in result["classes"].items() if row["num_gt"]]
     curves = [
@@ -446,7 +456,9 @@ def plot_precision_recall(result, class_names):
     return plot_curves(curves, "AP (area)", xlabel="recall", ylabel="precision", title=title)
 
 
-def plot_f1(result, best, class_names):
+def plot_f1(
+    result: Mapping[str, Any], best: Mapping[str, dict[str, float]], class_names: Sequence[str]
+) -> Figure:
     """Return f1.png: F1 over the score threshold of each class, the highest first, its best marked."""
     labels = [k for k, name in enumerate(class_names, start=1) if not math.isnan(best[name]["f1"])]
     curves, marks = [], []
@@ -470,7 +482,7 @@ def plot_f1(result, best, class_names):
     return figure
 
 
-def plot_confusion(matrix, class_names):
+def plot_confusion(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
     """Return confusion.png of a `confusion_matrix`: counts, coloured by their share of the class's objects.
 
     Of more than 40 classes it shows those with the most errors: missed, false, or taken for another.
@@ -481,7 +493,8 @@ def plot_confusion(matrix, class_names):
     wrong = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * matrix.diagonal()
     worst = np.argsort(-wrong[1:], kind="stable")[:MAX_CONFUSION_CLASSES] + 1
     shown = np.concatenate(([0], np.sort(worst)))
-    matrix, share = matrix[np.ix_(shown, shown)], share[np.ix_(shown, shown)]
+    matrix = matrix[np.ix_(shown, shown)]
+    share = share[np.ix_(shown, shown)]
     names = [class_names[label - 1] for label in shown[1:]]
     size = max(7.0, 3.5 + 0.5 * len(shown))
     figure = Figure(figsize=(size + 1, size), layout="constrained")
@@ -494,7 +507,7 @@ def plot_confusion(matrix, class_names):
     for row, column in zip(*np.nonzero(matrix), strict=True):
         color = "white" if share[row, column] > 0.5 else "black"
         axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=color, fontsize=8)
-    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(len(shown)), ["missed", *names], **slanted)
     axes.set_yticks(range(len(shown)), ["other errors", *names])
     title = (
@@ -509,12 +522,14 @@ def plot_confusion(matrix, class_names):
     return figure
 
 
-def draw_heatmap(axes, values, rows, columns, title):
+def draw_heatmap(
+    axes: Axes, values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], title: str
+) -> None:
     """Draw a table of numbers from 0 to 1 as coloured cells; NaN stays white."""
-    values = np.array(values, dtype=float).reshape(len(rows), len(columns))
-    top = max(0.01, np.nan_to_num(values).max(initial=0.0))
-    axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
+    table = np.array(values, dtype=float).reshape(len(rows), len(columns))
+    top = max(0.01, np.nan_to_num(table).max(initial=0.0))
+    axes.imshow(table, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    for (row, column), value in np.ndenumerate(table):
         color = "white" if value > 0.6 * top else "black"
         axes.text(column, row, text_of(value), ha="center", va="center", color=color, fontsize=9)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
@@ -522,7 +537,7 @@ def draw_heatmap(axes, values, rows, columns, title):
     axes.set_title(title)
 
 
-def plot_errors(tide):
+def plot_errors(tide: Numbers) -> Figure:
     """Return errors.png: the AP gained by the repair of each kind, over all classes and for each."""
     kinds = [kind.replace("_", " ") for kind in HEADINGS]
     names = list(tide["gain"])
@@ -545,7 +560,7 @@ def plot_errors(tide):
     return figure
 
 
-def plot_sizes(per_class, ranges):
+def plot_sizes(per_class: Mapping[str, dict[str, float]], ranges: Sequence[Numbers]) -> Figure:
     """Return sizes.png: COCO's AP and AR by size and class; AP and recall at IoU .5 by relative size."""
     figure = Figure(figsize=(15, 4 + 0.3 * len(per_class)), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -565,14 +580,15 @@ def plot_sizes(per_class, ranges):
     return figure
 
 
-def plot_calibration(calibration):
+def plot_calibration(calibration: Numbers) -> Figure:
     """Return calibration.png: precision over mean score in ten ranges of the score, and their counts."""
     figure = Figure(figsize=(6.5, 7.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     bins = [row for row in calibration["bins"] if row["count"]]
     top.plot([0, 1], [0, 1], "--", color="black", linewidth=0.8, label="a score that is the precision")
     top.plot([row["score"] for row in bins], [row["precision"] for row in bins], "o-", label="this model")
-    ece, ece_confident = text_of(calibration["ece"]), text_of(calibration["ece_confident"])
+    ece = text_of(calibration["ece"])
+    ece_confident = text_of(calibration["ece_confident"])
     title = f"expected calibration error {ece}, at {ssd.DRAW_SCORE_THRESH} or more {ece_confident}"
     top.set(ylim=(0, 1.05), ylabel="share of hits", title=f"Reliability of the scores at IoU .5\n{title}")
     top.legend(loc="upper left")
@@ -585,187 +601,19 @@ def plot_calibration(calibration):
     return figure
 
 
-# ---- Mistakes ----
-
-
-def surest_near(found, objects, row):
-    """Return (row of found, IoU, is a hit of another object) of the surest detection on a missed object.
-
-    That overlaps it by IoU .1 or more, or by .5 where it is a hit of another object. (None, 0.0, False) if
-    there is none.
-    """
-    there = np.flatnonzero(found["image_ids"] == objects["image_ids"][row])  # best first
-    iou = ssd.box_iou(found["boxes_px"][there], objects["boxes_px"][row], extra=1.0)
-    is_of_another = found["is_hit"][there] & (found["target"][there] != row)
-    near = np.flatnonzero(iou >= np.where(is_of_another, FOREGROUND_IOU, BACKGROUND_IOU))
-    if len(near) == 0:
-        return None, 0.0, False
-    return int(there[near[0]]), float(iou[near[0]]), bool(is_of_another[near[0]])
-
-
-def list_errors(found, objects, records, class_names):
-    """Return a dict for each false detection of DRAW_SCORE_THRESH or more, each object without such a hit.
-
-    False detections first, the surest first; then objects, the largest first. Keys: MISTAKE_COLUMNS, where
-    said, score and iou of an object are those of `surest_near`, empty if there is none, and the box is the
-    object's, otherwise the detection's, in the pixels of annotation files; text; index (of the record); row
-    and target (of found and objects, None: none).
-    """
-    errors = []
-
-    def add(kind, row, target, iou, text):
-        source, place = (objects, target) if kind == "missed" else (found, row)
-        index = int(source["image_ids"][place])
-        said = true = score = ""
-        if row is None:
-            iou = ""
-        else:
-            said, score = class_names[found["labels"][row] - 1], float(found["scores"][row])
-            score, iou = round(score, 4), round(float(iou), 4)
-        if target is not None:
-            true = class_names[objects["labels"][target] - 1]
-        box = source["boxes_px"][place].round(1).tolist()
-        values = (records[index].image_id, kind, said, true, score, iou, *box)
-        text = text.format(said, true, score, iou)
-        errors.append(
-            {
-                "index": index,
-                "row": row,
-                "target": target,
-                "text": text,
-                **dict(zip(MISTAKE_COLUMNS, values, strict=True)),
-            }
-        )
-
-    is_sure = found["scores"] >= ssd.DRAW_SCORE_THRESH
-    for row in np.flatnonzero((found["kind"] != "") & is_sure).tolist():
-        kind = str(found["kind"][row])
-        target = None if kind == "background" else int(found["target"][row])
-        text = f"said {{0}} {{2:.2f}}: {DESCRIPTIONS[kind]}"
-        if target is not None:
-            text += "\nobject: {1}, IoU {3:.2f}" + (", difficult" if objects["difficult"][target] else "")
-        add(kind, row, target, found["iou"][row], text)
-    boxes = objects["boxes_px"]
-    area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(axis=1)
-    share = area / np.array([record.width * record.height for record in records])[objects["image_ids"]]
-    unseen = np.flatnonzero(unseen_objects(found, objects))
-    for target in unseen[np.argsort(-share[unseen], kind="stable")].tolist():
-        row, iou, is_of_another = surest_near(found, objects, target)
-        text = "missed {1}\n"
-        text += "nothing near it" if row is None else "near it {0} {2:.2f}, IoU {3:.2f}"
-        add("missed", row, target, iou, text + (", a hit of another" if is_of_another else ""))
-    return errors
-
-
-def write_mistakes(path, errors):
-    """Write mistakes.csv: see `list_errors` and MISTAKE_COLUMNS."""
-
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, MISTAKE_COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(errors)
-
-    ssd.write_atomically(path, write)
-
-
-def draw_error(record, error, found, objects):
-    """Return a PIL image of an error and what is around it: its object in white, its detection coloured."""
-    boxes, colors = [], []
-    if error["target"] is not None:
-        boxes.append(objects["boxes_px"][error["target"]])
-        colors.append("white")
-    if error["row"] is not None:
-        boxes.append(found["boxes_px"][error["row"]])
-        colors.append(ssd.color_of(int(found["labels"][error["row"]])))
-    edges = np.array(boxes) - np.array([1, 1, 0, 0])
-    low, high = edges[:, :2].min(axis=0), edges[:, 2:].max(axis=0)
-    reach = min(max(0.75 * (high - low).max(), 24.0), 0.52 * max(record.width, record.height))
-    corner = (low + high) / 2 - reach
-    border = math.ceil(reach)
-    picture = ImageOps.expand(Image.fromarray(record.read()), border, "gray")
-    part = np.concatenate((corner, corner + 2 * reach)) + border
-    picture = picture.resize((CELL_SIDE, CELL_SIDE), Image.Resampling.BICUBIC, part.tolist())
-    edges = (edges - np.tile(corner, 2)) * CELL_SIDE / (2 * reach)
-    return ssd.draw_boxes(picture, edges, [""] * len(colors), colors)
-
-
-def pick_errors(errors, count):
-    """Return the surest false detections, then the first missed objects, `count` of each, one an image."""
-    missed = [error for error in errors if error["kind"] == "missed"]
-    false = [error for error in errors if error["kind"] != "missed"]
-    picked, taken = [], set()
-    for group in (sorted(false, key=lambda error: -error["score"]), missed):
-        end = len(picked) + count
-        for error in group:
-            if len(picked) < end and error["index"] not in taken:
-                taken.add(error["index"])
-                picked.append(error)
-    return picked
-
-
-def plot_mistakes(errors, records, found, objects, count=12, columns=4):
-    """Return mistakes.png: `pick_errors` of `list_errors`, each with what it is."""
-    picked = pick_errors(errors, count)
-    num_missed = sum(error["kind"] == "missed" for error in picked)
-    height = max(1, math.ceil(len(picked) / columns))
-    figure = Figure(figsize=(3.2 * columns, 3.8 * height + 0.8), layout="constrained")
-    figure.suptitle(
-        f"{len(picked) - num_missed} false detections of the highest scores, then {num_missed} "
-        f"largest objects without a hit of {ssd.DRAW_SCORE_THRESH} or more\n"
-        "coloured: detection; white: the object as annotated; one error an image"
-    )
-    grid = figure.subplots(height, columns, squeeze=False).flatten()
-    for axes in grid:
-        axes.axis("off")
-    for axes, error in zip(grid, picked, strict=False):
-        axes.imshow(draw_error(records[error["index"]], error, found, objects))
-        axes.set_title(f"{error['text']}\n{error['image']}", fontsize=9)
-    return figure
-
-
-def save_photographs(figure, path):
-    """Write a figure of photographs as PNG of 256 colours, a third of the bytes of one of all colours."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
-    of_boxes = [part for color in (*ssd.PALETTE, "white", "black") for part in ImageColor.getrgb(color)]
-    palette = Image.new("P", (1, 1))
-    of_photographs = picture.quantize(256 - len(of_boxes) // 3, Image.Quantize.MAXCOVERAGE)  # rare ones, too
-    palette.putpalette(of_boxes + of_photographs.getpalette())
-    picture = picture.quantize(palette=palette)
-    ssd.write_atomically(path, lambda temporary: picture.save(temporary, "png", optimize=True))
-
-
-def mistakes_page(errors, records, found, objects, title):
-    """Return mistakes.html: the first hundred errors in the order of mistakes.csv, complete in itself."""
-    cells = ""
-    for number, error in enumerate(errors[:SHEET_LENGTH], start=1):
-        source = report.embed(draw_error(records[error["index"]], error, found, objects))
-        text = html.escape(f"{number}. {error['text']}\n{error['image']}").replace("\n", "<br>")
-        cells += f'<figure><img src="{source}" alt="" loading="lazy"><figcaption>{text}</figcaption></figure>'
-    about = (
-        f"{min(SHEET_LENGTH, len(errors))} of {len(errors)} errors, in the order of mistakes.csv. "
-        "Coloured: the detection; white: the object as annotated."
-    )
-    columns = "repeat(auto-fill, minmax(10rem, 1fr))"
-    style = f".sheet {{ display: grid; gap: 0 .8rem; grid-template-columns: {columns} }}"
-    return report.document(title, f'<p class="soft">{about}</p><div class="sheet">{cells}</div>', style)
-
-
 # ---- Command line ----
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Evaluate the checkpoint, analyze, print, draw and write by the flags."""
     coco.import_pycocotools()  # before the work
-    checkpoint, records, evaluation, result = ssd.evaluate_checkpoint(args)
+    checkpoint, records, _, result = measure_checkpoint(args)
     classes = checkpoint["classes"]
-    numbers, found, objects = analyze(result, records, classes)
+    numbers = analyze(result, records, classes)
     print(f"\n{tables(numbers)}\n")
-    plots = Path(args.output_dir) / "plots"
-    folder = plots / "evaluation"
-    ssd.write_json(folder / "evaluation.json", evaluation | numbers)
+    folder = evaluation_folder(args)
+    path = folder / "evaluation.json"
+    ssd.write_json(path, read_json(path) | numbers)
     analysis = numbers["analysis"]
     figures = {
         "precision_recall": plot_precision_recall(result, classes),
@@ -777,22 +625,14 @@ def run(args):
     }
     for name, figure in figures.items():
         ssd.save_figure(figure, folder / f"{name}.png")
-    errors = list_errors(found, objects, records, classes)
-    if evaluation["split"] in ("train", "trainval", args.train_split):
-        errors.sort(key=lambda error: error["kind"] in LOOSE_KINDS)
-    write_mistakes(plots / "mistakes.csv", errors)
-    title = f"Mistakes of {Path(args.evaluate).name} on list {evaluation['split']}"
-    page = mistakes_page(errors, records, found, objects, title)
-    ssd.write_atomically(plots / "mistakes.html", lambda temporary: temporary.write_text(page, "utf-8"))
-    save_photographs(plot_mistakes(errors, records, found, objects), plots / "mistakes.png")
-    print(f"{folder}: evaluation.json, {', '.join(f'{name}.png' for name in figures)}")
-    print(f"{plots}: mistakes.csv ({len(errors)} errors), mistakes.html, mistakes.png, predictions.png")
+    written = ", ".join(f"{name}.png" for name in figures)
+    print(f"{folder}: evaluation.json, {written}")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 a mistake to mend."""
     matplotlib.rcParams["text.parse_math"] = False  # a class name may hold a $
-    return coco.run_tool(run, argv, "Say why a detector fails: its errors by kind, size and score.")
+    return run_on_checkpoint(run, argv, "Say why a detector fails: its errors by kind, size and score.")
 
 
 if __name__ == "__main__":

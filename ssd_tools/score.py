@@ -1,7 +1,7 @@
 """Score the detection files of any program by the VOC rules, or write those of a checkpoint.
 
-    python tools/score.py DETECTIONS --data PATH --test-split LIST --output-dir DIR
-    python tools/score.py DETECTIONS --write checkpoints/FILE.pth [flags of --evaluate]
+    python -m ssd_tools.score DETECTIONS --data PATH --test-split LIST --output-dir DIR
+    python -m ssd_tools.score DETECTIONS --write checkpoints/FILE.pth [flags of --evaluate]
 
 DETECTIONS is a folder with the files of the VOC devkit's task comp4, comp4_det_LIST_CLASS.txt for each class.
 A line is a detection, `image score xmin ymin xmax ymax`, in pixels counted from 1 with both corners included.
@@ -10,22 +10,32 @@ The first command prints the class table and writes OUTPUT_DIR/plots/evaluation/
 """
 
 import argparse
+import functools
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-import ssd_object_detection as ssd  # noqa: E402
+import ssd_object_detection as ssd
+from ssd_tools.common import evaluation_folder, measure_checkpoint, run_program
+
+Arrays = dict[str, np.ndarray]  # columns of detections, a row each; see `ssd.evaluate_voc`
 
 
-def devkit_path(folder, split, class_name):
+def devkit_path(folder: ssd.PathLike, split: str, class_name: str) -> Path:
     """Return the path of the devkit's file of a class."""
     return Path(folder) / f"comp4_det_{split}_{class_name.replace('/', '_')}.txt"
 
 
-def write_devkit_files(folder, split, detections, records, classes):
+def write_devkit_files(
+    folder: ssd.PathLike,
+    split: str,
+    detections: Mapping[str, np.ndarray],
+    records: Sequence[ssd.Record],
+    classes: Sequence[str],
+) -> None:
     """Write detections, of `ssd.evaluate` on the records, as devkit files; a missing folder is made."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for label, name in enumerate(classes, start=1):
@@ -33,28 +43,32 @@ def write_devkit_files(folder, split, detections, records, classes):
         for row in np.flatnonzero(detections["labels"] == label):
             image_id = records[detections["image_ids"][row]].image_id
             numbers = [detections["scores"][row], *detections["boxes_px"][row]]
-            lines.append(" ".join([image_id, *(f"{number:.9g}" for number in numbers)]) + "\n")
+            words = [image_id, *(f"{number:.9g}" for number in numbers)]
+            lines.append(" ".join(words) + "\n")
         devkit_path(folder, split, name).write_text("".join(lines), encoding="utf-8")
 
 
-def parse_line(line):
+def parse_line(line: str) -> tuple[str, list[float]]:
     """Return (image id, [score, xmin, ymin, xmax, ymax]) of a line; ValueError unless they are finite."""
-    image_id, *numbers = line.strip().rsplit(maxsplit=5) or [""]  # a name may have blanks
-    numbers = [float(number) for number in numbers]
+    words = line.strip().rsplit(maxsplit=5)  # a name may have blanks
+    numbers = [float(word) for word in words[1:]]
     if len(numbers) != 5 or not all(map(math.isfinite, numbers)):
         raise ValueError("not five finite numbers")
-    return image_id, numbers
+    return words[0], numbers
 
 
-def read_devkit_files(folder, split, records, classes):
+def read_devkit_files(
+    folder: ssd.PathLike, split: str, records: Sequence[ssd.Record], classes: Sequence[str]
+) -> Arrays:
     """Return detections, image ids as positions in records, in the form that `ssd.evaluate_voc` takes.
 
     Raises InputError for a class without a file (an empty one is legal), and for a line that is not an image
     of the list and five finite numbers.
     """
     position = {record.image_id: index for index, record in enumerate(records)}
-    image_ids, labels = [], []
-    table = []  # a row a detection: score, xmin, ymin, xmax, ymax
+    image_ids: list[int] = []
+    labels: list[int] = []
+    rows: list[list[float]] = []  # score, xmin, ymin, xmax, ymax of each detection
     for label, name in enumerate(classes, start=1):
         path = devkit_path(folder, split, name)
         if not path.is_file():
@@ -70,8 +84,8 @@ def read_devkit_files(folder, split, records, classes):
                 raise ssd.InputError(f"{where}: list {split} has no such image")
             image_ids.append(position[image_id])
             labels.append(label)
-            table.append(numbers)
-    table = np.array(table, dtype=np.float64).reshape(-1, 5)
+            rows.append(numbers)
+    table = np.array(rows, dtype=np.float64).reshape(-1, 5)
     return {
         "image_ids": np.array(image_ids, dtype=np.int64),
         "labels": np.array(labels, dtype=np.int64),
@@ -80,7 +94,7 @@ def read_devkit_files(folder, split, records, classes):
     }
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> tuple[str, str | None, argparse.Namespace]:
     """Return (folder of detections, checkpoint to write or None, namespace of the module's flags)."""
     parser = argparse.ArgumentParser(
         description="Score detection files by the VOC rules, or write those of a checkpoint.",
@@ -92,26 +106,36 @@ def parse_args(argv=None):
     parser.add_argument("detections", metavar="DETECTIONS", help="the folder of the files")
     parser.add_argument("--write", metavar="CHECKPOINT", help="write a checkpoint's detections as such files")
     own, flags = parser.parse_known_args(argv)
-    flags += ["--evaluate", own.write] if own.write else []
+    if own.write:
+        flags += ["--evaluate", own.write]
     return own.detections, own.write, ssd.parse_args(flags)
 
 
-def write_checkpoint(folder, args):
+def write_checkpoint(folder: str, args: argparse.Namespace) -> None:
     """Measure the checkpoint args.evaluate on the test list and write its detections into the folder."""
-    checkpoint, records, numbers, result = ssd.evaluate_checkpoint(args)
+    checkpoint, records, numbers, result = measure_checkpoint(args)
     write_devkit_files(folder, numbers["split"], result["detections"], records, checkpoint["classes"])
 
 
-def score_files(folder, args):
-    """Score the files of a folder on the test list of the flags: print the table, write evaluation.json."""
+def listed_records(args: argparse.Namespace) -> tuple[str, tuple[str, ...], list[ssd.Record]]:
+    """Return (list, classes, Records) of the test list that the flags name."""
     (root, *_), lists = ssd.find_data(args.data, args.data_root, "", "", args.test_split)  # no other list
     split = lists["test"]
     if not split:
         raise ssd.InputError(f"{args.data} has no test list: name one with --test-split")
     annotations = ssd.read_annotations(root, split, unlabelled=args.unlabelled)
-    is_voc = args.data in ("voc2007", "voc0712")
-    classes = args.classes or (ssd.VOC_CLASSES if is_voc else ssd.annotated_classes(annotations))
-    records = ssd.read_records(root, split, classes, annotations=annotations)
+    if args.classes:
+        classes = args.classes
+    elif args.data in ("voc2007", "voc0712"):
+        classes = ssd.VOC_CLASSES
+    else:
+        classes = ssd.annotated_classes(annotations)
+    return split, classes, ssd.read_records(root, split, classes, annotations=annotations)
+
+
+def score_files(folder: str, args: argparse.Namespace) -> None:
+    """Score the files of a folder on the test list of the flags: print the table, write evaluation.json."""
+    split, classes, records = listed_records(args)
     detections = read_devkit_files(folder, split, records, classes)
     print(f"{folder} on {args.data}, list {split}: {len(records)} images")
     result = ssd.score_detections(detections, records, len(classes))
@@ -127,7 +151,7 @@ def score_files(folder, args):
         **{key: result[key] for key in ("map_area", "map11", "map75")},
         "per_class": {name: {key: row[key] for key in keys} for name, row in rows},
     }
-    path = Path(args.output_dir) / "plots" / "evaluation" / "evaluation.json"
+    path = evaluation_folder(args) / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     ssd.write_json(path, numbers)
     print(ssd.class_table(result, classes))
@@ -137,18 +161,18 @@ def score_files(folder, args):
     )
 
 
-def main(argv=None):
+def run(argv: Sequence[str] | None) -> None:
+    """Score files, or write those of a checkpoint, by the command line."""
+    folder, checkpoint, args = parse_args(argv)
+    if checkpoint:
+        write_checkpoint(folder, args)
+    else:
+        score_files(folder, args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 a mistake to mend."""
-    try:
-        folder, checkpoint, args = parse_args(argv)
-        if checkpoint:
-            write_checkpoint(folder, args)
-        else:
-            score_files(folder, args)
-    except (ssd.InputError, OSError) as error:  # raised in a loader process it comes with a traceback
-        print(f"error: {str(error).strip().splitlines()[-1].split('InputError: ')[-1]}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(functools.partial(run, argv))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """Write one HTML page about a run, or about several side by side.
 
-    python tools/report.py                           # the run of this folder -> plots/report.html
-    python tools/report.py RUN --output report.html  # RUN is what --output-dir was, or a checkpoint
-    python tools/report.py RUN RUN [RUN ...]         # what differs -> plots/comparison.html of the first one
-    python tools/report.py RUN --tensorboard         # event files for TensorBoard -> checkpoints/tensorboard
+    python -m ssd_tools.report                           # the run of this folder -> plots/report.html
+    python -m ssd_tools.report RUN --output report.html  # RUN is what --output-dir was, or a checkpoint
+    python -m ssd_tools.report RUN RUN [RUN ...]         # what differs -> plots/comparison.html of the first
+    python -m ssd_tools.report RUN --tensorboard         # TensorBoard's events -> checkpoints/tensorboard
 
-The page needs no network. What was not recorded is left out or called not recorded. tools/export.py takes the
-words of its model card from here.
+The page needs no network. What was not recorded is left out or called not recorded. ssd_tools.hub takes
+the words of its model card from here.
 """
 
 import argparse
 import base64
 import contextlib
+import functools
 import html
 import io
 import json
@@ -20,23 +21,26 @@ import re
 import shutil
 import statistics
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ssd_object_detection as ssd
-from ssd_object_detection import InputError
+from ssd_tools.common import optional_import, read_json, run_program
 
 PLOTS = {  # titles of what the module draws
     "loss.png": "Losses, validation mAP, learning rate and speed",
     "augmentations.png": "Training images as the network sees them",
     "predictions.png": "Test images: truth in white, detections coloured",
 }
-MISTAKES = {  # titles of what tools/analyze.py draws; others in plots/evaluation are shown with their name
-    "mistakes.png": "The surest false detections and the largest objects that were missed",
+MISTAKES = {  # title of what ssd_tools.mistakes draws
+    "mistakes.png": "The surest false detections and the largest objects that were missed"
+}
+ANALYSIS = {  # titles of what ssd_tools.analyze draws; others in plots/evaluation are shown with their name
     "evaluation/precision_recall.png": "Precision and recall of each class",
     "evaluation/confusion.png": "Confusion matrix",
     "evaluation/errors.png": "AP that repairing each kind of error would gain",
@@ -44,7 +48,7 @@ MISTAKES = {  # titles of what tools/analyze.py draws; others in plots/evaluatio
     "evaluation/f1.png": "F1 over the score threshold",
     "evaluation/calibration.png": "Share of hits over the score",
 }
-ERROR_KINDS = {  # those of tools/analyze.py
+ERROR_KINDS = {  # those of ssd_tools.analyze
     "localisation": "have the right class and a loose box",
     "classification": "have the wrong class",
     "both": "have the wrong class and a loose box",
@@ -62,38 +66,36 @@ LINE_STYLES = ("-", "--", "-.", ":")  # with the ten colours 40 lines that diffe
 FEW_OBJECTS = 50  # a class with fewer of them is called uncertain
 MAX_IMAGE_WIDTH = 1600  # pixels of an embedded image
 
+EXTRA = ("coco", "confusion", "analysis", "mistakes")  # what the tools add to evaluation.json
+
+Run = dict[str, Any]  # what `read_run` returns
+Row = tuple[str, ...]  # of a table of text
+
 
 # ---- what a run left ----
 
 
-def is_number(value):
+def is_number(value: object) -> bool:
     """Whether a value from a record is a finite number."""
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def dig(content, *keys):
+def dig(content: Any, *keys: str) -> Any:
     """Return what lies below keys in nested dicts; an empty dict where one is missing."""
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     return {} if content is None else content
 
 
-def dig_numbers(content, *keys):
+def dig_numbers(content: Any, *keys: str) -> list[float]:
     """Return the list of finite numbers below keys; an empty one if it is missing or holds something else."""
     found = dig(content, *keys)
-    return found if isinstance(found, list) and all(map(is_number, found)) else []
+    if isinstance(found, list) and all(map(is_number, found)):
+        return found
+    return []
 
 
-def read_json(path):
-    """Return the dict in a JSON file; an empty one if it is missing, damaged or something else."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def read_rows(path, key):
+def read_rows(path: Path, key: str) -> list[dict[str, Any]]:
     """Return the rows of a metrics.jsonl or steps.jsonl that can be read and have a number at key."""
     rows = []
     with contextlib.suppress(OSError):
@@ -103,49 +105,61 @@ def read_rows(path, key):
     return [row for row in rows if isinstance(row, dict) and is_number(row.get(key))]
 
 
-def find_checkpoint(source):
+def find_checkpoint(source: ssd.PathLike) -> Path:
     """Return the checkpoint of a run's folder: the newest final one, else best.pth, else last.pth."""
     source = Path(source)
     if source.is_file():
         return source
     folder = source / "checkpoints"
     final = sorted(folder.glob("ssd_*_final.pth"), key=lambda path: path.stat().st_mtime)
-    found = final[-1:] or [path for path in (folder / "best.pth", folder / "last.pth") if path.is_file()]
-    if not found:
-        raise InputError(f"{source}: no checkpoint of a run in {folder}")
-    return found[0]
+    if final:
+        return final[-1]
+    for path in (folder / "best.pth", folder / "last.pth"):
+        if path.is_file():
+            return path
+    raise ssd.InputError(f"{source}: no checkpoint of a run in {folder}")
 
 
-def read_measurement(checkpoint, source, evaluation):
-    """Return (test, extra): the test numbers, and what tools/analyze.py added; {} where there are none.
+def read_measurement(
+    checkpoint: Mapping[str, Any], source: Path, evaluation: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (test, extra): the test numbers, and what the tools added, see EXTRA; {} where there are none.
 
     evaluation: the content of an evaluation.json. It counts where it has the mAP of the checkpoint's own
     numbers, or, for a checkpoint without any, where it names that checkpoint.
     """
-    extra = {key: evaluation[key] for key in ("coco", "analysis") if key in evaluation}
+    extra = {key: evaluation[key] for key in EXTRA if key in evaluation}
     test = checkpoint.get("test")
     if test:
-        return test, extra if evaluation.get("map_area") == test["map_area"] else {}
+        is_same = evaluation.get("map_area") == test["map_area"]
+        return test, extra if is_same else {}
     if Path(str(evaluation.get("checkpoint"))).name != source.name:
         return {}, {}
-    return {k: v for k, v in evaluation.items() if k not in ("coco", "confusion", "analysis")}, extra
+    return {key: value for key, value in evaluation.items() if key not in EXTRA}, extra
 
 
-def find_plots(folder, *, measured, analyzed):
+def find_plots(folder: Path, *, measured: bool, extra: Mapping[str, Any]) -> list[tuple[Path, str]]:
     """Return [(path, title)] of the PNG files of a run in its plots folder.
 
     measured: whether the last measurement there is of this checkpoint, so that predictions.png is, too;
-    analyzed: whether tools/analyze.py made it.
+    extra: what the tools added to it, so that their pictures are of it.
     """
     titles = {folder / name: title for name, title in PLOTS.items() if measured or name != "predictions.png"}
-    if analyzed:
+    if measured and "mistakes" in extra:
         titles |= {folder / name: title for name, title in MISTAKES.items()}
+    if measured and "analysis" in extra:
+        titles |= {folder / name: title for name, title in ANALYSIS.items()}
         for path in sorted((folder / "evaluation").glob("*.png")):
             titles.setdefault(path, path.stem.replace("_", " "))
     return [(path, title) for path, title in titles.items() if path.is_file()]
 
 
-def read_run(source, plots=None):
+def is_of_epoch(row: Mapping[str, Any], val: Mapping[str, Any]) -> bool:
+    """Whether a row of metrics.jsonl is what a checkpoint recorded of its epoch, to the last digit."""
+    return all(row.get(key) == val.get(key) for key in ("epoch", "train_loss"))
+
+
+def read_run(source: ssd.PathLike, plots: ssd.PathLike | None = None) -> Run:
     """Return what is known of the run that wrote a checkpoint, as a dict.
 
     config, classes, flags, epoch, val: of the checkpoint; test, extra: see `read_measurement`;
@@ -158,13 +172,7 @@ def read_run(source, plots=None):
     evaluation = read_json(plots / "evaluation" / "evaluation.json")
     test, extra = read_measurement(checkpoint, source, evaluation)
     val = checkpoint.get("metrics") or {}
-    history = read_rows(source.parent / "metrics.jsonl", "epoch")
-    # The same epoch with the same loss to the last digit: the files are of the run that wrote the checkpoint.
-    is_same = any(all(row.get(key) == val.get(key) for key in ("epoch", "train_loss")) for row in history)
-    record = read_json(source.parent / "run.json") if is_same else {}
-    measured = bool(test) and evaluation.get("map_area") == test.get("map_area")
-    pictures = find_plots(plots, measured=measured, analyzed=measured and bool(extra)) if is_same else []
-    return {
+    run = {
         "source": source,
         "config": checkpoint["config"],
         "classes": list(checkpoint["classes"]),
@@ -173,45 +181,62 @@ def read_run(source, plots=None):
         "val": val,
         "test": test,
         "extra": extra,
-        "environment": dig(record, "environment"),
-        "wall_s": record.get("wall_s"),
-        "history": history if is_same else [],
-        "plots": pictures,
+        "environment": {},
+        "wall_s": None,
+        "history": [],
+        "plots": [],
     }
+    history = read_rows(source.parent / "metrics.jsonl", "epoch")
+    if any(is_of_epoch(row, val) for row in history):  # the files are of the run that wrote the checkpoint
+        record = read_json(source.parent / "run.json")
+        measured = bool(test) and evaluation.get("map_area") == test.get("map_area")
+        run |= {
+            "environment": dig(record, "environment"),
+            "wall_s": record.get("wall_s"),
+            "history": history,
+            "plots": find_plots(plots, measured=measured, extra=extra),
+        }
+    return run
 
 
 # ---- in words and tables ----
 
 
-def data_name(flags):
+def data_name(flags: Mapping[str, Any]) -> str:
     """Return the name of the data that the flags name, without its folder."""
     return Path(str(flags.get("data") or "unknown data")).name
 
 
-def command(run):
+def command(run: Run) -> str:
     """Return the command that started the run, its absolute paths without their folders."""
     recorded = run["environment"].get("command") or "ssd_object_detection.py (flags not recorded)"
     words = [re.sub(r"(^|=)/.*/(?=.)", r"\1", word) for word in str(recorded).split(" ")]
     return " ".join(("python", *words))
 
 
-def machine(run):
+def machine(run: Run) -> str:
     """Return one sentence on machine, versions and time."""
-    env, wall = run["environment"], run["wall_s"]
+    env = run["environment"]
     names = ("python", "torch", "torchvision", "numpy")
     versions = ", ".join(f"{name} {env[name]}" for name in names if name in env)
-    took = f" in {wall / 60:.1f} minutes" if is_number(wall) else ""
+    took = ""
+    if is_number(run["wall_s"]):
+        took = f" in {run['wall_s'] / 60:.1f} minutes"
     device = env.get("device", "a device that was not recorded")
     return f"Trained on {device} ({env.get('cpu_count')} cores){took}; {versions}."
 
 
-def class_rows(test):
+def class_rows(test: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Return [(name, row)] of a test's classes, best AP first, those without objects last."""
-    rows = dig(test, "per_class").items()
-    return sorted(rows, key=lambda pair: -pair[1]["ap_area"] if is_number(pair[1]["ap_area"]) else 1.0)
+
+    def order(pair: tuple[str, dict[str, Any]]) -> float:
+        ap = pair[1]["ap_area"]
+        return -ap if is_number(ap) else 1.0
+
+    return sorted(dig(test, "per_class").items(), key=order)
 
 
-def protocol(run):
+def protocol(run: Run) -> str:
     """Return how the test numbers were measured."""
     test = run["test"]
     if not is_number(test.get("map_area")):
@@ -228,13 +253,13 @@ def protocol(run):
     )
 
 
-def table_rows(test):
+def table_rows(test: Mapping[str, Any]) -> list[Row]:
     """Return the per-class table as rows of text: the header, the classes, their mean."""
 
-    def text(value):
+    def text(value: Any) -> str:
         return f"{value:.4f}" if is_number(value) else "no object"
 
-    rows = [("class", "objects", "AP .5 (area)", "AP .5 (11-point)", "AP .75 (area)")]
+    rows: list[Row] = [("class", "objects", "AP .5 (area)", "AP .5 (11-point)", "AP .75 (area)")]
     for name, row in class_rows(test):
         rows.append((name, str(row["num_gt"]), *(text(row[key]) for key in ("ap_area", "ap11", "ap75"))))
     if len(rows) > 1:
@@ -242,23 +267,19 @@ def table_rows(test):
     return rows
 
 
-def markdown(table):
+def markdown(table: Iterable[Row]) -> str:
     """Return rows of text, header first, as a Markdown table, empty without a row."""
     head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
     if not rows:
         return ""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def analysis_in_words(extra):
-    """Return sentences on what tools/analyze.py found; none if it was not recorded."""
+def errors_in_words(tide: Mapping[str, Any]) -> list[str]:
+    """Return sentences on the kinds of error: how many score high, and which one costs most."""
     lines = []
-    if drawn := dig_numbers(extra, "analysis", "ap_ranges", "mean"):
-        lines.append(
-            "Of lists drawn at random from the test images 95 % have a mAP@.5 of {:.3f} to {:.3f}: so much "
-            "do other images of the kind change it.".format(*drawn)
-        )
-    confident = dig(extra, "analysis", "tide", "confident")
+    confident = dig(tide, "confident")
     counts = [(dig(confident, kind), text) for kind, text in ERROR_KINDS.items()]
     if all(is_number(count) for count, _ in counts):
         wrong = ", ".join(f"{count} {text}" for count, text in sorted(counts, reverse=True))
@@ -266,7 +287,7 @@ def analysis_in_words(extra):
             f"Of the detections that score {ssd.DRAW_SCORE_THRESH} or more, {wrong}; "
             f"{dig(confident, 'missed')} objects have no hit of that score."
         )
-    mean = dig(extra, "analysis", "tide", "gain", "mean")
+    mean = dig(tide, "gain", "mean")
     gains = [(value, kind) for kind, value in mean.items() if kind in (*ERROR_KINDS, "missed")]
     if gains and all(is_number(value) for value, _ in gains):
         value, kind = max(gains)
@@ -274,6 +295,19 @@ def analysis_in_words(extra):
         if kind in ERROR_KINDS:
             what = f"Mending the detections that {ERROR_KINDS[kind]}"
         lines.append(f"{what} would raise the mAP@.5 most, by {value:.4f}.")
+    return lines
+
+
+def analysis_in_words(extra: Mapping[str, Any]) -> list[str]:
+    """Return sentences on what ssd_tools.analyze found; none if it was not recorded."""
+    lines = []
+    drawn = dig_numbers(extra, "analysis", "ap_ranges", "mean")
+    if drawn:
+        lines.append(
+            "Of lists drawn at random from the test images 95 % have a mAP@.5 of {:.3f} to {:.3f}: so much "
+            "do other images of the kind change it.".format(*drawn)
+        )
+    lines += errors_in_words(dig(extra, "analysis", "tide"))
     sizes = {size: dig(extra, "coco", f"ap_{size}") for size in ("small", "medium", "large")}
     if all(map(is_number, sizes.values())):
         shown = ", ".join(f"{size} {ap:.3f}" for size, ap in sizes.items())
@@ -284,7 +318,7 @@ def analysis_in_words(extra):
     return lines
 
 
-def classes_in_words(test):
+def classes_in_words(test: Mapping[str, Any]) -> list[str]:
     """Return sentences on the best and the worst class, and on classes with few objects."""
     lines = []
     rows = [(name, row) for name, row in class_rows(test) if is_number(row["ap_area"])]
@@ -297,14 +331,16 @@ def classes_in_words(test):
     return lines
 
 
-def training_in_words(run):
+def training_in_words(run: Run) -> list[str]:
     """Return sentences on the gap between validation and test, and on the course of the validation loss."""
     lines = []
-    val, test = run["val"].get("val_map_area"), run["test"].get("map_area")
+    val = run["val"].get("val_map_area")
+    test = run["test"].get("map_area")
     if is_number(val) and is_number(test):
+        direction = "higher" if test > val else "lower"
         lines.append(
             f"The validation mAP@.5 that chose epoch {run['epoch']} was {val:.4f}; the test's is "
-            f"{abs(test - val):.4f} {'higher' if test > val else 'lower'}."
+            f"{abs(test - val):.4f} {direction}."
         )
     losses = [(row["val_loss"], row["epoch"]) for row in run["history"] if is_number(row.get("val_loss"))]
     if len(losses) > 2:
@@ -320,7 +356,7 @@ def training_in_words(run):
     return lines
 
 
-def in_words(run):
+def in_words(run: Run) -> list[str]:
     """Return sentences on what the model gets wrong, from the recorded numbers alone."""
     lines = classes_in_words(run["test"]) + analysis_in_words(run["extra"]) + training_in_words(run)
     return lines or ["Not analysed: no measurement was recorded."]
@@ -351,20 +387,21 @@ summary { cursor: pointer; padding: .3rem 0; }
 """
 
 
-def embed(image):
+def embed(image: Image.Image) -> str:
     """Return a PIL image as a data URI: as JPEG where that is smaller than PNG, at most 1,600 pixels wide."""
     image = image.convert("RGB")
     image.thumbnail((MAX_IMAGE_WIDTH, 10 * MAX_IMAGE_WIDTH))
-    choices = []
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
-        choices.append((len(buffer.getvalue()), kind, buffer.getvalue()))
-    _, kind, content = min(choices)
+    png = io.BytesIO()
+    image.save(png, "png", optimize=True)
+    jpeg = io.BytesIO()
+    image.save(jpeg, "jpeg", quality=85)
+    kind, content = "png", png.getvalue()
+    if len(jpeg.getvalue()) <= len(content):
+        kind, content = "jpeg", jpeg.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def figure(path, title):
+def figure(path: Path | IO[bytes], title: str) -> str:
     """Return an image, a file or a binary stream, with its caption as HTML."""
     with Image.open(path) as image:
         kind = "wide" if image.width > 1000 else "single"
@@ -376,76 +413,107 @@ def figure(path, title):
     )
 
 
-def table(rows, kind=""):
+def table(rows: Iterable[Sequence[object]], kind: str = "") -> str:
     """Return an HTML table of rows of text, header first."""
 
-    def line(cells, tag):
+    def line(cells: Sequence[object], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
     head, *body = rows
-    return f'<table class="{kind}">{line(head, "th")}{"".join(line(row, "td") for row in body)}</table>'
+    lines = line(head, "th") + "".join(line(row, "td") for row in body)
+    return f'<table class="{kind}">{lines}</table>'
 
 
-def setting_text(value):
+def setting_text(value: Any) -> str:
     """Return the value of a flag in words."""
     if value is None or value == "":
         return "not set"
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, (list, tuple)):
-        is_anchors = bool(value) and isinstance(value[0], (list, tuple))
-        return f"{sum(map(len, value))} sizes of this data" if is_anchors else ", ".join(map(str, value))
+        if value and isinstance(value[0], (list, tuple)):  # fitted anchors
+            return f"{sum(map(len, value))} sizes of this data"
+        return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def public_flags(flags):
+def public_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's flags without folders of its machine: data and files by their names alone."""
     files = {name: Path(flags[name]).name for name in ("init_from", "backbone_weights") if flags.get(name)}
     return {**flags, "data": data_name(flags), **files}
 
 
-def settings_of(flags):
+def settings_of(flags: Mapping[str, Any]) -> dict[str, str]:
     """Return {name in words: value in words} of the flags that say how the run trained."""
     return {name.replace("_", " "): setting_text(value) for name, value in public_flags(flags).items()}
 
 
-def changed_settings(flags):
+def changed_settings(flags: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
     """Return (rows of the settings that differ from those of the run's recipe, rows of the others)."""
-    recipe = flags.get("recipe")
-    defaults = settings_of(vars(ssd.parse_args(["--recipe", recipe] if recipe in ssd.RECIPES else [])))
-    rows = list(settings_of(flags).items())
+    argv = []
+    if flags.get("recipe") in ssd.RECIPES:
+        argv = ["--recipe", flags["recipe"]]
+    defaults = settings_of(vars(ssd.parse_args(argv)))
+    rows: list[Row] = list(settings_of(flags).items())
     changed = [row for row in rows if row[0] not in defaults or defaults[row[0]] != row[1]]
     return changed, [row for row in rows if row not in changed]
 
 
-def sections(run):
+def settings_section(run: Run) -> str:
+    """Return HTML of the command and the settings of a run, those of its recipe folded away."""
+    changed, others = changed_settings(run["flags"])
+    head = ("setting", "value")
+    summary = f"<summary>{len(others)} settings of the recipe</summary>"
+    details = f"<details>{summary}{table([head, *others])}</details>"
+    return f"<pre>{html.escape(command(run))}</pre>{table([head, *changed])}{details}"
+
+
+def environment_section(run: Run) -> str:
+    """Return HTML of the machine and versions of a run."""
+    recorded = run["environment"].items()
+    rows = [(ENVIRONMENT_NAMES.get(name, name), value) for name, value in recorded if name != "command"]
+    if not rows:
+        return "<p>Not recorded.</p>"
+    return table([("", ""), *rows])
+
+
+def sections(run: Run) -> list[tuple[str, str]]:
     """Return [(title, HTML)] of a page, those without content left out."""
     figures = {path.name: figure(path, title) for path, title in run["plots"]}
     mistakes = "".join(fig for name, fig in figures.items() if name not in PLOTS)
     words = "".join(f"<li>{html.escape(line)}</li>" for line in in_words(run))
     measured = html.escape(protocol(run)).replace("**", "")
-    changed, others = changed_settings(run["flags"])
-    settings = table([("setting", "value"), *changed])
-    rest = f"<summary>{len(others)} settings of the recipe</summary>{table([('setting', 'value'), *others])}"
-    env = [
-        (ENVIRONMENT_NAMES.get(name, name), value)
-        for name, value in run["environment"].items()
-        if name != "command"
-    ]
+    classes = ""
+    if class_rows(run["test"]):
+        classes = table(table_rows(run["test"]), "numbers")
     found = {
         "Results": f"<p>{measured}</p>",
         "Curves": figures.get("loss.png", ""),
-        "Classes": table(table_rows(run["test"]), "numbers") if class_rows(run["test"]) else "",
+        "Classes": classes,
         "Gallery": figures.get("predictions.png", ""),
         "Mistakes": f"<ul>{words}</ul>{mistakes}",
         "Data": figures.get("augmentations.png", ""),
-        "Settings": f"<pre>{html.escape(command(run))}</pre>{settings}<details>{rest}</details>",
-        "Environment": table([("", ""), *env]) if env else "<p>Not recorded.</p>",
+        "Settings": settings_section(run),
+        "Environment": environment_section(run),
     }
     return [(title, content) for title, content in found.items() if content]
 
 
-def tiles(run):
+def epoch_text(run: Run) -> str:
+    """Return which epoch a run kept, and of how many; a dash if that is not recorded."""
+    if not run["epoch"]:
+        return "-"
+    return f"{run['epoch']} of {run['flags'].get('epochs')}"
+
+
+def wall_text(run: Run) -> str:
+    """Return how long a run took; a dash if that is not recorded."""
+    if not is_number(run["wall_s"]):
+        return "-"
+    return f"{run['wall_s'] / 60:.1f} min"
+
+
+def tiles(run: Run) -> list[tuple[str, str]]:
     """Return [(value, what it is)] for the top of the page."""
     test = run["test"]
     precision = test.get("precision")
@@ -456,14 +524,11 @@ def tiles(run):
         "validation mAP@.5, area": run["val"].get("val_map_area"),
     }
     found = [(f"{value:.4f}", what) for what, value in measured.items() if is_number(value)]
-    if run["epoch"]:
-        found.append((f"{run['epoch']} of {run['flags'].get('epochs')}", "epoch chosen"))
-    if is_number(run["wall_s"]):
-        found.append((f"{run['wall_s'] / 60:.1f} min", "wall time"))
-    return found
+    found += [(epoch_text(run), "epoch chosen"), (wall_text(run), "wall time")]
+    return [(value, what) for value, what in found if value != "-"]
 
 
-def document(title, body, style=""):
+def document(title: str, body: str, style: str = "") -> str:
     """Return an HTML page, complete in itself; body is HTML, title is text."""
     title = html.escape(title)
     return (
@@ -474,7 +539,7 @@ def document(title, body, style=""):
     )
 
 
-def with_contents(parts):
+def with_contents(parts: Sequence[tuple[str, str]]) -> tuple[str, str]:
     """Return HTML of [(title, HTML)] as sections, behind links to them."""
     links = "".join(f'<a href="#s{number}">{title}</a>' for number, (title, _) in enumerate(parts))
     content = "".join(
@@ -484,7 +549,7 @@ def with_contents(parts):
     return links, content
 
 
-def page(run):
+def page(run: Run) -> str:
     """Return the HTML page of a run."""
     config = run["config"]
     summary = (
@@ -506,7 +571,7 @@ def page(run):
 # ---- several runs side by side ----
 
 
-def name_runs(runs):
+def name_runs(runs: Sequence[Run]) -> list[str]:
     """Return a name for each run: the last parts of its folder, as many as make the names differ."""
     folders = [run["source"].resolve().parent.parent.parts for run in runs]
     for count in range(1, max(map(len, folders)) + 1):
@@ -516,79 +581,87 @@ def name_runs(runs):
     return [f"{number}: {run['source'].name}" for number, run in enumerate(runs, start=1)]
 
 
-def with_difference(value, first):
+def with_difference(value: Any, first: Any) -> str:
     """Return a figure as text, with its difference from the first run's in brackets."""
     if not is_number(value):
         return "-"
-    return f"{value:.4f}" + (f" ({value - first:+.4f})" if is_number(first) else "")
+    if not is_number(first):
+        return f"{value:.4f}"
+    return f"{value:.4f} ({value - first:+.4f})"
 
 
-def compared(what, values):
+def compared(what: str, values: Sequence[Any]) -> Row:
     """Return a row of text: what it is, the first run's figure, those of the others with their difference."""
     first, *others = values
     return (what, with_difference(first, None), *(with_difference(value, first) for value in others))
 
 
-def measured_on(run):
+def measured_on(run: Run) -> str:
     """Return the list and the data that a run was measured on, as text; a dash if on none."""
     test = run["test"]
     return f"{test['split']} of {data_name(test)}" if test else "-"
 
 
-def drawn_ranges(runs):
-    """Return a row of text: where 95 % of tools/analyze.py's drawn lists have their mAP, and its difference.
+def drawn_ranges(runs: Sequence[Run]) -> Row:
+    """Return a row of text: where 95 % of ssd_tools.analyze's drawn lists have their mAP, and its difference.
 
     The difference, in brackets, is that of the same drawn lists, so of runs measured on the first one's list.
     """
 
-    def of_95(values, form):
+    def of_95(values: Any, form: str) -> str:
         return " to ".join(form.format(value) for value in np.percentile(values, (2.5, 97.5)))
 
     lists = [(measured_on(run), run["test"].get("num_images")) for run in runs]
     maps = [dig_numbers(run["extra"], "analysis", "drawn_maps") for run in runs]
-    cells = []
+    cells: list[str] = []
     for one, values in zip(lists, maps, strict=True):
-        text = of_95(values, "{:.3f}") if values else "-"
+        text = "-"
+        if values:
+            text = of_95(values, "{:.3f}")
         if cells and values and one == lists[0] and len(values) == len(maps[0]):
             text += f" ({of_95(np.subtract(values, maps[0]), '{:+.3f}')})"
         cells.append(text)
     return ("mAP@.5 of 95 % of lists drawn from the test images", *cells)
 
 
-def compared_figures(runs, names):
+def about_run(run: Run) -> dict[str, str]:
+    """Return {what it is: text} of how a run was measured and trained."""
+    test = run["test"]
+    speeds = [row["images_per_s"] for row in run["history"] if is_number(row.get("images_per_s"))]
+    speed = "-"
+    if speeds:
+        speed = f"{statistics.median(speeds):.1f}"
+    return {
+        "measured with": test.get("precision", "-"),
+        "test list": measured_on(run),
+        "test images": str(test.get("num_images", "-")),
+        "epoch chosen": epoch_text(run),
+        "wall time": wall_text(run),
+        "training, images/s (median)": speed,
+        "device": run["environment"].get("device", "-"),
+    }
+
+
+def compared_figures(runs: Sequence[Run], names: Sequence[str]) -> list[Row]:
     """Return rows of text: a figure a row, a run a column; rows without any value are left out."""
-    tests = [run["test"] for run in runs]
     figures = {
         "test mAP@.5, area": "map_area",
         "test mAP@.5, 11-point": "map11",
         "test mAP@.75, area": "map75",
     }
-    rows = [("", *names)]
-    rows += [compared(what, [test.get(key) for test in tests]) for what, key in figures.items()]
+    rows: list[Row] = [("", *names)]
+    rows += [compared(what, [run["test"].get(key) for run in runs]) for what, key in figures.items()]
     rows.append(drawn_ranges(runs))
     rows.append(compared("validation mAP@.5, area", [run["val"].get("val_map_area") for run in runs]))
-    columns = []
-    for run, test in zip(runs, tests, strict=True):
-        speeds = [row["images_per_s"] for row in run["history"] if is_number(row.get("images_per_s"))]
-        columns.append(
-            {
-                "measured with": test.get("precision", "-"),
-                "test list": measured_on(run),
-                "test images": str(test.get("num_images", "-")),
-                "epoch chosen": f"{run['epoch']} of {run['flags'].get('epochs')}" if run["epoch"] else "-",
-                "wall time": f"{run['wall_s'] / 60:.1f} min" if is_number(run["wall_s"]) else "-",
-                "training, images/s (median)": f"{statistics.median(speeds):.1f}" if speeds else "-",
-                "device": run["environment"].get("device", "-"),
-            }
-        )
+    columns = [about_run(run) for run in runs]
     rows += [(what, *(column[what] for column in columns)) for what in columns[0]]
     return [row for row in rows if set(row[1:]) != {"-"}]
 
 
-def compared_settings(runs, names):
+def compared_settings(runs: Sequence[Run], names: Sequence[str]) -> list[Row]:
     """Return rows of text: the settings that are not the same in all runs."""
     settings = [settings_of(run["flags"]) for run in runs]
-    rows = [("setting", *names)]
+    rows: list[Row] = [("setting", *names)]
     for name in dict.fromkeys(name for one in settings for name in one):
         values = [one.get(name, "-") for one in settings]
         if len(set(values)) > 1:
@@ -596,7 +669,7 @@ def compared_settings(runs, names):
     return rows
 
 
-def compared_classes(runs, names):
+def compared_classes(runs: Sequence[Run], names: Sequence[str]) -> list[Row]:
     """Return rows of text: the area AP at IoU .5 of each class."""
     tests = [dig(run["test"], "per_class") for run in runs]
     classes = dict.fromkeys(name for test in tests for name in test)
@@ -604,7 +677,7 @@ def compared_classes(runs, names):
     return [("AP .5 (area)", *names), *rows]
 
 
-def plot_runs(runs, names):
+def plot_runs(runs: Sequence[Run], names: Sequence[str]) -> Figure:
     """Return a Figure: the runs' validation mAP, and their losses in training and validation, by epoch."""
     titles = {
         "val_map_area": "validation mAP@.5",
@@ -619,7 +692,8 @@ def plot_runs(runs, names):
         for place, (run, name) in enumerate(zip(runs, names, strict=True)):
             points = [(row["epoch"], row[key]) for row in run["history"] if is_number(row.get(key))]
             style = LINE_STYLES[place % len(LINE_STYLES)]
-            epochs, values = zip(*points, strict=True) if points else ((), ())
+            epochs = [epoch for epoch, _ in points]
+            values = [value for _, value in points]
             cell.plot(epochs, values, style, color=f"C{place}", label=name, marker=".")
         cell.margins(y=0.1)
         cell.set_ylabel(title)
@@ -630,12 +704,12 @@ def plot_runs(runs, names):
     return figure
 
 
-def scrolling(rows, kind=""):
+def scrolling(rows: Iterable[Row], kind: str = "") -> str:
     """Return a table that scrolls sideways where many runs do not fit."""
     return f'<div class="scroll">{table(rows, kind)}</div>'
 
 
-def comparison(runs):
+def comparison(runs: Sequence[Run]) -> str:
     """Return the HTML page of several runs."""
     names = name_runs(runs)
     picture = io.BytesIO()
@@ -644,9 +718,12 @@ def comparison(runs):
     if len({measured_on(run) for run in runs if run["test"]}) > 1:
         warning = "<p>The runs were measured on different lists: their figures cannot be compared.</p>"
     settings = compared_settings(runs, names)
+    differences = "<p>No setting.</p>"
+    if len(settings) > 1:
+        differences = scrolling(settings)
     parts = [
         ("Results", warning + scrolling(compared_figures(runs, names), "numbers")),
-        ("What differs", scrolling(settings) if len(settings) > 1 else "<p>No setting.</p>"),
+        ("What differs", differences),
         ("Curves", figure(picture, "By epoch")),
         ("Classes", scrolling(compared_classes(runs, names), "numbers")),
     ]
@@ -658,37 +735,38 @@ def comparison(runs):
     )
 
 
-def write_tensorboard(folder):
-    """Write the event files of a run's folder from its records and pictures; returns where. InputError."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard needs another package: pip install tensorboard") from None
-    if folder.is_file():  # a checkpoint
-        folder = folder.resolve().parents[1]
-    target = folder / "checkpoints" / "tensorboard"
-    rows = read_rows(folder / "checkpoints" / "metrics.jsonl", "epoch")
-    if not rows:
-        raise InputError(f"{folder}: no metrics.jsonl of a run in {folder / 'checkpoints'}")
+# ---- the command line ----
+
+
+def write_tensorboard(source: Path) -> Path:
+    """Write the event files of a run from its records and pictures; returns their folder."""
+    board_module = optional_import("torch.utils.tensorboard", "--tensorboard", "tensorboard")
+    folder = source.resolve().parents[1] if source.is_file() else source  # of a checkpoint, or a run's own
+    checkpoints = folder / "checkpoints"
+    target = checkpoints / "tensorboard"
+    rows = {
+        "epoch": read_rows(checkpoints / "metrics.jsonl", "epoch"),
+        "step": read_rows(checkpoints / "steps.jsonl", "step"),
+    }
+    if not rows["epoch"]:
+        raise ssd.InputError(f"{folder}: no metrics.jsonl of a run in {checkpoints}")
     shutil.rmtree(target, ignore_errors=True)  # the rows are all there each time
-    with SummaryWriter(target) as board:
-        for key, kind in (
-            ("epoch", rows),
-            ("step", read_rows(folder / "checkpoints" / "steps.jsonl", "step")),
-        ):
-            for row in kind:
-                for name in filter(lambda name, row=row: is_number(row[name]), row):
-                    board.add_scalar(f"{key}/{name}", row[name], row[key])
+    with board_module.SummaryWriter(target) as board:
+        for key, rows_of_key in rows.items():
+            for row in rows_of_key:
+                numbers = {name: value for name, value in row.items() if is_number(value)}
+                for name, value in numbers.items():
+                    board.add_scalar(f"{key}/{name}", value, row[key])
         for path in sorted((folder / "plots").glob("*.png")):
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))
-            board.add_image(path.stem, pixels, rows[-1]["epoch"], dataformats="HWC")
+            board.add_image(path.stem, pixels, rows["epoch"][-1]["epoch"], dataformats="HWC")
     return target
 
 
-def main(argv=None):
-    """Run the command line; returns the exit code: 0 done, 2 a mistake to mend."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the namespace of the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "runs",
         nargs="*",
@@ -706,23 +784,32 @@ def main(argv=None):
         action="store_true",
         help="write RUN/checkpoints/tensorboard instead, also while the run goes on",
     )
-    args = parser.parse_args(argv)
-    try:
-        if args.tensorboard:
-            folders = [str(write_tensorboard(Path(source))) for source in args.runs]
-            print(*folders, f"look at them: tensorboard --logdir {folders[0]}", sep="\n")
-            return 0
-        runs = [read_run(find_checkpoint(source)) for source in args.runs]
-        plots = runs[0]["source"].resolve().parent.parent / "plots"
-        path = Path(args.output or plots / ("report.html" if len(runs) == 1 else "comparison.html"))
-        content = page(runs[0]) if len(runs) == 1 else comparison(runs)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ssd.write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser.parse_args(argv)
+
+
+def write_pages(args: argparse.Namespace) -> None:
+    """Write the page of one run or of several, or TensorBoard's event files, by the flags."""
+    if args.tensorboard:
+        folders = [str(write_tensorboard(Path(source))) for source in args.runs]
+        print(*folders, f"look at them: tensorboard --logdir {folders[0]}", sep="\n")
+        return
+    runs = [read_run(find_checkpoint(source)) for source in args.runs]
+    if len(runs) == 1:
+        name = "report.html"
+        content = page(runs[0])
+    else:
+        name = "comparison.html"
+        content = comparison(runs)
+    path = Path(args.output or runs[0]["source"].resolve().parent.parent / "plots" / name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ssd.write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 2 a mistake to mend."""
+    args = parse_args(argv)
+    return run_program(functools.partial(write_pages, args))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Score a checkpoint as COCO does, by pycocotools: AP over IoU .5 to .95, by size, and average recall.
 
-    python tools/coco.py checkpoints/FILE.pth
-    python tools/coco.py checkpoints/FILE.pth --data PATH --test-split val --output-dir DIR
+    python -m ssd_tools.coco checkpoints/FILE.pth
+    python -m ssd_tools.coco checkpoints/FILE.pth --data PATH --test-split val --output-dir DIR
 
 Takes the flags of `ssd_object_detection.py --evaluate` after the checkpoint, with the same defaults, and does
 what that does. Besides, it prints COCO's figures and writes them to OUTPUT_DIR/plots/evaluation/coco.json. An
@@ -14,31 +14,34 @@ import io
 import math
 import re
 import sys
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-import ssd_object_detection as ssd  # noqa: E402
+import ssd_object_detection as ssd
+from ssd_tools.common import evaluation_folder, measure_checkpoint, optional_import, run_on_checkpoint
 
 SIZES = ("small", "medium", "large")
 LIMITS = (1, 10, 100)  # detections an image and class that average recall allows
 
+Arrays = Mapping[str, np.ndarray]  # columns of detections or objects, a row each; see `ssd.evaluate_voc`
+Figures = dict[str, Any]  # what `coco_figures` returns
 
-def import_pycocotools():
+
+def import_pycocotools() -> tuple[Any, Any]:
     """Return the classes (COCO, COCOeval); InputError if pycocotools is not installed."""
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise ssd.InputError(f"COCO's figures need pycocotools: pip install pycocotools ({error})") from None
-    return COCO, COCOeval
+    purpose = "measuring as COCO does"
+    coco = optional_import("pycocotools.coco", purpose)
+    judge = optional_import("pycocotools.cocoeval", purpose)
+    return coco.COCO, judge.COCOeval
 
 
-def to_coco_rows(side):
+def to_coco_rows(side: Arrays) -> list[dict[str, Any]]:
     """Return detections or truth, see `coco_figures`, as a list of COCO's annotation dicts, ids from 1."""
     edges = np.asarray(side["boxes_px"], dtype=np.float64).reshape(-1, 4) - np.array([1, 1, 0, 0])
-    corner, size = edges[:, :2], edges[:, 2:] - edges[:, :2]
+    corner = edges[:, :2]
+    size = edges[:, 2:] - corner
     columns = {
         "image_id": np.asarray(side["image_ids"], dtype=np.int64),
         "category_id": np.asarray(side["labels"], dtype=np.int64),
@@ -49,12 +52,13 @@ def to_coco_rows(side):
         columns["score"] = np.asarray(side["scores"], dtype=np.float64)
     else:
         columns["iscrowd"] = np.asarray(side["difficult"], dtype=np.int64)
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    rows = [dict(zip(columns, row, strict=True)) for row in rows]
-    return [{"id": number, **row} for number, row in enumerate(rows, start=1)]
+    rows: list[dict[str, Any]] = []
+    for values in zip(*(column.tolist() for column in columns.values()), strict=True):
+        rows.append({"id": len(rows) + 1, **dict(zip(columns, values, strict=True))})
+    return rows
 
 
-def to_figures(precision, recall):
+def to_figures(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
     """Return COCO's twelve figures; NaN where there is no ground truth.
 
     precision (IoUs, recalls, ..., areas, limits) and recall (IoUs, ..., areas, limits) of COCOeval, of one
@@ -64,11 +68,14 @@ def to_figures(precision, recall):
     parts |= {f"ap_{size}": precision[..., area, 2] for area, size in enumerate(SIZES, start=1)}
     parts |= {f"ar{limit}": recall[..., 0, place] for place, limit in enumerate(LIMITS)}
     parts |= {f"ar_{size}": recall[..., area, 2] for area, size in enumerate(SIZES, start=1)}
-    valid = {name: values[values > -1] for name, values in parts.items()}
-    return {name: float(values.mean()) if len(values) else math.nan for name, values in valid.items()}
+    figures = {}
+    for name, values in parts.items():
+        valid = values[values > -1]
+        figures[name] = float(valid.mean()) if len(valid) else math.nan
+    return figures
 
 
-def make_judge(detections, truth, num_classes):
+def make_judge(detections: Arrays, truth: Arrays, num_classes: int) -> Any:
     """Return pycocotools' COCOeval of the arguments of `coco_figures`; it prints what it does."""
     coco_class, judge_class = import_pycocotools()
     images = np.unique(np.concatenate((truth["image_ids"], detections["image_ids"]))).astype(np.int64)
@@ -85,7 +92,7 @@ def make_judge(detections, truth, num_classes):
     return judge_class(*sides, "bbox")
 
 
-def coco_figures(detections, truth, num_classes):
+def coco_figures(detections: Arrays, truth: Arrays, num_classes: int) -> Figures:
     """Score detections with pycocotools; the arguments are those of `ssd.evaluate_voc`, in VOC pixels.
 
     Difficult objects are crowds. Returns {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1",
@@ -101,7 +108,7 @@ def coco_figures(detections, truth, num_classes):
     return {**to_figures(precision, recall), "per_class": per_class}
 
 
-def table(figures):
+def table(figures: Figures) -> str:
     """Return the figures of `by_name` as text: a row a class, then that of all classes."""
     rows = {**figures["per_class"], "all": figures}
     names = [name for name in figures if name != "per_class"]
@@ -117,47 +124,27 @@ def table(figures):
     return "\n".join(lines)
 
 
-def by_name(figures, classes):
+def by_name(figures: Figures, classes: Sequence[str]) -> Figures:
     """Return the figures with the classes' names in place of their labels."""
     return {**figures, "per_class": dict(zip(classes, figures["per_class"].values(), strict=True))}
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Evaluate the checkpoint; print COCO's figures and write coco.json."""
     import_pycocotools()  # before the work
-    checkpoint, records, numbers, result = ssd.evaluate_checkpoint(args)
+    checkpoint, records, numbers, result = measure_checkpoint(args)
     classes = checkpoint["classes"]
     figures = by_name(coco_figures(result["detections"], ssd.truth_of(records), len(classes)), classes)
     print(f"\n{table(figures)}")
-    path = Path(args.output_dir) / "plots" / "evaluation" / "coco.json"
+    path = evaluation_folder(args) / "coco.json"
     about = ("checkpoint", "data", "split", "num_images", "precision", "detection")
     ssd.write_json(path, {name: numbers[name] for name in about} | figures)
     print(path)
 
 
-def run_tool(run, argv, description):
-    """Call run(args) for a command line of CHECKPOINT and the flags of --evaluate; returns the exit code."""
-    flags = "[flags of ssd_object_detection.py --evaluate]"
-    parser = argparse.ArgumentParser(
-        description=description,
-        usage=f"%(prog)s CHECKPOINT {flags}",
-        epilog="The flags, with the same defaults: --data, --data-root, --test-split, --output-dir, "
-        "--device, --score-thresh, --nms-iou, --batch-size ...",
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pth file that training left")
-    argv = sys.argv[1:] if argv is None else list(argv)
-    path = parser.parse_args(argv[:1]).checkpoint
-    try:
-        run(ssd.parse_args(["--evaluate", path, *argv[1:]]))
-    except (ssd.InputError, OSError) as error:  # raised in a loader process it comes with a traceback
-        print(f"error: {str(error).strip().splitlines()[-1].split('InputError: ')[-1]}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 a mistake to mend."""
-    return run_tool(run, argv, "Score a checkpoint as COCO does.")
+    return run_on_checkpoint(run, argv, "Score a checkpoint as COCO does.")
 
 
 if __name__ == "__main__":
