@@ -1905,35 +1905,61 @@ def require_tensor(weights: dict, name: str, shape: Sequence[int]) -> Tensor:
     return value
 
 
+def divide_features(model: SSD300, mean: Sequence[float], tensors: dict[str, Tensor]) -> None:
+    """Set a model up for images of Caffe's scale less their mean, whose features are divided.
+
+    So new layers see numbers around 1. With ReLU it is enough to divide the images and each bias in tensors.
+    """
+    model.mean.copy_(255 * torch.tensor(mean).view(1, 3, 1, 1))
+    model.std.fill_(CAFFE_SCALE)
+    for name, tensor in tensors.items():
+        if name.endswith(".bias"):
+            tensor.div_(CAFFE_SCALE)
+
+
 @torch.no_grad()
 def load_coco(model: SSD300, state: dict) -> None:
     """Copy torchvision's SSD300 into a full-width one, all but the heads, which see other anchors there.
 
-    Its images have Caffe's scale, so its features are divided like Caffe's: the images and every bias are.
-    The L2 norm's output has no scale of its input, so its weight stays. InputError as in `load_backbone`.
+    Its features are divided like Caffe's, but not the L2 norm's output, which does not depend on the scale of
+    its input. InputError as in `load_backbone`.
     """
     if model.batch_norm != "none":
         raise misfit("those of COCO need --batch-norm none")
     # fc6 is dilated by 6 there, behind a max-pool. Its taps are copied all the same, so that fc7 reads the
-    # channels that it was trained on; those of ImageNet's classifier are as far apart (see load_backbone).
+    # channels that it was trained on; those of ImageNet's classifier are as far apart.
     own = coco_tensors(model)
     given = {name: require_tensor(state, name, tensor.shape) for name, tensor in own.items()}
-    model.mean.copy_(255 * torch.tensor(COCO_MEAN).view(1, 3, 1, 1))
-    model.std.fill_(CAFFE_SCALE)
     for name, tensor in own.items():
         tensor.copy_(given[name])
-        if name.endswith(".bias"):
-            tensor.div_(CAFFE_SCALE)
+    divide_features(model, COCO_MEAN, own)
+
+
+def decimated_classifier(state: dict) -> list[dict[str, Tensor]] | None:
+    """Return the state dicts of fc6 and fc7 as convolutions, None if the weights have no classifier.
+
+    Of fc6 (4096, 512, 7, 7) and fc7 (4096, 4096) every fourth output and input is kept, of fc6 rows and
+    columns 0, 3 and 6 (DeepLab, arXiv:1412.7062; SSD section 3).
+    """
+    if "classifier.0.weight" not in state:
+        return None
+    fc6_weight = require_tensor(state, "classifier.0.weight", (4096, 25088))
+    fc6_bias = require_tensor(state, "classifier.0.bias", (4096,))
+    fc7_weight = require_tensor(state, "classifier.3.weight", (4096, 4096))
+    fc7_bias = require_tensor(state, "classifier.3.bias", (4096,))
+    if fc6_weight.isnan().any():  # torchvision fills Caffe's with NaN
+        return None
+    fc6_weight = fc6_weight.view(4096, 512, 7, 7)[::4, :, ::3, ::3]
+    fc7_weight = fc7_weight[::4, ::4, None, None]
+    return [{"weight": fc6_weight, "bias": fc6_bias[::4]}, {"weight": fc7_weight, "bias": fc7_bias[::4]}]
 
 
 @torch.no_grad()
 def load_backbone(model: SSD300, state: dict) -> None:
     """Copy pretrained weights, a state dict of torchvision's vgg16 or vgg16_bn, into a full-width SSD300.
 
-    A state dict of torchvision's SSD300 does too, see `load_coco`.
-    A classifier's fc6 (4096, 512, 7, 7) and fc7 (4096, 4096) are decimated: every fourth output and input,
-    rows and columns 0, 3, 6 (DeepLab, arXiv:1412.7062; SSD section 3). The Caffe weights have none and want
-    images normalised their way. InputError names the tensor that does not fit, and nothing is changed then.
+    A state dict of torchvision's SSD300 does too, see `load_coco`. The Caffe weights have no classifier, and
+    want images normalised their way. InputError names the tensor that does not fit; nothing is changed then.
     """
     if not isinstance(state, dict):
         raise misfit("not a state dict of torchvision's vgg16 or vgg16_bn")
@@ -1945,29 +1971,15 @@ def load_backbone(model: SSD300, state: dict) -> None:
     for name in map(str, state):
         if name.startswith("features.") and name not in own and not name.endswith("num_batches_tracked"):
             raise misfit(f"VGG16 has no {name}")
-    has_classifier = "classifier.0.weight" in state
-    if has_classifier:
-        fc6_weight = require_tensor(state, "classifier.0.weight", (4096, 25088))
-        fc6_bias = require_tensor(state, "classifier.0.bias", (4096,))
-        fc7_weight = require_tensor(state, "classifier.3.weight", (4096, 4096))
-        fc7_bias = require_tensor(state, "classifier.3.bias", (4096,))
-        has_classifier = not fc6_weight.isnan().any()  # torchvision fills Caffe's with NaN
+    classifier = decimated_classifier(state)
 
     for name, tensor in own.items():
         tensor.copy_(given[name])
-    if has_classifier:
-        fc6, fc7 = _convolutions(model.fc)
-        fc6_weight = fc6_weight.view(4096, 512, 7, 7)[::4, :, ::3, ::3]
-        fc6.load_state_dict({"weight": fc6_weight, "bias": fc6_bias[::4]})
-        fc7.load_state_dict({"weight": fc7_weight[::4, ::4, None, None], "bias": fc7_bias[::4]})
+    if classifier is not None:
+        for layer, tensors in zip(_convolutions(model.fc), classifier, strict=True):
+            layer.load_state_dict(tensors)
     elif model.batch_norm != "all":
-        # Caffe's features are divided, so that new layers see numbers around 1: with ReLU it is enough to
-        # divide the images and the biases.
-        model.mean.copy_(255 * torch.tensor(CAFFE_MEAN).view(1, 3, 1, 1))
-        model.std.fill_(CAFFE_SCALE)
-        for name, tensor in own.items():
-            if name.endswith(".bias"):
-                tensor.div_(CAFFE_SCALE)
+        divide_features(model, CAFFE_MEAN, own)
 
 
 @torch.no_grad()
