@@ -1810,7 +1810,8 @@ class SSD300(nn.Module):
         rows = []
         for head, x in zip(heads, maps, strict=True):
             output = head(x).permute(0, 2, 3, 1)  # (B, y, x, anchors of a cell * columns)
-            rows.append(output.reshape(len(x), -1, columns))
+            num_images = output.shape[0]  # len() would fix B in an exported graph
+            rows.append(output.reshape(num_images, -1, columns))
         return torch.cat(rows, dim=1).float()
 
 
@@ -1907,32 +1908,41 @@ def require_tensor(weights: dict, name: str, shape: Sequence[int]) -> Tensor:
     return value
 
 
-@torch.no_grad()
-def load_coco(model: SSD300, state: dict) -> None:
-    """Copy torchvision's SSD300 into a full-width one, all but the heads, which see other anchors there.
+def divide_features(model: SSD300, mean: Sequence[float], tensors: dict[str, Tensor]) -> None:
+    """Set a model up for images of Caffe's scale less their mean, whose features are divided.
 
-    Its images have Caffe's scale, so its features are divided like Caffe's: the images and every bias are.
-    The L2 norm's output has no scale of its input, so its weight stays. InputError as in `load_backbone`.
+    So new layers see numbers around 1. With ReLU it is enough to divide the images and each bias in tensors.
     """
-    if model.batch_norm != "none":
-        raise misfit("those of COCO need --batch-norm none")
-    # fc6 is dilated by 6 there, behind a max-pool. Its taps are copied all the same, so that fc7 reads the
-    # channels that it was trained on; those of ImageNet's classifier are as far apart (see load_backbone).
-    own = coco_tensors(model)
-    given = {name: require_tensor(state, name, tensor.shape) for name, tensor in own.items()}
-    model.mean.copy_(255 * torch.tensor(COCO_MEAN).view(1, 3, 1, 1))
+    model.mean.copy_(255 * torch.tensor(mean).view(1, 3, 1, 1))
     model.std.fill_(CAFFE_SCALE)
-    for name, tensor in own.items():
-        tensor.copy_(given[name])
+    for name, tensor in tensors.items():
         if name.endswith(".bias"):
             tensor.div_(CAFFE_SCALE)
 
 
-def decimated_classifier(state: dict) -> list[dict[str, Tensor]] | None:
-    """Return the weight and bias of fc6 and fc7 for SSD from VGG16's classifier, None if there is none.
+@torch.no_grad()
+def load_coco(model: SSD300, state: dict) -> None:
+    """Copy torchvision's SSD300 into a full-width one, all but the heads, which see other anchors there.
 
-    fc6 (4096, 512, 7, 7) and fc7 (4096, 4096) are decimated: every fourth output and input, rows and columns
-    0, 3, 6 (DeepLab, arXiv:1412.7062; SSD section 3).
+    Its features are divided like Caffe's, but not the L2 norm's output, which does not depend on the scale of
+    its input. InputError as in `load_backbone`.
+    """
+    if model.batch_norm != "none":
+        raise misfit("those of COCO need --batch-norm none")
+    # fc6 is dilated by 6 there, behind a max-pool. Its taps are copied all the same, so that fc7 reads the
+    # channels that it was trained on; those of ImageNet's classifier are as far apart.
+    own = coco_tensors(model)
+    given = {name: require_tensor(state, name, tensor.shape) for name, tensor in own.items()}
+    for name, tensor in own.items():
+        tensor.copy_(given[name])
+    divide_features(model, COCO_MEAN, own)
+
+
+def decimated_classifier(state: dict) -> list[dict[str, Tensor]] | None:
+    """Return the state dicts of fc6 and fc7 as convolutions, None if the weights have no classifier.
+
+    Of fc6 (4096, 512, 7, 7) and fc7 (4096, 4096) every fourth output and input is kept, of fc6 rows and
+    columns 0, 3 and 6 (DeepLab, arXiv:1412.7062; SSD section 3).
     """
     if "classifier.0.weight" not in state:
         return None
@@ -1951,8 +1961,8 @@ def decimated_classifier(state: dict) -> list[dict[str, Tensor]] | None:
 def load_backbone(model: SSD300, state: dict) -> None:
     """Copy pretrained weights, a state dict of torchvision's vgg16 or vgg16_bn, into a full-width SSD300.
 
-    The Caffe weights have no classifier and want images normalised their way; torchvision's SSD300 is taken
-    too, see `load_coco`. InputError names the tensor that does not fit, and nothing is changed then.
+    A state dict of torchvision's SSD300 does too, see `load_coco`. The Caffe weights have no classifier, and
+    want images normalised their way. InputError names the tensor that does not fit; nothing is changed then.
     """
     if not isinstance(state, dict):
         raise misfit("not a state dict of torchvision's vgg16 or vgg16_bn")
@@ -1961,24 +1971,18 @@ def load_backbone(model: SSD300, state: dict) -> None:
         return
     own = vgg_tensors(model)
     given = {name: require_tensor(state, name, tensor.shape) for name, tensor in own.items()}
-    foreign = [str(name) for name in state if str(name).startswith("features.") and name not in own]
-    foreign = [name for name in foreign if not name.endswith("num_batches_tracked")]
-    if foreign:
-        raise misfit(f"VGG16 has no {foreign[0]}")
+    for name in map(str, state):
+        if name.startswith("features.") and name not in own and not name.endswith("num_batches_tracked"):
+            raise misfit(f"VGG16 has no {name}")
     classifier = decimated_classifier(state)
+
     for name, tensor in own.items():
         tensor.copy_(given[name])
     if classifier is not None:
-        for layer, tensors in zip(_convolutions(model.fc), classifier, strict=True):  # fc6, fc7
+        for layer, tensors in zip(_convolutions(model.fc), classifier, strict=True):
             layer.load_state_dict(tensors)
     elif model.batch_norm != "all":
-        # Caffe's features are divided, so that new layers see numbers around 1: with ReLU it is enough to
-        # divide the images and the biases.
-        model.mean.copy_(255 * torch.tensor(CAFFE_MEAN).view(1, 3, 1, 1))
-        model.std.fill_(CAFFE_SCALE)
-        for name, tensor in own.items():
-            if name.endswith(".bias"):
-                tensor.div_(CAFFE_SCALE)
+        divide_features(model, CAFFE_MEAN, own)
 
 
 @torch.no_grad()
@@ -3818,7 +3822,7 @@ def _add_network_flags(parser: argparse.ArgumentParser) -> None:
     add("--width", type=positive_float, help="factor on every channel count")
     add("--batch-norm", choices=("none", "new", "all"), help="new: in the layers after VGG's")
     add("--pretrained", action=switch, help="start from ImageNet VGG16 weights")
-    add("--backbone-weights", metavar="KIND", help="caffe, imagenet or a file of VGG16 weights")
+    add("--backbone-weights", metavar="KIND", help="caffe, imagenet, coco or a file of such weights")
     add("--init-from", metavar="FILE", help="start from a checkpoint, also of other classes")
     add(
         "--freeze-blocks",
@@ -3931,6 +3935,9 @@ def check_settings(settings: Settings, given: dict[str, Any]) -> None:
         raise InputError("--weights is for --predict")
     if settings.starts_from_imagenet and settings.width > 1:
         raise InputError(f"--width {settings.width:g} has no ImageNet weights: add --no-pretrained")
+    if settings.backbone_weights == "coco" and settings.starts_from_imagenet:
+        if settings.width != 1 or settings.batch_norm != "none":
+            raise InputError("--backbone-weights coco is for --width 1 and --batch-norm none")
     if "freeze_blocks" in given and settings.frozen_blocks < settings.freeze_blocks:
         raise InputError("--freeze-blocks needs trained weights of this width: other ones have to learn")
 

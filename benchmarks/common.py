@@ -63,9 +63,10 @@ def make_speed_parser(doc: str | None, *, rounds: int) -> argparse.ArgumentParse
 def begin(args: argparse.Namespace) -> tuple[torch.device, ssd.DataSplits]:
     """Set up torch and OpenCV as training does; returns (device, DataSplits with nothing held out)."""
     torch.set_num_threads(args.threads)
-    device = ssd.pick_device(args.device)
-    ssd.prepare_device(argparse.Namespace(seed=0, workers=0, compile=False, amp="off"), device)
+    torch.manual_seed(0)
+    device = ssd.prepare_device(args.device).device
     data = ssd.load_data(args.data, data_root=args.data_root, train_split=args.train_split, val_fraction=0)
+    ssd.print_findings(data.findings)
     return device, data
 
 
@@ -98,28 +99,13 @@ def make_state(
     batch_size: int,
     width: float = 1.0,
     compiled: bool = False,
-) -> tuple[ssd.TrainState, argparse.Namespace]:
-    """Return (TrainState, flags) of a run of this project with random weights, by recipe voc's AdamW."""
-    args = ssd.parse_args(
-        [
-            "--recipe",
-            "voc",
-            "--no-pretrained",
-            "--freeze-blocks",
-            "0",
-            "--width",
-            str(width),
-            "--lr",
-            "1e-4",
-            "--batch-size",
-            str(batch_size),
-            "--device",
-            str(device),
-            "--compile" if compiled else "--no-compile",
-        ]
-    )
-    state, _ = ssd.build_state(args, num_classes, device, amp_dtype)
-    return state, args
+) -> tuple[ssd.TrainState, ssd.Settings]:
+    """Return (TrainState, Settings) of a run of this project with random weights, by recipe voc's AdamW."""
+    changes = {"pretrained": False, "width": width, "lr": 1e-4, "batch_size": batch_size}
+    settings = ssd.Settings(**ssd.RECIPES["voc"] | changes)
+    machine = ssd.Machine(device, amp_dtype, workers=0, compiled=compiled)
+    state, _ = ssd.build_state(settings, machine, num_classes)
+    return state, settings
 
 
 def own_loader(
@@ -292,13 +278,15 @@ def measure(run: dict, splits: list[str]) -> dict[str, float]:
     root = ssd.find_data(used["data"], used["data_root"], *lists)[0][0]
     saved = ssd.load_checkpoint(run["checkpoint"])
     classes = saved["classes"]
-    options = {"classes": classes, "unlabelled": used["unlabelled"]}
-    records = [record for split in splits for record in ssd.read_records(root, split, **options)]
-    model = ssd.model_from_checkpoint(saved, run["checkpoint"], str(ssd.pick_device(used["device"])))
+    records = []
+    for split in splits:
+        found, _ = ssd.read_records(root, split, classes, unlabelled=used["unlabelled"])
+        records += found
+    model = ssd.model_from_checkpoint(saved, run["checkpoint"], ssd.pick_device(used["device"]))
     dataset = ssd.VocDataset(records, ssd.build_transform(train=False), model.anchors.cpu())
     loader = ssd.make_loader(dataset, batch_size=8, workers=used["workers"])
     dtype = ssd.pick_amp_dtype(model.anchors.device, used["amp"])
-    result = ssd.evaluate(model, loader, amp_dtype=dtype, **run["test"]["detection"])
+    result = ssd.measure(model, loader, amp_dtype=dtype, **run["test"]["detection"])
     figures = {key: result[key] for key in ("map_area", "map11", "map75")}
     if importlib.util.find_spec("pycocotools"):
         from ssd_tools.coco import coco_figures

@@ -26,14 +26,14 @@ def own_epoch(
 ) -> Callable[[], None]:
     """Return a function that trains one more epoch."""
     options = {"batch_size": args.batch_size, "width": args.width, "compiled": args.compile}
-    state, flags = common.make_state(num_classes, device, amp_dtype, **options)
+    state, settings = common.make_state(num_classes, device, amp_dtype, **options)
     pixels = ssd.decode_all(records) if args.cache else None
     sizes = {"batch_size": args.batch_size, "workers": args.workers, "epochs": args.rounds + 1}
     loader = common.own_loader(records, device, **sizes, pixels=pixels)
     batches = itertools.chain.from_iterable([loader])  # its processes start with the first batch
 
     def epoch() -> None:
-        ssd.train_one_epoch(state, loader, batches, ssd.detection_loss, flags, amp_dtype=amp_dtype)
+        ssd.train_one_epoch(state, loader, batches, ssd.detection_loss, settings, amp_dtype=amp_dtype)
         state.epoch += 1
 
     return epoch

@@ -24,7 +24,7 @@ import common
 import numpy as np
 import torch
 import torchvision
-from common import ROOT, ssd
+from common import ssd
 from torch import Tensor
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
@@ -194,11 +194,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     model.to(device).to(memory_format=torch.channels_last)
     if args.test_split:
         (root, *_), _ = ssd.find_data(args.data, args.data_root, "", "", args.test_split)
-        records = ssd.read_records(root, args.test_split, data.classes)
+        records, _ = ssd.read_records(root, args.test_split, data.classes)
         maps = {name: onnx.onnx_map(one, records, model.num_classes) for name, one in sessions.items()}
         dataset = ssd.VocDataset(records, ssd.build_transform(train=False), ssd.make_anchors())
         for name, dtype in common.precisions(device).items():
-            result = ssd.evaluate(model, ssd.make_loader(dataset), amp_dtype=dtype)
+            result = ssd.measure(model, ssd.make_loader(dataset), amp_dtype=dtype)
             maps[f"SSD300 {name}"] = result["map_area"]
     first = f"torchvision {next(iter(common.precisions(device)))}"
     for size in args.batch_sizes:

@@ -108,15 +108,6 @@ def module_blob() -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()[:12]
 
 
-def commit() -> str | None:
-    """Return the commit that is checked out, None without git."""
-    command = ["git", "-C", str(common.ROOT), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def run_one(job: Job, args: Namespace, deadline: float | None) -> dict:
     """Train one variant with one seed in a process of its own; returns its line, RuntimeError if it fails."""
     output = args.folder / "runs" / args.set / f"{re.sub('[^a-zA-Z0-9.]+', '_', job.name)}-{job.seed}"
@@ -136,9 +127,9 @@ def run_one(job: Job, args: Namespace, deadline: float | None) -> dict:
     if args.pool:
         line |= {f"pooled_{key}": value for key, value in common.measure(run, args.pool).items()}
     line |= {"run_seconds": time.monotonic() - began, "threads": threads}
-    names = ("python", "torch", "albumentations", "device", "cpu_count")
+    names = ("version", "python", "torch", "albumentations", "device", "cpu_count")
     line["environment"] = {name: run["environment"][name] for name in names}
-    return line | {"commit": commit(), "module": module_blob()}
+    return line | {"module": module_blob()}
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -216,7 +207,7 @@ def report(lines: list[dict], path: Path) -> None:
 
 def training_images(flags: list[str]) -> int:
     """Return how many images the training list of some flags has."""
-    settings = ssd.parse_args(flags)
+    settings, _ = ssd.load_settings(flags)
     names = (*ssd.DATA_FLAGS, "data_root", "seed")
     return len(ssd.load_data(**{name: getattr(settings, name) for name in names}).train)
 
@@ -231,7 +222,7 @@ def estimate(flags: list[str], lines: list[dict], num_images: int) -> float:
     same = [line["run_seconds"] for line in timed if line["flags"] == flags]
     if same:
         return max(same)
-    settings = ssd.parse_args(flags)
+    settings, _ = ssd.load_settings(flags)
     alike = [line for line in timed if line["batch_size"] == settings.batch_size] or timed
     rate, rest = FIRST_IMAGES_PER_S, FIRST_START_SECONDS
     if alike:

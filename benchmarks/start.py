@@ -18,11 +18,15 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import common
+import numpy as np
 import torch
 from common import ssd
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 BLOCKS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc7")
 
@@ -96,49 +100,74 @@ def compare_features(start: ssd.SSD300, now: ssd.SSD300, records: list[ssd.Recor
     return [comparisons[name].row(name) for name in BLOCKS]
 
 
-def probe(flags: Sequence[str], steps: int, pictures: int) -> dict:
-    """Train for some steps by the module's flags; returns what --json holds."""
-    # As a run begins.
-    args = ssd.parse_args(flags)
-    device = ssd.pick_device(args.device)
-    amp_dtype = ssd.prepare_device(args, device)
-    data = ssd.load_data(**{name: getattr(args, name) for name in (*ssd.DATA_FLAGS, "data_root", "seed")})
-    boxes = ssd.np.concatenate([record.boxes for record in data.train])
-    sizes = ssd.choose_anchors(args.anchors, boxes, is_voc={*data.classes} == {*ssd.VOC_CLASSES})
-    state, _ = ssd.build_state(args, len(data.classes), device, amp_dtype, sizes)
-    if args.init_from:
-        ssd.start_from(state, args.init_from, data.classes)
-    loader, _ = ssd.make_loaders(args, data, state)
-    ssd.print_header(args, data, state.model, amp_dtype)
-    start = copy.deepcopy(state.model)
+@dataclass(frozen=True)
+class Run:
+    """A training that is about to begin."""
 
-    # Its first steps, each with its class loss.
+    settings: ssd.Settings
+    machine: ssd.Machine
+    data: ssd.DataSplits
+    state: ssd.TrainState
+    loader: DataLoader
+
+
+def begin_run(flags: Sequence[str]) -> Run:
+    """Prepare a training by the module's flags, as the module does."""
+    settings, source = ssd.load_settings(flags)
+    machine = ssd.prepare_device(
+        settings.device, amp=settings.amp, workers=settings.workers, compiled=settings.compile
+    )
+    torch.manual_seed(settings.seed)
+    names = (*ssd.DATA_FLAGS, "data_root", "seed")
+    data = ssd.load_data(**{name: getattr(settings, name) for name in names})
+    ssd.print_findings(data.findings)
+    boxes = np.concatenate([record.boxes for record in data.train])
+    sizes = ssd.choose_anchors(settings.anchors, boxes, data.classes)
+    state, _ = ssd.build_state(settings, machine, len(data.classes), sizes)
+    if settings.init_from is not None and source is not None:
+        ssd.start_from(state, source, settings.init_from, data.classes)
+    loader, _ = ssd.make_loaders(settings, machine, data, state)
+    ssd.print_header(settings, machine, data, state.model)
+    return Run(settings, machine, data, state, loader)
+
+
+def train_steps(run: Run, steps: int) -> list[float]:
+    """Take the first steps of a run, at most all; returns the class loss of each."""
+    settings = run.settings
+    detection_loss = functools.partial(ssd.detection_loss, loss=settings.loss, gamma=settings.focal_gamma)
     seen: list[Tensor] = []
 
     def loss(outputs: tuple, targets: tuple, *, num_positive: Tensor) -> dict[str, Tensor]:
-        settings = {"loss": args.loss, "gamma": args.focal_gamma, "num_positive": num_positive}
-        losses = ssd.detection_loss(outputs, targets, **settings)
+        losses = detection_loss(outputs, targets, num_positive=num_positive)
         seen.append(losses["loss_cls"].detach())
         return losses
 
-    steps_per_epoch = loader.batch_sampler.steps_per_epoch
-    steps = min(steps, args.epochs * steps_per_epoch)
-    batches = itertools.islice(iter(loader), steps)
+    steps_per_epoch = cast(ssd.EpochBatchSampler, run.loader.batch_sampler).steps_per_epoch
+    steps = min(steps, settings.epochs * steps_per_epoch)
+    batches = itertools.islice(iter(run.loader), steps)
     for _ in range(math.ceil(steps / steps_per_epoch)):
-        ssd.train_one_epoch(state, loader, batches, loss, args, amp_dtype=amp_dtype)
-        state.epoch += 1
+        amp_dtype = run.machine.amp_dtype
+        ssd.train_one_epoch(run.state, run.loader, batches, loss, settings, amp_dtype=amp_dtype)
+        run.state.epoch += 1
+    return [value.item() for value in seen]
 
-    shown = ssd.spread(data.val or data.test or data.train, pictures)
-    losses = [value.item() for value in seen]
+
+def probe(flags: Sequence[str], steps: int, pictures: int) -> dict:
+    """Train for some steps by the module's flags; returns what --json holds."""
+    run = begin_run(flags)
+    start = copy.deepcopy(run.state.model)
+    losses = train_steps(run, steps)
+    shown = ssd.spread(run.data.val or run.data.test or run.data.train, pictures)
+    rows = compare_features(start, copy.deepcopy(run.state.model), shown)
     return {
         "steps": len(losses),
-        "skipped": len(losses) - state.step,
+        "skipped": len(losses) - run.state.step,
         "pictures": len(shown),
         "loss_cls_first_8": statistics.mean(losses[:8]),
         "loss_cls_last_16": statistics.mean(losses[-16:]),
-        "rows": compare_features(start, copy.deepcopy(state.model), shown),
+        "rows": rows,
         "flags": list(flags),
-        "environment": ssd.environment(device),
+        "environment": ssd.environment(run.machine.device),
     }
 
 
@@ -154,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = probe(flags, args.steps, args.pictures)
     except (ssd.InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {ssd.error_line(error)}", file=sys.stderr)
         return 2
     print(f"\n{common.markdown(result['rows'])}\n")
     first, last = result["loss_cls_first_8"], result["loss_cls_last_16"]

@@ -98,6 +98,13 @@ def test_order_of_outputs_is_the_order_of_anchors(images):
     assert deltas[0, -1].tolist() == [5012, 5013, 5014, 5015]
 
 
+def test_an_exported_graph_takes_any_number_of_images(images):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(narrow(width=0.01).eval(), (images,), dynamic_shapes=({0: batch},))
+    cls_logits, box_deltas = exported.module()(torch.cat((images, images[:1])))
+    assert len(cls_logits) == len(box_deltas) == 3
+
+
 def test_a_spot_in_the_image_changes_only_the_cells_that_see_it():
     model = narrow().eval()
     plain = torch.full((1, 3, 300, 300), 120.0)

@@ -136,7 +136,8 @@ def test_a_queue_stops_before_its_limit_and_goes_on_another_time(tiny_voc, tmp_p
         clock[0] += seconds + 10
         test = {"map_area": 0.5, "map11": 0.4, "map75": 0.2, "split": "val", "detection": {}}
         used = {"epochs": 100, "batch_size": 8 if output.name == "batch_8-0" else 32}
-        environment = dict.fromkeys(("python", "torch", "albumentations", "device", "cpu_count"), "one")
+        names = ("version", "python", "torch", "albumentations", "device", "cpu_count")
+        environment = dict.fromkeys(names, "one")
         run = {"test": test, "flags": used, "environment": environment}
         return run | {"seconds": seconds, "images": 800, "images_per_s": 4.0}
 
