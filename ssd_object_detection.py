@@ -3935,9 +3935,9 @@ def check_settings(settings: Settings, given: dict[str, Any]) -> None:
         raise InputError("--weights is for --predict")
     if settings.starts_from_imagenet and settings.width > 1:
         raise InputError(f"--width {settings.width:g} has no ImageNet weights: add --no-pretrained")
-    if settings.backbone_weights == "coco" and settings.starts_from_imagenet:
-        if settings.width != 1 or settings.batch_norm != "none":
-            raise InputError("--backbone-weights coco is for --width 1 and --batch-norm none")
+    is_coco_start = settings.starts_from_imagenet and settings.backbone_weights == "coco"
+    if is_coco_start and (settings.width, settings.batch_norm) != (1, "none"):
+        raise InputError("--backbone-weights coco is for --width 1 and --batch-norm none")
     if "freeze_blocks" in given and settings.frozen_blocks < settings.freeze_blocks:
         raise InputError("--freeze-blocks needs trained weights of this width: other ones have to learn")
 
