@@ -341,9 +341,12 @@ def check_map(
 
 def example_images(data: str, count: int = 16) -> list[Path]:
     """Return image files of the data that a checkpoint was trained on, evenly spread."""
-    voc = "data/VOCdevkit/VOC2007"
-    known = {"shapes": "data/shapes", "voc2007": voc, "voc0712": voc}
-    folder = Path(known.get(data, data)) / "JPEGImages"
+    root = Path(data)
+    if ssd.is_voc(data):
+        root = Path("data/VOCdevkit/VOC2007")
+    elif data == "shapes":
+        root = Path("data/shapes")
+    folder = root / "JPEGImages"
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in ssd.IMAGE_SUFFIXES)
     if not paths:
         raise ssd.InputError(f"no image in {folder} to check the export with: name some with --images")

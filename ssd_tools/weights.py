@@ -29,10 +29,10 @@ def load_published(source: ssd.PathLike) -> dict[str, Any]:
     reader = optional_import("safetensors.torch", f"{source}: reading model.safetensors")
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content["args"] = content.get("flags", {})
         saved = ssd.upgrade_checkpoint(content, source)
-        names = ("format_version", "version", "config", "classes", "score_thresh")
+        names = ("format_version", "version", "config", "classes", "score_thresh", "args")
         checkpoint = {name: saved[name] for name in names}
-        checkpoint["args"] = saved["flags"]
         checkpoint["model"] = reader.load_file(folder / "model.safetensors")
     except ssd.InputError:  # of another format
         raise

@@ -103,7 +103,7 @@ def test_the_folder_becomes_a_checkpoint_that_is_measured_and_trained_further(
     measured = json.loads((tmp_path / "a" / "plots" / "evaluation" / "evaluation.json").read_text())
     assert measured["map_area"] == first["test"]["map_area"]
     assert ssd.main(["--init-from", str(path), "--epochs", "1", *flags, str(tmp_path / "b")]) == 0
-    assert "it knows angular, round" in capsys.readouterr().out
+    assert "kept the heads of: angular, round" in capsys.readouterr().out
 
 
 def test_the_config_is_complete_and_names_no_folder_of_the_author(hf_folder, tiny_run, tiny_voc):
