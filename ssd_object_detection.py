@@ -139,6 +139,8 @@ CAFFE_SCALE = 6.0  # root mean square of these weights' conv5_3 on VOC2007 image
 L2_NORM_SCALE = 20.0  # ParseNet section 3.2, SSD section 3.1
 
 FOCAL_GAMMA = 1.0  # Differs from paper: with its 2 (Focal loss section 5.1) mAP is lower (docs/recipes.md)
+# Heads begin near zero: larger random ones make it pay to shrink the features that ImageNet taught.
+HEAD_STD = 0.001
 FOCAL_PRIOR = 0.01  # Focal loss section 4.1, "Initialization"
 SCORE_THRESH = 0.01  # this and the next two: SSD section 2.2, "Inference"
 NMS_IOU_THRESH = 0.45
@@ -471,8 +473,9 @@ def build_targets(batch: dict[str, Tensor], anchors_cxcywh: Tensor) -> tuple[Ten
     batch: matched_gt (B, A) of `match_anchors`; gt_boxes (B, G, 4), xyxy in [0, 1], and gt_labels (B, G),
     1..K, both padded to the same G, at least 1, in every image.
     """
+    is_background = batch["matched_gt"] < 0
     gt = batch["matched_gt"].long().clamp(min=0)  # background reads the first one
-    labels = batch["gt_labels"].gather(1, gt) * (batch["matched_gt"] >= 0)  # (B, A)
+    labels = batch["gt_labels"].gather(1, gt).masked_fill(is_background, 0)  # (B, A)
     boxes = batch["gt_boxes"].gather(1, gt[..., None].expand(-1, -1, 4))  # (B, A, 4)
     return labels, encode(boxes, anchors_cxcywh)
 
@@ -1758,7 +1761,7 @@ class SSD300(nn.Module):
             if not isinstance(module, nn.Conv2d):
                 continue
             if module in heads:
-                nn.init.normal_(module.weight, std=0.01)
+                nn.init.normal_(module.weight, std=HEAD_STD)
             else:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.get_parameter("bias"))
@@ -1925,14 +1928,31 @@ def load_coco(model: SSD300, state: dict) -> None:
             tensor.div_(CAFFE_SCALE)
 
 
+def decimated_classifier(state: dict) -> list[dict[str, Tensor]] | None:
+    """Return the weight and bias of fc6 and fc7 for SSD from VGG16's classifier, None if there is none.
+
+    fc6 (4096, 512, 7, 7) and fc7 (4096, 4096) are decimated: every fourth output and input, rows and columns
+    0, 3, 6 (DeepLab, arXiv:1412.7062; SSD section 3).
+    """
+    if "classifier.0.weight" not in state:
+        return None
+    fc6_weight = require_tensor(state, "classifier.0.weight", (4096, 25088))
+    fc6_bias = require_tensor(state, "classifier.0.bias", (4096,))
+    fc7_weight = require_tensor(state, "classifier.3.weight", (4096, 4096))
+    fc7_bias = require_tensor(state, "classifier.3.bias", (4096,))
+    if fc6_weight.isnan().any():  # torchvision fills Caffe's with NaN
+        return None
+    fc6_weight = fc6_weight.view(4096, 512, 7, 7)[::4, :, ::3, ::3]
+    fc7_weight = fc7_weight[::4, ::4, None, None]
+    return [{"weight": fc6_weight, "bias": fc6_bias[::4]}, {"weight": fc7_weight, "bias": fc7_bias[::4]}]
+
+
 @torch.no_grad()
 def load_backbone(model: SSD300, state: dict) -> None:
     """Copy pretrained weights, a state dict of torchvision's vgg16 or vgg16_bn, into a full-width SSD300.
 
-    A state dict of torchvision's SSD300 does too, see `load_coco`.
-    A classifier's fc6 (4096, 512, 7, 7) and fc7 (4096, 4096) are decimated: every fourth output and input,
-    rows and columns 0, 3, 6 (DeepLab, arXiv:1412.7062; SSD section 3). The Caffe weights have none and want
-    images normalised their way. InputError names the tensor that does not fit, and nothing is changed then.
+    The Caffe weights have no classifier and want images normalised their way; torchvision's SSD300 is taken
+    too, see `load_coco`. InputError names the tensor that does not fit, and nothing is changed then.
     """
     if not isinstance(state, dict):
         raise misfit("not a state dict of torchvision's vgg16 or vgg16_bn")
@@ -1941,24 +1961,16 @@ def load_backbone(model: SSD300, state: dict) -> None:
         return
     own = vgg_tensors(model)
     given = {name: require_tensor(state, name, tensor.shape) for name, tensor in own.items()}
-    for name in map(str, state):
-        if name.startswith("features.") and name not in own and not name.endswith("num_batches_tracked"):
-            raise misfit(f"VGG16 has no {name}")
-    has_classifier = "classifier.0.weight" in state
-    if has_classifier:
-        fc6_weight = require_tensor(state, "classifier.0.weight", (4096, 25088))
-        fc6_bias = require_tensor(state, "classifier.0.bias", (4096,))
-        fc7_weight = require_tensor(state, "classifier.3.weight", (4096, 4096))
-        fc7_bias = require_tensor(state, "classifier.3.bias", (4096,))
-        has_classifier = not fc6_weight.isnan().any()  # torchvision fills Caffe's with NaN
-
+    foreign = [str(name) for name in state if str(name).startswith("features.") and name not in own]
+    foreign = [name for name in foreign if not name.endswith("num_batches_tracked")]
+    if foreign:
+        raise misfit(f"VGG16 has no {foreign[0]}")
+    classifier = decimated_classifier(state)
     for name, tensor in own.items():
         tensor.copy_(given[name])
-    if has_classifier:
-        fc6, fc7 = _convolutions(model.fc)
-        fc6_weight = fc6_weight.view(4096, 512, 7, 7)[::4, :, ::3, ::3]
-        fc6.load_state_dict({"weight": fc6_weight, "bias": fc6_bias[::4]})
-        fc7.load_state_dict({"weight": fc7_weight[::4, ::4, None, None], "bias": fc7_bias[::4]})
+    if classifier is not None:
+        for layer, tensors in zip(_convolutions(model.fc), classifier, strict=True):  # fc6, fc7
+            layer.load_state_dict(tensors)
     elif model.batch_norm != "all":
         # Caffe's features are divided, so that new layers see numbers around 1: with ReLU it is enough to
         # divide the images and the biases.
@@ -2089,7 +2101,9 @@ def detect(
     image, anchor, column = (is_candidate & has_area).nonzero(as_tuple=True)
     order = all_scores[image, anchor, column].argsort(descending=True, stable=True)
     order = order[image[order].argsort(stable=True)]
-    image, anchor, column = image[order], anchor[order], column[order]
+    image = image[order]
+    anchor = anchor[order]
+    column = column[order]
     counts = image.bincount(minlength=len(all_boxes)).tolist()
 
     boxes = all_boxes[image, anchor].split(counts)
@@ -2151,7 +2165,9 @@ def assign_voc(
     gt_keys = gt["image_ids"] * (num_classes + 1) + gt["labels"]
     row, target, iou = overlap_pairs(det_keys, det["boxes_voc"], gt_keys, gt["boxes_voc"])
     best = best_pairs(row, target, iou)
-    row, target, iou = row[best], target[best], iou[best]  # a pair for each detection that overlaps any
+    row = row[best]  # a pair for each detection that overlaps any
+    target = target[best]
+    iou = iou[best]
 
     covers = iou >= iou_thresh
     is_difficult = gt["difficult"][target]
@@ -2311,7 +2327,9 @@ def class_table(result: dict[str, Any], class_names: Sequence[str]) -> str:
             recall = row["recall"][-1] if len(row["recall"]) else 0.0
             values = f"{recall:7.3f} {row['ap_area']:8.4f} {row['ap11']:12.4f} {row['ap75']:14.4f}"
         lines.append(f"{name:<{width}} {row['num_gt']:8d} {values}")
-    area, eleven, strict = result["map_area"], result["map11"], result["map75"]
+    area = result["map_area"]
+    eleven = result["map11"]
+    strict = result["map75"]
     lines.append(f"{'mean':<{width}} {'':8} {'':7} {area:8.4f} {eleven:12.4f} {strict:14.4f}")
     lines.append(f"Test mAP@.5: {area:.4f} (area), {eleven:.4f} (11-point); mAP@.75: {strict:.4f} (area)")
     return "\n".join(lines)
@@ -2443,8 +2461,14 @@ def upgrade_checkpoint(checkpoint: dict[str, Any], path: PathLike) -> dict[str, 
         raise InputError(
             f"{path}: of format {found}, written by {written_by}; this program reads formats {readable}"
         )
-    defaults = {"version": "0.1.0", "args": {}, "score_thresh": {}}
-    return {**defaults, **checkpoint}
+    defaults: dict[str, Any] = {"version": "0.1.0", "args": {}, "score_thresh": {}}
+    checkpoint = {**defaults, **checkpoint}
+    if found == 4:  # one learning rate for all layers
+        checkpoint["args"] = {"backbone_lr": 1.0, **checkpoint["args"]}
+        if "train_state" in checkpoint:
+            for group in checkpoint["train_state"]["optimizer"]["param_groups"]:
+                group["lr_factor"] = 1.0
+    return checkpoint
 
 
 def load_checkpoint(path: PathLike, *, resumable: bool = False) -> dict[str, Any]:
@@ -2694,14 +2718,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 32,
         "epochs": 100,
         "optimizer": "adamw",
-        "lr": 1e-4,
+        "lr": 3e-4,
+        "backbone_lr": 0.1,
         "momentum": 0.9,
         "weight_decay": 0.05,
         "warmup_epochs": 1.0,
         "schedule": "cosine",
         "clip_grad": 10.0,
         "ema_decay": 0.998,
-        "loss": "focal",
+        "loss": "multibox",
         "focal_gamma": FOCAL_GAMMA,
         "zoom_out": 0.5,
         "crop": 1.0,
@@ -2711,7 +2736,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "blur": 0.1,
     }
 }
-RECIPES["scratch"] = RECIPES["voc"] | {"pretrained": False, "batch_norm": "all", "lr": 2e-3}
+RECIPES["scratch"] = RECIPES["voc"] | {
+    "pretrained": False,
+    "batch_norm": "all",
+    "lr": 2e-3,
+    "backbone_lr": 1.0,
+    "loss": "focal",
+}
 RECIPES["small"] = RECIPES["scratch"] | {  # minutes on two CPU cores for a few hundred images
     "pretrained": True,
     "width": 0.125,
@@ -2735,10 +2766,10 @@ RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
 RECIPES["paper"] = RECIPES["voc"] | {  # SSD sections 2.2, 3.1 and 3.6
     "optimizer": "sgd",
     "lr": 1e-3,
+    "backbone_lr": 1.0,
     "weight_decay": 5e-4,
     "schedule": "step",
     "warmup_epochs": 0.0,
-    "loss": "multibox",
     "clip_grad": 0.0,
     "ema_decay": 0.0,
     "shadow": 0.0,
@@ -2793,6 +2824,7 @@ class Settings:
     focal_gamma: float
     optimizer: str
     lr: float
+    backbone_lr: float  # of VGG's blocks, as a factor on lr
     momentum: float
     weight_decay: float
     warmup_epochs: float
@@ -2841,13 +2873,22 @@ MACHINE_FLAGS = (  # not saved with a run
 # ---- Training ----
 
 
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Return SGD or AdamW; weights of two dimensions or more decay, biases and norms do not."""
+def make_optimizer(model: SSD300, settings: Settings) -> torch.optim.Optimizer:
+    """Return SGD or AdamW; weights of two dimensions or more decay, biases and norms do not.
+
+    Each group has an "lr_factor" on the learning rate: backbone_lr for VGG's blocks, 1 for what is new.
+    """
+    backbone = set(model.blocks.parameters()) if settings.backbone_lr != 1 else set()
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    new = [p for p in trained if p not in backbone]
+    pretrained = [p for p in trained if p in backbone]
+    groups = []
+    for params, factor in ((new, 1.0), (pretrained, settings.backbone_lr)):
+        for decays in (True, False):
+            own = [p for p in params if (p.ndim > 1) == decays]
+            weight_decay = settings.weight_decay if decays else 0.0
+            if own:
+                groups.append({"params": own, "weight_decay": weight_decay, "lr_factor": factor})
     fused = trained[0].device.type in ("cpu", "cuda")
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
@@ -2959,7 +3000,7 @@ def train_step(
     losses = loss(outputs, build_targets(batch, state.model.anchors), num_positive=num_positive)
 
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_factor"]
     state.optimizer.zero_grad()
     state.scaler.scale(losses["loss"]).backward()
     state.scaler.unscale_(state.optimizer)
@@ -3520,7 +3561,9 @@ class Redraw:
     def __init__(
         self, settings: Settings, machine: Machine, data: DataSplits, state: TrainState, plots: Path
     ):
-        self.settings, self.machine, self.plots = settings, machine, plots
+        self.settings = settings
+        self.machine = machine
+        self.plots = plots
         self.classes = data.classes
         self.records = spread(data.test or data.val or data.train, 12)
         self.loader = plain_loader(self.records, state.model, batch_size=1, workers=0)
@@ -3573,6 +3616,44 @@ def is_finished(checkpoints: Path, epochs: int) -> bool:
     return "wall_s" in record and record["flags"]["epochs"] >= epochs
 
 
+def describe_run(settings: Settings, machine: Machine, data: DataSplits, device: str) -> dict[str, Any]:
+    """Return the settings as they came out, which run.json and, but for MACHINE_FLAGS, checkpoints hold."""
+    return vars(settings) | {
+        "device": device,
+        "workers": machine.workers,
+        "compile": machine.compiled,
+        "val_split": data.lists["val"],
+        "pretrained": settings.starts_from_imagenet,
+        "freeze_blocks": settings.frozen_blocks,
+    }
+
+
+def train_and_test(
+    settings: Settings, machine: Machine, data: DataSplits, state: TrainState, writer: CheckpointWriter
+) -> dict[str, Any] | None:
+    """Train to the end, write what waits, measure the chosen weights; returns the numbers of the test."""
+    plots = Path(settings.output_dir) / "plots"
+    loaders = make_loaders(settings, machine, data, state)
+    redraw = Redraw(settings, machine, data, state, plots)
+    is_first = process_rank()[0] == 0
+    if is_first:
+        train_set = cast(VocDataset, loaders[0].dataset)
+        save_figure(plot_augmentations(train_set, data.classes), plots / "augmentations.png")
+
+    loss = functools.partial(detection_loss, loss=settings.loss, gamma=settings.focal_gamma)
+    try:
+        fit(state, loaders, settings, loss=loss, amp_dtype=machine.amp_dtype, writer=writer, redraw=redraw)
+    finally:  # whatever ended the run
+        writer.flush()
+    if writer.waiting:
+        names = " and ".join(writer.waiting)
+        raise InputError(f"the training is over, but {names} could not be written")
+    if not is_first:
+        return None
+    redraw(state, least=0.0)
+    return finish_training(settings, machine, data, writer.folder)
+
+
 def run_training(settings: Settings, source: dict[str, Any] | None, device: str) -> int:
     """Train by the settings, measure once on the test list, save the final checkpoint; returns 0.
 
@@ -3590,19 +3671,15 @@ def run_training(settings: Settings, source: dict[str, Any] | None, device: str)
     # The data and the network.
     flags = {name: getattr(settings, name) for name in (*DATA_FLAGS, "data_root", "seed")}
     data = from_first_process(lambda: load_data(**flags))
-    if process_rank()[0] == 0:
+    is_first = process_rank()[0] == 0
+    if is_first:
         print_findings(data.findings)
     boxes = np.concatenate([record.boxes for record in data.train])
     sizes = choose_anchors(settings.anchors, boxes, data.classes)
     state, config = build_state(settings, machine, len(data.classes), sizes)
-    run_flags = vars(settings) | {
-        "device": device,
-        "workers": machine.workers,
-        "compile": machine.compiled,
-        "val_split": data.lists["val"],
-        "pretrained": settings.starts_from_imagenet,
-        "freeze_blocks": settings.frozen_blocks,
-    }
+
+    # Where it starts, and what its checkpoints hold.
+    run_flags = describe_run(settings, machine, data, device)
     base = {
         "version": program_version(),
         "config": config,
@@ -3615,31 +3692,14 @@ def run_training(settings: Settings, source: dict[str, Any] | None, device: str)
         began -= sum(row["seconds"] for row in state.history)  # of the parts before
     elif settings.init_from is not None and source is not None:
         start_from(state, source, settings.init_from, data.classes)
-    loaders = make_loaders(settings, machine, data, state)
     print_header(settings, machine, data, state.model)
 
-    # What is written before the first epoch.
-    writer = CheckpointWriter(checkpoints, base)
-    redraw = Redraw(settings, machine, data, state, plots)
     record = {"flags": run_flags, "environment": environment(machine.device), "classes": list(data.classes)}
-    is_first = process_rank()[0] == 0
     if is_first:
         prepare_folders(checkpoints, plots, keep=settings.resume)
         write_json(checkpoints / "run.json", record)
-        train_set = cast(VocDataset, loaders[0].dataset)
-        save_figure(plot_augmentations(train_set, data.classes), plots / "augmentations.png")
-
-    loss = functools.partial(detection_loss, loss=settings.loss, gamma=settings.focal_gamma)
-    try:
-        fit(state, loaders, settings, loss=loss, amp_dtype=machine.amp_dtype, writer=writer, redraw=redraw)
-    finally:  # whatever ended the run
-        writer.flush()
-    if writer.waiting:
-        names = " and ".join(writer.waiting)
-        raise InputError(f"the training is over, but {names} could not be written")
+    test = train_and_test(settings, machine, data, state, CheckpointWriter(checkpoints, base))
     if is_first:
-        redraw(state, least=0.0)
-        test = finish_training(settings, machine, data, checkpoints)
         seconds = round(time.perf_counter() - began)
         write_json(checkpoints / "run.json", record | {"test": test, "wall_s": seconds})
         print(f"wall time {datetime.timedelta(seconds=seconds)}")

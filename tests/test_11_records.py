@@ -1,5 +1,6 @@
 """Run records: checkpoints, atomic writes, what a run leaves behind."""
 
+import gzip
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -479,3 +481,58 @@ def test_run_json_holds_flags_versions_and_the_test_result(tiny_run):
     assert record["test"] == final["test"]
     assert set(record["test"]["per_class"]) == {"angular", "round"}
     assert re.search(rf"^Test mAP@\.5: {record['test']['map_area']:.4f} ", tiny_run.out, re.M)
+
+
+# ---- checkpoints of earlier formats ----
+
+
+@pytest.fixture
+def format_4(tmp_path):
+    """A last.pth of format 4, as version 0.1.0 wrote it: width .01, one epoch, classes angular and round."""
+    path = tmp_path / "checkpoints" / "last.pth"
+    path.parent.mkdir()
+    packed = Path(__file__).parent / "data" / "format_4_last.pth.gz"
+    path.write_bytes(gzip.decompress(packed.read_bytes()))
+    return path
+
+
+def test_a_checkpoint_of_format_4_detects(format_4):
+    assert torch.load(format_4, weights_only=True)["format_version"] == 4
+    detector = ssd.load_detector(format_4, "cpu", "off")
+    assert detector.classes == ("angular", "round")
+    image = np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)
+    found = detector.predict(image, score_thresh=0.0, max_detections=3)
+    assert len(found) == 3
+
+
+def test_a_run_of_format_4_goes_on_with_one_learning_rate(format_4, make_voc, no_pictures):
+    data = make_voc(format_4.parents[1] / "Tiny", {"train": 4, "val": 2, "test": 2})
+    flags = [
+        "--output-dir",
+        str(format_4.parents[1]),
+        "--data",
+        str(data),
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
+    settings, source = ssd.load_settings(["--resume", *flags, "--epochs", "2"])
+    assert (settings.backbone_lr, settings.recipe, settings.width) == (1.0, "small", 0.01)
+    assert source["version"] == "0.1.0"
+    assert ssd.main(["--resume", *flags, "--epochs", "2"]) == 0
+    saved = ssd.load_checkpoint(format_4)
+    assert saved["format_version"] == ssd.FORMAT_VERSION
+    assert [row["epoch"] for row in saved["train_state"]["history"]] == [1, 2]
+    assert saved["train_state"]["step"] == 4
+
+
+def test_a_checkpoint_without_flags_and_thresholds_is_used_with_the_defaults(tiny_run, tmp_path):
+    checkpoint = torch.load(tiny_run.final, weights_only=True)
+    for name in ("args", "score_thresh", "version"):
+        del checkpoint[name]
+    torch.save(checkpoint, tmp_path / "bare.pth")
+    detector = ssd.load_detector(tmp_path / "bare.pth", "cpu")
+    assert set(detector.score_thresh.values()) == {ssd.DRAW_SCORE_THRESH}
+    settings, _ = ssd.load_settings(["--evaluate", str(tmp_path / "bare.pth")])
+    assert (settings.recipe, settings.data) == ("voc", "voc2007")
