@@ -13,7 +13,7 @@ import onnxruntime
 from PIL import Image, ImageDraw, ImageOps
 
 
-def resize_weights(old, new, shrinks):
+def resize_weights(old: int, new: int, shrinks: list[bool]) -> np.ndarray:
     """Return the matrix (new, old) that resizes a side as OpenCV does; shrinks: whether each side does."""
     scale = 1 / (new / old)
     target = np.arange(new)[:, None]
@@ -28,7 +28,7 @@ def resize_weights(old, new, shrinks):
     return (1 - np.abs(place.clip(0, old - 1) - source)).clip(min=0).astype(np.float32)
 
 
-def resize(picture, size):
+def resize(picture: Image.Image, size: int) -> np.ndarray:
     """Return an RGB PIL image as float32 (3, size, size), resized as in training."""
     width, height = picture.size
     shrinks = [side >= size and max(picture.size) > size for side in picture.size]
@@ -38,7 +38,9 @@ def resize(picture, size):
     return np.tensordot(columns, flat, (1, 1)).round().T  # (colour, y, x)
 
 
-def detect(session, picture):
+def detect(
+    session: onnxruntime.InferenceSession, picture: Image.Image
+) -> list[tuple[str, float, list[float]]]:
     """Return [(class name, score, [x1, y1, x2, y2] in pixels)] of an RGB PIL image, best first."""
     about = session.get_modelmeta().custom_metadata_map
     names = json.loads(about["classes"])
@@ -55,7 +57,7 @@ def detect(session, picture):
     return found
 
 
-def watch_camera(session, number):
+def watch_camera(session: onnxruntime.InferenceSession, number: int) -> None:
     """Print what a camera sees until Ctrl-C."""
     try:
         import cv2
@@ -67,7 +69,7 @@ def watch_camera(session, number):
     sys.exit(f"error: no picture from camera {number}")
 
 
-def draw_detected(session, path):
+def draw_detected(session: onnxruntime.InferenceSession, path: Path) -> None:
     """Print what is found in a picture and write a drawn copy beside it."""
     picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     for name, score, box in detect(session, picture):

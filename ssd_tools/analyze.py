@@ -11,7 +11,6 @@ evaluation.json: "coco" (see ssd_tools.coco), "confusion" and "analysis". ssd_to
 The kinds of error are those of TIDE (Bolya et al. 2020, arXiv:2008.08115).
 """
 
-import argparse
 import itertools
 import math
 import sys
@@ -25,7 +24,7 @@ from matplotlib.figure import Figure
 
 import ssd_object_detection as ssd
 from ssd_tools import coco, report
-from ssd_tools.common import evaluation_folder, measure_checkpoint, read_json, run_on_checkpoint
+from ssd_tools.common import evaluate_again, evaluation_folder, read_json, run_on_checkpoint
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1  # t_f and t_b of TIDE section 2.2
 HEADINGS = {  # of a table's columns: the six kinds of error, then the two sums of TIDE section 2.3
@@ -59,22 +58,21 @@ def mean(values: Iterable[float]) -> float:
 # ---- Errors ----
 
 
-def best_pairs(
+def best_targets(
     rows: np.ndarray, targets: np.ndarray, iou: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (target, iou), each (count,): each row's pair of largest IoU (ties: first), or -1 and 0."""
-    order = np.lexsort((targets, -iou, rows))
-    order = order[np.unique(rows[order], return_index=True)[1]]
+    pairs = ssd.best_pairs(rows, targets, iou)
     target = np.full(count, -1)
-    best = np.zeros(count)
-    target[rows[order]] = targets[order]
-    best[rows[order]] = iou[order]
-    return target, best
+    largest = np.zeros(count)
+    target[rows[pairs]] = targets[pairs]
+    largest[rows[pairs]] = iou[pairs]
+    return target, largest
 
 
 def overlaps(det: Arrays, gt: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (row of det, row of gt, IoU) of all pairs of an image that overlap, whatever their classes."""
-    return ssd.overlap_pairs(det["image_ids"], det["boxes_px"], gt["image_ids"], gt["boxes_px"])
+    return ssd.overlap_pairs(det["image_ids"], det["boxes_voc"], gt["image_ids"], gt["boxes_voc"])
 
 
 def find_errors(detections: Arrays, truth: Arrays, num_classes: int) -> tuple[Arrays, Arrays]:
@@ -102,8 +100,8 @@ def find_errors(detections: Arrays, truth: Arrays, num_classes: int) -> tuple[Ar
     is_hit, is_ignored = ssd.assign_voc(found, truth, num_classes, FOREGROUND_IOU)
     rows, targets, iou = overlaps(found, truth)
     is_own = found["labels"][rows] == truth["labels"][targets]
-    own_target, own = best_pairs(rows[is_own], targets[is_own], iou[is_own], len(order))
-    other_target, other = best_pairs(rows[~is_own], targets[~is_own], iou[~is_own], len(order))
+    own_target, own = best_targets(rows[is_own], targets[is_own], iou[is_own], len(order))
+    other_target, other = best_targets(rows[~is_own], targets[~is_own], iou[~is_own], len(order))
     rules = {
         "": is_hit | is_ignored,
         "localisation": (own >= BACKGROUND_IOU) & (own < FOREGROUND_IOU),
@@ -233,7 +231,7 @@ def analyze_sizes(
     side_px = np.sqrt([record.width * record.height for record in records])
 
     def relative_size(side: Arrays) -> np.ndarray:
-        boxes = side["boxes_px"]
+        boxes = side["boxes_voc"]
         area = (boxes[:, 2:] - boxes[:, :2] + 1).clip(min=0).prod(axis=1)
         return np.sqrt(area) / side_px[side["image_ids"]]
 
@@ -244,7 +242,7 @@ def analyze_sizes(
     for low, high in itertools.pairwise(RELATIVE_EDGES):
         kept = is_on_object | ((size >= low) & (size < high))
         ignored = truth["difficult"] | (gt_size < low) | (gt_size >= high)
-        det = {name: found[name][kept] for name in ("image_ids", "labels", "scores", "boxes_px")}
+        det = {name: found[name][kept] for name in ("image_ids", "labels", "scores", "boxes_voc")}
         rows = ssd.evaluate_voc(det, {**truth, "difficult": ignored}, num_classes).values()
         recalls = [row["recall"].max(initial=0.0) for row in rows if row["num_gt"]]
         ranges.append(
@@ -351,7 +349,7 @@ def draw_lists(
 
 
 def analyze(result: Mapping[str, Any], records: list[ssd.Record], class_names: Sequence[str]) -> Numbers:
-    """Return what is added to evaluation.json; result: what `ssd.evaluate` returns for the records."""
+    """Return what is added to evaluation.json; result: what `ssd.measure` returns for the records."""
     detections = result["detections"]
     truth = ssd.truth_of(records)
     num_classes = len(class_names)
@@ -604,14 +602,15 @@ def plot_calibration(calibration: Numbers) -> Figure:
 # ---- Command line ----
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluate the checkpoint, analyze, print, draw and write by the flags."""
+def run(settings: ssd.Settings, checkpoint: dict[str, Any]) -> None:
+    """Evaluate the checkpoint, analyze, print, draw and write by the settings."""
     coco.import_pycocotools()  # before the work
-    checkpoint, records, _, result = measure_checkpoint(args)
-    classes = checkpoint["classes"]
-    numbers = analyze(result, records, classes)
+    evaluation = evaluate_again(settings, checkpoint)
+    classes = evaluation.classes
+    result = evaluation.result
+    numbers = analyze(result, evaluation.records, classes)
     print(f"\n{tables(numbers)}\n")
-    folder = evaluation_folder(args)
+    folder = evaluation_folder(settings)
     path = folder / "evaluation.json"
     ssd.write_json(path, read_json(path) | numbers)
     analysis = numbers["analysis"]

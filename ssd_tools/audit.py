@@ -7,11 +7,10 @@ plots/data.png. The next audit reads only files whose time or size changed. Exit
 1: something would stop it, or is both trained on and measured on. 2: a mistake in the command line.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
-import io
 import json
 import os
 import re
@@ -23,13 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
 import ssd_object_detection as ssd
 from ssd_tools.common import run_program
 
-VERSION = 3  # of audit.json
+VERSION = 4  # of audit.json
 STOPS = (
     "image missing",
     "image unreadable",
@@ -49,10 +48,12 @@ KINDS = dict.fromkeys(STOPS, "stops a training") | {  # what is found: what come
     "image turned by EXIF, both readings fit": "used upright; are its boxes upright too?",
     "image without annotation": "used as one without objects",
     "annotation without a size": "the image's own is used",
-    "class names that differ by a slip": "kept apart",
+    "class names that differ by a slip": "kept apart; one class or two? see --classes",
     "object of another class": "left out",
     "box reversed": "left out; corners swapped, or a width and height?",
-    "box without area or outside": "left out",
+    "box not finite": "left out",
+    "box without area": "left out",
+    "box outside the image": "left out",
     "same box and class twice": "one is left out",
     "box beyond the image": "clipped",
     "box under a pixel": "kept; are the coordinates fractions?",
@@ -64,6 +65,7 @@ MOST_PLACES = 3  # of a kind that are printed
 MOST_CLASSES = 20  # that are printed
 MOST_BARS = 40  # classes in data.png
 
+Size = tuple[int, int]  # width, height
 Facts = dict[str, Any]  # what `inspect_files` returns
 Findings = dict[str, list[str]]  # {kind: places}
 ImageKey = tuple[Path, str]  # root, image id
@@ -88,34 +90,34 @@ def count_frames(image: Image.Image) -> int:
         return 2
 
 
-def turned_kind(orientation: int, size: list[int] | None, upright: list[int]) -> str:
+def turned_kind(orientation: int, size: Size | None, upright: Size) -> str:
     """Return the kind of an image with an EXIF orientation; upright: its size, size: by its annotation."""
-    is_mirrored = orientation < 5  # or turned by half: the size stays
-    if size is None or is_mirrored or upright[0] == upright[1]:
+    if ssd.is_turn_ambiguous(orientation, *(size or (0, 0))):
         return "image turned by EXIF, both readings fit"
     if size == upright:
         return "image turned by EXIF, annotated upright"
     return "image turned by EXIF, annotated as stored"
 
 
-def inspect_image(path: str, size: list[int] | None) -> tuple[list | None, list]:
+def inspect_image(path: str, size: Size | None) -> tuple[list | None, list]:
     """Return [width, height, digest of the pixels] of an image and its faults [kind, message].
 
-    The former is None for an unreadable one. size: [width, height] by the annotation, None without.
+    The former is None for an unreadable one. size: by the annotation, None without.
     """
     faults = []
     try:
         pixels = np.asarray(ssd.open_image(path))
     except ssd.InputError as error:
         return None, [["image unreadable", str(error)]]
-    upright = list(pixels.shape[1::-1])
+    height, width, _ = pixels.shape
+    upright = width, height
     if size is not None and size != upright:
         try:
-            pixels = np.asarray(ssd.open_image(path, (size[0], size[1])))
+            pixels = np.asarray(ssd.open_image(path, size))
         except ssd.InputError as error:
             faults.append(["image and annotation differ in size", str(error)])
+    orientation = ssd.read_orientation(path)
     with Image.open(path) as image:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         num_frames = count_frames(image)
     if orientation in range(2, 9) and not faults:
         faults.append([turned_kind(orientation, size, upright), path])
@@ -130,33 +132,32 @@ def stamp_files(root: Path, image_id: str) -> tuple[list[str], list]:
     """Return the paths of an image and its annotation, and [time, size] of each, None for a missing one."""
     paths: list[str] = []
     stamps: list[list[int] | None] = []
-    for kind, ending in (("JPEGImages", ".jpg"), ("Annotations", ".xml")):
-        path = ssd.find_file(root, kind, image_id)
-        if path is None:
-            paths.append(os.path.join(root, kind, image_id + ending))
-            stamps.append(None)
-        else:
+    for kind in ("JPEGImages", "Annotations"):
+        path = ssd.locate_file(root, kind, image_id)
+        paths.append(path)
+        if os.path.exists(path):
             stat = os.stat(path)
-            paths.append(path)
             stamps.append([stat.st_mtime_ns, stat.st_size])
+        else:
+            stamps.append(None)
     return paths, stamps
 
 
 def inspect_files(root: Path, image_id: str) -> Facts:
     """Return what the audit must know of an image and its annotation.
 
-    paths, stamps: of `stamp_files`; image: of `inspect_image`; annotation: [width, height, objects] as of
-    `ssd.read_annotations`; faults: [kind, message] of the files.
+    paths, stamps: of `stamp_files`; image: of `inspect_image`; annotation: the fields of an `ssd.Annotation`,
+    without objects if its size is unknown; faults: [kind, message] of the files.
     """
     paths, stamps = stamp_files(root, image_id)
+    annotation = ssd.Annotation(0, 0, ())
     size = None
-    objects: list = []
     faults = []
     if stamps[1]:
         try:
-            width, height, objects = ssd.parse_annotation(paths[1])
-            if min(width, height) >= 1:
-                size = [width, height]
+            annotation = ssd.parse_annotation(paths[1])
+            if annotation.width and annotation.height:
+                size = annotation.width, annotation.height
             else:
                 faults.append(["annotation without a size", paths[1]])
         except ssd.InputError as error:
@@ -165,15 +166,27 @@ def inspect_files(root: Path, image_id: str) -> Facts:
     image_faults = [["image missing", paths[0]]]
     if stamps[0]:
         image, image_faults = inspect_image(paths[0], size)
-    if size is None:
-        size = (image or [0, 0])[:2]
+    if size is None and image is None:
+        annotation = ssd.Annotation(0, 0, ())
+    elif size is None and image is not None:
+        annotation = ssd.Annotation(image[0], image[1], annotation.objects)
     return {
         "paths": paths,
         "stamps": stamps,
         "image": image,
         "faults": faults + image_faults,
-        "annotation": [*size, objects if size[0] else []],
+        "annotation": dataclasses.asdict(annotation),
     }
+
+
+def annotation_of(facts: Facts) -> ssd.Annotation:
+    """Return the Annotation that `inspect_files` found, or that audit.json had kept."""
+    saved = facts["annotation"]
+    objects = []
+    for one in saved["objects"]:
+        xmin, ymin, xmax, ymax = one["box_voc"]
+        objects.append(ssd.VocObject(one["name"], (xmin, ymin, xmax, ymax), one["difficult"]))
+    return ssd.Annotation(saved["width"], saved["height"], tuple(objects))
 
 
 def inspect_all(root: Path, image_ids: Iterable[str]) -> dict[str, Facts]:
@@ -191,33 +204,27 @@ def inspect_all(root: Path, image_ids: Iterable[str]) -> dict[str, Facts]:
 
 
 def check_objects(
-    annotation: Sequence, path: str, classes: Sequence[str], findings: Findings
+    annotation: ssd.Annotation, path: str, classes: Sequence[str], findings: Findings
 ) -> list[tuple[str, str, np.ndarray]]:
     """Return (place, class, normalised box) of the objects that `ssd.read_record` keeps, find the others.
 
-    annotation: (width, height, objects); path: its file.
+    path: the file of the annotation.
     """
-    width, height, objects = annotation
-    kept: dict[tuple, tuple[str, str, np.ndarray]] = {}
-    for number, (name, (xmin, ymin, xmax, ymax), _) in enumerate(objects, start=1):
-        place = f"{path}: object {number} ({name}) [{xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}]"
-        raw = (xmin - 1, ymin - 1, xmax, ymax)  # 1-based and inclusive -> 0-based edges
-        box = (max(raw[0], 0), max(raw[1], 0), min(xmax, width), min(ymax, height))
-        if name not in classes:
+    size = np.array([annotation.width, annotation.height] * 2, dtype=np.float32)
+    kept: dict[tuple[str, ssd.Box], tuple[str, str, np.ndarray]] = {}
+    for number, one in enumerate(annotation.objects, start=1):
+        place = ssd.name_object(path, number, one)
+        if one.name not in classes:
             findings["object of another class"].append(place)
-        elif xmax < xmin or ymax < ymin:
-            findings["box reversed"].append(place)
-        elif min(xmax - xmin, ymax - ymin, box[2] - box[0], box[3] - box[1]) <= 0:
-            findings["box without area or outside"].append(place)
-        elif (name, box) in kept:
+            continue
+        box_px, faults = ssd.judge_box(one.box_voc, annotation.width, annotation.height)
+        if box_px is not None and (one.name, box_px) in kept:
             findings["same box and class twice"].append(place)
-        else:
-            size = np.array([width, height] * 2, dtype=np.float32)
-            kept[name, box] = (place, name, np.array(box, dtype=np.float32) / size)
-            if max(abs(a - b) for a, b in zip(raw, box, strict=True)) > 1:  # one pixel: written 0-based
-                findings["box beyond the image"].append(place)
-            if min(box[2] - box[0], box[3] - box[1]) < 1:
-                findings["box under a pixel"].append(place)
+            continue
+        for fault in faults:
+            findings[fault].append(place)
+        if box_px is not None:
+            kept[one.name, box_px] = (place, one.name, np.array(box_px, dtype=np.float32) / size)
     return list(kept.values())
 
 
@@ -231,7 +238,7 @@ def check_images(
         if len(lists) > 1:
             findings["image in two lists"].append(f"{one['paths'][0]} ({', '.join(lists)})")
         if one["image"]:
-            groups[one["image"][2]].append((one["paths"][0], lists, len(one["annotation"][2])))
+            groups[one["image"][2]].append((one["paths"][0], lists, len(one["annotation"]["objects"])))
     for (first, first_lists, first_objects), *others in groups.values():
         for path, lists, num_objects in others:
             is_leak = len({*first_lists, *lists}) > 1 and first_objects + num_objects > 0
@@ -240,14 +247,13 @@ def check_images(
 
 
 def check_anchors(
-    objects: Sequence[Object], classes: Sequence[str], mode: str, findings: Findings
+    objects: Sequence[Object], classes: Sequence[str], mode: str | ssd.AnchorSizes, findings: Findings
 ) -> np.ndarray:
     """Return `ssd.best_anchor_iou` (N,) of objects, find what no anchor overlaps by half; mode: --anchors."""
     train_boxes = np.reshape([one.box for one in objects if "train" in one.lists], (-1, 4))
-    sizes = ssd.ANCHOR_SIZES
+    sizes: ssd.AnchorSizes = ssd.ANCHOR_SIZES
     if len(train_boxes):
-        is_voc = {*classes} == {*ssd.VOC_CLASSES}
-        sizes = ssd.choose_anchors(mode, train_boxes, is_voc=is_voc)
+        sizes = ssd.choose_anchors(mode, train_boxes, classes)
     best = ssd.best_anchor_iou(np.reshape([one.box for one in objects], (-1, 4)), sizes)
     for one, iou in zip(objects, best, strict=True):
         if iou < 0.5:
@@ -259,7 +265,7 @@ def check_all(
     images: Mapping[ImageKey, list[str]],
     facts: Mapping[Path, Facts],
     classes: Sequence[str],
-    args: argparse.Namespace,
+    settings: ssd.Settings,
     findings: Findings,
 ) -> tuple[list[Object], np.ndarray]:
     """Return the Objects that are kept and `ssd.best_anchor_iou` of each; fill findings, {kind: places}."""
@@ -271,11 +277,11 @@ def check_all(
         for kind, message in one["faults"]:
             findings[kind].append(message)
         if one["stamps"][1] is None:
-            findings[bare_kinds[args.unlabelled]].append(f"{path}: no such file (see --unlabelled)")
-        rows = check_objects(one["annotation"], path, classes, findings)
+            findings[bare_kinds[settings.unlabelled]].append(f"{path}: no such file (see --unlabelled)")
+        rows = check_objects(annotation_of(one), path, classes, findings)
         objects += [Object(*row, lists) for row in rows]
     check_images(images, facts, findings)
-    best = check_anchors(objects, classes, args.anchors, findings)
+    best = check_anchors(objects, classes, settings.anchors, findings)
     small = [one.place for one in objects if 300 * max(one.box[2:] - one.box[:2]) < 8]
     findings["object under 8 pixels at 300x300"] += small
     if not any("train" in one.lists for one in objects):
@@ -284,23 +290,22 @@ def check_all(
 
 
 def check_lists(
-    listed: Mapping[tuple[Path, str], dict],
+    listed: Mapping[tuple[Path, str], dict[str, ssd.Annotation]],
     lists: Mapping[str, str],
-    classes: Sequence[str] | None,
+    settings: ssd.Settings,
     findings: Findings,
 ) -> Sequence[str]:
     """Return a training's classes; find what the module says of whole lists, {(root, role): annotations}."""
-    train: dict = next(iter(listed.values()), {})
-    with contextlib.redirect_stderr(io.StringIO()) as told:
-        found = ssd.annotated_classes(train)
-        slips = told.getvalue().replace("warning: ", "").splitlines()
-        findings["class names that differ by a slip"] += slips
-        classes = classes or found
-        for (root, role), annotations in listed.items():
-            try:
-                ssd.read_records(root, lists[role], classes, annotations=annotations)
-            except ssd.InputError as error:
-                findings["boxes of a list written otherwise"].append(str(error))
+    train = next(iter(listed.values()), {})
+    classes, slips = ssd.choose_classes(settings.data, None, train)
+    for slip in slips:
+        findings[slip.kind] += slip.places
+    classes = settings.classes or classes
+    for (root, role), annotations in listed.items():
+        try:
+            ssd.make_records(root, lists[role], annotations, classes)
+        except ssd.InputError as error:
+            findings["boxes of a list written otherwise"].append(str(error))
     return classes
 
 
@@ -351,12 +356,13 @@ def find_images(roots: Sequence[Path], lists: Mapping[str, str]) -> dict[ImageKe
 
 def list_annotations(
     images: Mapping[ImageKey, list[str]], facts: Mapping[Path, Facts]
-) -> dict[tuple[Path, str], dict]:
-    """Return {(root, role): {image id: annotation}}."""
-    listed: dict[tuple[Path, str], dict] = defaultdict(dict)
+) -> dict[tuple[Path, str], dict[str, ssd.Annotation]]:
+    """Return {(root, role): {image id: Annotation}}."""
+    listed: dict[tuple[Path, str], dict[str, ssd.Annotation]] = defaultdict(dict)
     for (root, image_id), roles in images.items():
+        annotation = annotation_of(facts[root][image_id])
         for role in roles:
-            listed[root, role][image_id] = facts[root][image_id]["annotation"]
+            listed[root, role][image_id] = annotation
     return listed
 
 
@@ -389,7 +395,7 @@ def print_data(
     print(f"{len(classes)} classes: {text}")
 
 
-def print_findings(findings: Findings) -> None:
+def print_kinds(findings: Findings) -> None:
     """Print the count and the first places of each kind."""
     for kind, places in findings.items():
         lines = [f"{len(places):6d} {kind}: {KINDS[kind]}", *places[:MOST_PLACES]]
@@ -398,20 +404,18 @@ def print_findings(findings: Findings) -> None:
         print("\n         ".join(lines))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Audit the data that the flags name; returns the exit code. InputError for a mistake of the user."""
-    splits = {name: getattr(args, name) for name in ("data_root", "train_split", "val_split", "test_split")}
-    roots, lists = ssd.find_data(args.data, **splits)
+def run(settings: ssd.Settings) -> int:
+    """Audit the data that the settings name; returns the exit code. InputError for a mistake of the user."""
+    names = ("data_root", "train_split", "val_split", "test_split")
+    splits = {name: getattr(settings, name) for name in names}
+    roots, lists = ssd.find_data(settings.data, **splits)
     images = find_images(roots, lists)
     facts = {root: inspect_all(root, [i for r, i in images if r == root]) for root in roots}
 
     # What is wrong with the files, their objects and whole lists.
     findings: Findings = {kind: [] for kind in KINDS}
-    given = args.classes
-    if not given and args.data in ("voc2007", "voc0712"):
-        given = ssd.VOC_CLASSES
-    classes = check_lists(list_annotations(images, facts), lists, given, findings)
-    objects, best = check_all(images, facts, classes, args, findings)
+    classes = check_lists(list_annotations(images, facts), lists, settings, findings)
+    objects, best = check_all(images, facts, classes, settings, findings)
     findings = {kind: places for kind, places in findings.items() if places}
     write_findings(facts, findings)
 
@@ -419,18 +423,23 @@ def run(args: argparse.Namespace) -> int:
     if len(trained):
         num_images = sum("train" in roles for roles in images.values())
         figure = plot_data([objects[i] for i in trained], best[trained], classes, num_images)
-        ssd.save_figure(figure, Path(args.output_dir) / "plots" / "data.png")
+        ssd.save_figure(figure, Path(settings.output_dir) / "plots" / "data.png")
     print_data(images, lists, objects, classes)
-    print_findings(findings)
+    print_kinds(findings)
     faults = [kind for kind in (*STOPS, LEAK) if kind in findings]
     if faults:
         print(f"mend before a training: {', '.join(faults)}")
         return 1
 
-    # The training's own reading, too, in case that stops at something else.
-    more = {"classes": args.classes, "val_fraction": args.val_fraction, "unlabelled": args.unlabelled}
-    with contextlib.redirect_stderr(io.StringIO()):  # its warnings are about what has just been listed
-        ssd.load_data(args.data, **more, **splits)
+    # The training's own reading, too, in case that stops at something else or finds what has no kind here.
+    data = ssd.load_data(
+        settings.data,
+        classes=settings.classes,
+        val_fraction=settings.val_fraction,
+        unlabelled=settings.unlabelled,
+        **splits,
+    )
+    ssd.print_findings(finding for finding in data.findings if finding.kind not in KINDS)
     print("a training can start")
     return 0
 
@@ -441,7 +450,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"}.intersection(words):
         print(__doc__)
         return 0
-    return run_program(lambda: run(ssd.parse_args(argv)))
+
+    def work() -> int:
+        settings, _ = ssd.load_settings(argv)
+        return run(settings)
+
+    return run_program(work)
 
 
 if __name__ == "__main__":

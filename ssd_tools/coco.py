@@ -8,7 +8,6 @@ what that does. Besides, it prints COCO's figures and writes them to OUTPUT_DIR/
 object is small up to 32x32 pixels of its image, and large from 96x96.
 """
 
-import argparse
 import contextlib
 import io
 import math
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import ssd_object_detection as ssd
-from ssd_tools.common import evaluation_folder, measure_checkpoint, optional_import, run_on_checkpoint
+from ssd_tools.common import evaluate_again, evaluation_folder, optional_import, run_on_checkpoint
 
 SIZES = ("small", "medium", "large")
 LIMITS = (1, 10, 100)  # detections an image and class that average recall allows
@@ -39,7 +38,7 @@ def import_pycocotools() -> tuple[Any, Any]:
 
 def to_coco_rows(side: Arrays) -> list[dict[str, Any]]:
     """Return detections or truth, see `coco_figures`, as a list of COCO's annotation dicts, ids from 1."""
-    edges = np.asarray(side["boxes_px"], dtype=np.float64).reshape(-1, 4) - np.array([1, 1, 0, 0])
+    edges = ssd.from_voc_pixels(side["boxes_voc"])
     corner = edges[:, :2]
     size = edges[:, 2:] - corner
     columns = {
@@ -129,16 +128,17 @@ def by_name(figures: Figures, classes: Sequence[str]) -> Figures:
     return {**figures, "per_class": dict(zip(classes, figures["per_class"].values(), strict=True))}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(settings: ssd.Settings, checkpoint: dict[str, Any]) -> None:
     """Evaluate the checkpoint; print COCO's figures and write coco.json."""
     import_pycocotools()  # before the work
-    checkpoint, records, numbers, result = measure_checkpoint(args)
-    classes = checkpoint["classes"]
-    figures = by_name(coco_figures(result["detections"], ssd.truth_of(records), len(classes)), classes)
+    evaluation = evaluate_again(settings, checkpoint)
+    classes = evaluation.classes
+    truth = ssd.truth_of(evaluation.records)
+    figures = by_name(coco_figures(evaluation.result["detections"], truth, len(classes)), classes)
     print(f"\n{table(figures)}")
-    path = evaluation_folder(args) / "coco.json"
+    path = evaluation_folder(settings) / "coco.json"
     about = ("checkpoint", "data", "split", "num_images", "precision", "detection")
-    ssd.write_json(path, {name: numbers[name] for name in about} | figures)
+    ssd.write_json(path, {name: evaluation.numbers[name] for name in about} | figures)
     print(path)
 
 

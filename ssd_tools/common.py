@@ -1,4 +1,4 @@
-"""What several programs share: errors as one line, optional packages, the measurement of a checkpoint."""
+"""What several programs share: exit codes, optional packages, the measurement of a checkpoint."""
 
 import argparse
 import importlib
@@ -11,18 +11,12 @@ from typing import Any
 import ssd_object_detection as ssd
 
 
-def error_line(error: Exception) -> str:
-    """Return an error as one line; one that a loader process raised comes with a traceback before it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].split("InputError: ")[-1]
-
-
 def run_program(work: Callable[[], int | None]) -> int:
     """Call work() and return its exit code (None: 0); 2: a mistake to mend, told in one line; 130: Ctrl-C."""
     try:
         return work() or 0
     except (ssd.InputError, OSError) as error:
-        print(f"error: {error_line(error)}", file=sys.stderr)
+        print(f"error: {ssd.error_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -51,28 +45,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def evaluation_folder(args: argparse.Namespace) -> Path:
+def evaluation_folder(settings: ssd.Settings) -> Path:
     """Return the folder of evaluation.json and what belongs to it."""
-    return Path(args.output_dir) / "plots" / "evaluation"
+    return Path(settings.output_dir) / "plots" / "evaluation"
 
 
-def measure_checkpoint(args: argparse.Namespace) -> tuple[dict, list[ssd.Record], dict, dict]:
-    """Measure a checkpoint as `--evaluate` does; returns what `ssd.evaluate_checkpoint` does.
+def load_evaluation(path: ssd.PathLike, flags: Sequence[str] = ()) -> tuple[ssd.Settings, dict[str, Any]]:
+    """Return the Settings of `--evaluate PATH` with further flags, and the checkpoint."""
+    settings, checkpoint = ssd.load_settings(["--evaluate", str(path), *flags])
+    assert checkpoint is not None  # --evaluate reads it
+    return settings, checkpoint
+
+
+def evaluate_again(settings: ssd.Settings, checkpoint: dict[str, Any]) -> ssd.Evaluation:
+    """Measure a checkpoint as `--evaluate` does.
 
     What the tools added to evaluation.json stays if the same was measured before.
     """
-    path = evaluation_folder(args) / "evaluation.json"
+    path = evaluation_folder(settings) / "evaluation.json"
     before = read_json(path)
-    measured = ssd.evaluate_checkpoint(args)
+    evaluation = ssd.evaluate_checkpoint(settings, checkpoint)
     if read_json(path).items() <= before.items():
         ssd.write_json(path, before)
-    return measured
+    return evaluation
 
 
 def run_on_checkpoint(
-    run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None, description: str
+    run: Callable[[ssd.Settings, dict[str, Any]], None], argv: Sequence[str] | None, description: str
 ) -> int:
-    """Call run(flags) for a command line of CHECKPOINT and the flags of --evaluate; returns the exit code."""
+    """Call run(settings, checkpoint) by a command line of CHECKPOINT and flags; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=description,
         usage="%(prog)s CHECKPOINT [flags of ssd_object_detection.py --evaluate]",
@@ -84,6 +85,6 @@ def run_on_checkpoint(
     path = parser.parse_args(words[:1]).checkpoint
 
     def work() -> None:
-        run(ssd.parse_args(["--evaluate", path, *words[1:]]))
+        run(*load_evaluation(path, words[1:]))
 
     return run_program(work)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
 import ssd_object_detection as ssd
@@ -35,31 +35,40 @@ from ssd_tools.shapes import write_annotation
 STAMP = "convert.json"  # in OUT: {source: [list, image id]}
 
 
+def corner_text(value: float) -> str:
+    """Return a corner of a box as it is written."""
+    return f"{value:.8g}"
+
+
 @dataclass
 class Picture:
-    """An image file and its objects: (class, [x1, y1, x2, y2], is difficult), 0-based edges in pixels."""
+    """An image file and its objects, whose corners are as they will be written."""
 
     path: Path  # absolute
     width: int
     height: int
-    objects: list[tuple[str, list[float], bool]] = field(default_factory=list)
+    objects: list[ssd.VocObject] = field(default_factory=list)
 
-    def add(
-        self, name: str, box: list[float], place: str, faults: list[str], is_difficult: bool = False
-    ) -> None:
+    def add(self, one: ssd.VocObject, place: str, faults: list[str]) -> None:
         """Append an object, or to faults what is wrong with its box; place: where it stands."""
-        x1, y1, x2, y2 = box
-        inside_width = min(x2, self.width) - max(x1, 0)
-        inside_height = min(y2, self.height) - max(y1, 0)
-        is_large = min(x2 - x1, y2 - y1) > 1  # as `ssd.read_record` demands
-        if np.isfinite(box).all() and is_large and min(inside_width, inside_height) > 0:
-            self.objects.append((name, box, is_difficult))
+        written = [float(corner_text(value)) for value in one.box_voc]
+        xmin, ymin, xmax, ymax = written
+        box_voc = (xmin, ymin, xmax, ymax)
+        box_px, kinds = ssd.judge_box(box_voc, self.width, self.height)
+        if box_px is None:
+            corners = ", ".join(f"{value:g}" for value in box_voc)
+            faults.append(f"{place}: {kinds[0]} (xmin, ymin, xmax, ymax: {corners})")
         else:
-            corners = ", ".join(f"{value:g}" for value in box)
-            faults.append(f"{place}: box [{corners}] is a pixel or less across, or outside the picture")
+            self.objects.append(ssd.VocObject(one.name, box_voc, one.difficult))
 
 
 Lists = dict[str, list[Picture]]  # the Pictures of each list
+
+
+def make_object(name: str, edges_px: Sequence[float], difficult: bool = False) -> ssd.VocObject:
+    """Return an object of 0-based edges x1, y1, x2, y2 in pixels."""
+    ((xmin, ymin, xmax, ymax),) = ssd.to_voc_pixels(np.array(edges_px)).tolist()
+    return ssd.VocObject(name, (xmin, ymin, xmax, ymax), difficult)
 
 
 def open_picture(path: Path) -> Picture:
@@ -67,10 +76,9 @@ def open_picture(path: Path) -> Picture:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
     except Exception as error:  # whatever a broken file makes Pillow raise
         raise ssd.InputError(f"{path}: not readable as an image ({type(error).__name__})") from None
-    if is_turned:
+    if ssd.read_orientation(path) in (5, 6, 7, 8):  # the sides are swapped
         return Picture(path, height, width)
     return Picture(path, width, height)
 
@@ -114,7 +122,8 @@ def add_coco_object(
     elif name is None:
         faults.append(f"{place}: no category has the id {row.get('category_id')}")
     else:
-        picture.add(name, [x, y, x + width, y + height], place, faults, row.get("iscrowd") == 1)
+        edges_px = (x, y, x + width, y + height)
+        picture.add(make_object(name, edges_px, row.get("iscrowd") == 1), place, faults)
 
 
 def read_coco(path: Path, images: Path, split: str | None) -> tuple[Lists, list[str]]:
@@ -239,8 +248,8 @@ def read_labels(picture: Picture, names: dict[int, str], is_pose: bool, faults: 
             low, high = points.min(axis=0), points.max(axis=0)
             if len(points) == 2:
                 low, high = points[0] - points[1] / 2, points[0] + points[1] / 2
-            box = [*(low * size).tolist(), *(high * size).tolist()]
-            picture.add(names[int(label)], box, place, faults)
+            edges_px = [*(low * size).tolist(), *(high * size).tolist()]
+            picture.add(make_object(names[int(label)], edges_px), place, faults)
 
 
 def read_yolo(path: Path) -> tuple[Lists, list[str]]:
@@ -271,14 +280,13 @@ def read_yolo(path: Path) -> tuple[Lists, list[str]]:
 
 def read_pair(file: Path, annotation: Path, faults: list[str]) -> Picture:
     """Return the Picture of an image file and its VOC XML."""
-    width, height, objects = ssd.parse_annotation(annotation)
+    found = ssd.parse_annotation(annotation)
     path = Path(os.path.abspath(file))
-    picture = Picture(path, width, height)
-    if min(width, height) <= 0:
+    picture = Picture(path, found.width, found.height)
+    if not (found.width and found.height):
         picture = open_picture(path)
-    for number, (name, (xmin, ymin, xmax, ymax), is_difficult) in enumerate(objects, start=1):
-        box = [xmin - 1, ymin - 1, xmax, ymax]  # 1-based and inclusive -> 0-based edges
-        picture.add(name, box, f"{annotation}: object {number}", faults, is_difficult)
+    for number, one in enumerate(found.objects, start=1):
+        picture.add(one, f"{annotation}: object {number}", faults)
     return picture
 
 
@@ -331,7 +339,7 @@ def check(lists: Lists, faults: Sequence[str], out: Path, source: Path) -> None:
         raise ssd.InputError(f"{len(faults)} of {total} objects are faulty: {first_of(faults)}")
     if not pictures:
         raise ssd.InputError(f"{source}: no picture")
-    for name in {name for picture in pictures for name, _, _ in picture.objects}:
+    for name in {one.name for picture in pictures for one in picture.objects}:
         if not name.strip() or re.search(r"[\0-\x1f]", name):
             raise ssd.InputError(f"{source}: no name of a class: {name!r}")
     paths = [picture.path for picture in pictures]
@@ -380,9 +388,9 @@ def write_picture(out: Path, image_id: str, picture: Picture) -> None:
     except OSError:
         shutil.copyfile(picture.path, target)
     objects = []
-    for name, box, is_difficult in picture.objects:
-        (box_voc,) = ssd.to_voc_pixels(np.array([box]))
-        objects.append((name, [f"{value:.8g}" for value in box_voc], is_difficult))
+    for one in picture.objects:
+        corners = [corner_text(value) for value in one.box_voc]
+        objects.append((one.name, corners, one.difficult))
     shape = picture.height, picture.width, 3
     write_annotation(out / "Annotations" / f"{image_id}.xml", target.name, shape, objects)
 
@@ -390,9 +398,9 @@ def write_picture(out: Path, image_id: str, picture: Picture) -> None:
 def describe(split: str, pictures: Sequence[Picture]) -> str:
     """Return the counts of a list as text."""
     objects = [one for picture in pictures for one in picture.objects]
-    counts = collections.Counter(name for name, _, _ in objects)
+    counts = collections.Counter(one.name for one in objects)
     empty = sum(not picture.objects for picture in pictures)
-    difficult = sum(is_difficult for _, _, is_difficult in objects)
+    difficult = sum(one.difficult for one in objects)
     listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
     return (
         f"{split}: {len(pictures)} pictures ({empty} without objects), {len(objects)} objects ("

@@ -18,7 +18,7 @@ from typing import Any
 
 import ssd_object_detection as ssd
 from ssd_tools import onnx, report
-from ssd_tools.common import optional_import, run_program
+from ssd_tools.common import load_evaluation, optional_import, run_program
 from ssd_tools.weights import load_weights
 
 HERE = Path(__file__).resolve().parent
@@ -89,7 +89,9 @@ def model_in_words(run: report.Run) -> str:
     config = run["config"]
     classes = run["classes"]
     start = "trained from scratch"
-    if flags.get("init_from"):
+    if not flags:
+        start = "its start not recorded"
+    elif flags.get("init_from"):
         start = f"trained further from {Path(flags['init_from']).name}"
     elif flags["pretrained"]:
         start = "from ImageNet weights"
@@ -101,6 +103,8 @@ def model_in_words(run: report.Run) -> str:
 
 def choice_in_words(flags: dict[str, Any]) -> str:
     """Return in words what chose the epoch that was kept."""
+    if not flags:
+        return "what chose the epoch was not recorded"
     if flags["val_split"]:
         return f"list {flags['val_split']} chose the epoch"
     if flags["val_fraction"]:
@@ -158,7 +162,7 @@ def write_config(path: Path, checkpoint: dict[str, Any], run: report.Run) -> Non
             "image_size": ssd.IMAGE_SIZE,
             "classes": run["classes"],
             "id2label": dict(enumerate(run["classes"], start=1)),
-            **{key: checkpoint[key] for key in ("format_version", "config", "score_thresh")},
+            **{key: checkpoint[key] for key in ("format_version", "version", "config", "score_thresh")},
             "test": test,
             "flags": report.public_flags(run["flags"]),
         },
@@ -247,11 +251,11 @@ def build_parser() -> argparse.ArgumentParser:
 def run_export(args: argparse.Namespace) -> None:
     """Write the folder of a checkpoint, and upload it if asked to."""
     source = Path(args.checkpoint)
-    checkpoint = ssd.load_checkpoint(source)
+    settings, checkpoint = load_evaluation(source)
     model = ssd.model_from_checkpoint(checkpoint, source)
     images: Sequence[ssd.PathLike] = ()
     if args.onnx:
-        images = args.images or onnx.example_images(checkpoint["args"]["data"])
+        images = args.images or onnx.example_images(settings.data)
     folder = Path(args.folder)
     export_folder(
         checkpoint,

@@ -303,7 +303,9 @@ def make_detector(args: argparse.Namespace) -> tuple[FlipDetector, dict[str, Any
         if unknown:
             raise ssd.InputError(f"no class {', '.join(unknown)}: the model knows {', '.join(known)}")
         detector.score_thresh |= dict.fromkeys(set(known) - set(args.classes), 2.0)  # no score reaches it
-    nms_iou = checkpoint["args"]["nms_iou"] if args.nms_iou is None else args.nms_iou
+    nms_iou = args.nms_iou
+    if nms_iou is None:
+        nms_iou = checkpoint["args"].get("nms_iou", ssd.NMS_IOU_THRESH)
     return detector, {"nms_iou_thresh": nms_iou, "max_detections": args.max_detections}
 
 

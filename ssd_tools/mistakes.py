@@ -11,7 +11,6 @@ Of training images (`--test-split train`) loose boxes come last: the first are l
 The kinds of error are those of ssd_tools.analyze.
 """
 
-import argparse
 import csv
 import html
 import math
@@ -29,7 +28,7 @@ from PIL import Image, ImageColor, ImageOps
 import ssd_object_detection as ssd
 from ssd_tools import report
 from ssd_tools.analyze import BACKGROUND_IOU, FOREGROUND_IOU, Arrays, find_errors, unseen_objects
-from ssd_tools.common import evaluation_folder, measure_checkpoint, read_json, run_on_checkpoint
+from ssd_tools.common import evaluate_again, evaluation_folder, read_json, run_on_checkpoint
 
 DESCRIPTIONS = {
     "classification": "wrong class",
@@ -57,7 +56,7 @@ def surest_near(found: Arrays, objects: Arrays, row: int) -> tuple[int | None, f
     there is none.
     """
     there = np.flatnonzero(found["image_ids"] == objects["image_ids"][row])  # best first
-    iou = ssd.box_iou(found["boxes_px"][there], objects["boxes_px"][row], extra=1.0)
+    iou = ssd.box_iou(found["boxes_voc"][there], objects["boxes_voc"][row], extra=1.0)
     is_of_another = found["is_hit"][there] & (found["target"][there] != row)
     near = np.flatnonzero(iou >= np.where(is_of_another, FOREGROUND_IOU, BACKGROUND_IOU))
     if len(near) == 0:
@@ -83,7 +82,7 @@ def false_detection(
         text += f"\nobject: {true}, IoU {iou:.2f}"
         if objects["difficult"][target]:
             text += ", difficult"
-    box = found["boxes_px"][row].round(1).tolist()
+    box = found["boxes_voc"][row].round(1).tolist()
     values = (records[index].image_id, kind, said, true, score, iou, *box)
     mistake = dict(zip(COLUMNS, values, strict=True))
     return {"index": index, "row": row, "target": target, "text": text, **mistake}
@@ -107,7 +106,7 @@ def missed_object(
         text = f"missed {true}\nnear it {said} {score:.2f}, IoU {iou:.2f}"
     if is_of_another:
         text += ", a hit of another"
-    box = objects["boxes_px"][target].round(1).tolist()
+    box = objects["boxes_voc"][target].round(1).tolist()
     values = (records[index].image_id, "missed", said, true, score, iou, *box)
     mistake = dict(zip(COLUMNS, values, strict=True))
     return {"index": index, "row": row, "target": target, "text": text, **mistake}
@@ -123,7 +122,7 @@ def list_errors(
     sides = found, objects, records, class_names
     is_sure = found["scores"] >= ssd.DRAW_SCORE_THRESH
     false_rows = np.flatnonzero((found["kind"] != "") & is_sure).tolist()
-    boxes = objects["boxes_px"]
+    boxes = objects["boxes_voc"]
     area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(axis=1)
     image_area = np.array([record.width * record.height for record in records])
     share = area / image_area[objects["image_ids"]]
@@ -152,12 +151,12 @@ def draw_error(record: ssd.Record, error: Mistake, found: Arrays, objects: Array
     """Return a PIL image of an error and what is around it: its object in white, its detection coloured."""
     boxes, colors = [], []
     if error["target"] is not None:
-        boxes.append(objects["boxes_px"][error["target"]])
+        boxes.append(objects["boxes_voc"][error["target"]])
         colors.append("white")
     if error["row"] is not None:
-        boxes.append(found["boxes_px"][error["row"]])
+        boxes.append(found["boxes_voc"][error["row"]])
         colors.append(ssd.color_of(int(found["labels"][error["row"]])))
-    edges = np.array(boxes) - np.array([1, 1, 0, 0])
+    edges = ssd.from_voc_pixels(np.array(boxes))
 
     # A square around the boxes is cut out of the image, with gray where it leaves the image.
     low = edges[:, :2].min(axis=0)
@@ -248,21 +247,24 @@ def mistakes_page(
 # ---- the command line ----
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure the checkpoint, list, draw and write its mistakes by the flags."""
-    checkpoint, records, evaluation, result = measure_checkpoint(args)
-    classes = checkpoint["classes"]
-    found, objects = find_errors(result["detections"], ssd.truth_of(records), len(classes))
+def run(settings: ssd.Settings, checkpoint: dict[str, Any]) -> None:
+    """Measure the checkpoint, list, draw and write its mistakes by the settings."""
+    evaluation = evaluate_again(settings, checkpoint)
+    records = evaluation.records
+    classes = evaluation.classes
+    truth = ssd.truth_of(records)
+    found, objects = find_errors(evaluation.result["detections"], truth, len(classes))
     errors = list_errors(found, objects, records, classes)
-    if evaluation["split"] in ("train", "trainval", args.train_split):
+    split = evaluation.numbers["split"]
+    if split in ("train", "trainval", settings.train_split):
         errors.sort(key=lambda error: error["kind"] in LOOSE_KINDS)
-    plots = Path(args.output_dir) / "plots"
+    plots = Path(settings.output_dir) / "plots"
     write_mistakes(plots / "mistakes.csv", errors)
-    title = f"Mistakes of {Path(args.evaluate).name} on list {evaluation['split']}"
+    title = f"Mistakes of {Path(str(settings.evaluate)).name} on list {split}"
     page = mistakes_page(errors, records, found, objects, title)
     ssd.write_atomically(plots / "mistakes.html", lambda temporary: temporary.write_text(page, "utf-8"))
     save_photographs(plot_mistakes(errors, records, found, objects), plots / "mistakes.png")
-    path = evaluation_folder(args) / "evaluation.json"
+    path = evaluation_folder(settings) / "evaluation.json"
     ssd.write_json(path, read_json(path) | {"mistakes": len(errors)})
     print(f"{plots}: mistakes.csv ({len(errors)} errors), mistakes.html, mistakes.png, predictions.png")
 

@@ -31,7 +31,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import ssd_object_detection as ssd
-from ssd_tools.common import optional_import, run_program
+from ssd_tools.common import load_evaluation, optional_import, run_program
 
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3  # pixels of the image; how far ONNX and PyTorch may differ
 FAR = 5.0  # pixels from which two boxes are of different objects
@@ -91,7 +91,7 @@ postprocess (float[B, {K}, {A}] class_scores, float[B, {A}, 4] anchor_boxes)
 class _Scores(nn.Module):
     """The network with class scores (B, K, A) and boxes (B, A, 4) as outputs, which POSTPROCESS takes."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: ssd.SSD300) -> None:
         super().__init__()
         self.model = model
 
@@ -126,7 +126,7 @@ def postprocess_graph(
     return onnx.parser.parse_model(POSTPROCESS.format(**values))
 
 
-def to_half(model: nn.Module) -> nn.Module:
+def to_half(model: ssd.SSD300) -> ssd.SSD300:
     """Return a copy of an SSD300 that convolves in float16; L2 norm and detection stay in float32."""
     model = copy.deepcopy(model)
     for layer in model.modules():
@@ -315,7 +315,7 @@ def onnx_map(session: Any, records: Sequence[ssd.Record], num_classes: int) -> f
         "image_ids": np.repeat(np.arange(len(records)), counts),
         "labels": np.concatenate([labels for _, labels, _ in found]),
         "scores": np.concatenate([scores for _, _, scores in found]),
-        "boxes_px": ssd.to_voc_pixels(np.concatenate([boxes_px for boxes_px, _, _ in found])),
+        "boxes_voc": ssd.to_voc_pixels(np.concatenate([boxes_px for boxes_px, _, _ in found])),
     }
     return ssd.score_detections(detections, list(records), num_classes)["map_area"]
 
@@ -328,8 +328,8 @@ def check_map(
     Raises InputError if the file's is lower by more than max_drop.
     """
     model = detector.model
-    dataset = ssd.VocDataset(records, ssd.build_transform(train=False), model.anchors.cpu())
-    ours = ssd.evaluate(model, ssd.make_loader(dataset, batch_size=8), **settings)["map_area"]
+    loader = ssd.plain_loader(records, model, batch_size=8, workers=0)
+    ours = ssd.measure(model, loader, **settings)["map_area"]
     theirs = onnx_map(open_onnx(path), records, model.num_classes)
     summary = (
         f"mAP@.5 {theirs:.4f} in {len(records)} test images, {theirs - ours:+.4f} from PyTorch's {ours:.4f}"
@@ -341,41 +341,40 @@ def check_map(
 
 def example_images(data: str, count: int = 16) -> list[Path]:
     """Return image files of the data that a checkpoint was trained on, evenly spread."""
-    voc = "data/VOCdevkit/VOC2007"
-    known = {"shapes": "data/shapes", "voc2007": voc, "voc0712": voc}
-    folder = Path(known.get(data, data)) / "JPEGImages"
+    root = Path(data)
+    if ssd.is_voc(data):
+        root = Path("data/VOCdevkit/VOC2007")
+    elif data == "shapes":
+        root = Path("data/shapes")
+    folder = root / "JPEGImages"
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in ssd.IMAGE_SUFFIXES)
     if not paths:
         raise ssd.InputError(f"no image in {folder} to check the export with: name some with --images")
     return ssd.spread(paths, count)
 
 
-def run_lists(
-    checkpoint: dict[str, Any],
-    data: str | None = None,
-    test_split: str | None = None,
-    max_images: int | None = None,
-) -> tuple[list[ssd.Record], list[ssd.Record]]:
-    """Return the Records to calibrate with and to measure on, by default of the run that made a checkpoint.
+def records_to_measure(
+    settings: ssd.Settings, classes: Sequence[str], max_images: int | None = None
+) -> list[ssd.Record]:
+    """Return the Records to measure on: the test list, or max_images of it, evenly spread.
 
-    The former are of its validation list, without one of its training list. max_images: measure on so many,
-    evenly spread. InputError without a test list or an object in it.
+    InputError without a test list or an object in it.
     """
-    saved = checkpoint["args"]
-    named = [saved.get("train_split"), saved.get("val_split"), test_split or saved.get("test_split")]
-    (root, *_), lists = ssd.find_data(data or saved["data"], "data", *named)
-    if not lists["test"]:
-        raise ssd.InputError(f"{root} has no test list to measure the mAP on: name one with --test-split")
+    split, _, records = ssd.read_test_list(settings, classes)
+    records = ssd.spread(records, max_images or len(records))
+    if not any(len(record.labels) for record in records):
+        raise ssd.InputError(f"{settings.data}, list {split}: no object of the model's classes, so no mAP")
+    return records
 
-    def read(split: str) -> list[ssd.Record]:
-        unlabelled = saved.get("unlabelled", "error")
-        return ssd.read_records(root, split, checkpoint["classes"], unlabelled=unlabelled)
 
-    test = read(lists["test"])
-    test = ssd.spread(test, max_images or len(test))
-    if not any(len(record.labels) for record in test):
-        raise ssd.InputError(f"{root}, list {lists['test']}: no object of the model's classes, so no mAP")
-    return ssd.spread(read(lists["val"] or lists["train"]), CALIBRATION_IMAGES), test
+def calibration_records(settings: ssd.Settings, classes: Sequence[str]) -> list[ssd.Record]:
+    """Return the Records to calibrate with, of the validation list, without one of the training list."""
+    named = (settings.train_split, settings.val_split, settings.test_split)
+    roots, lists = ssd.find_data(settings.data, settings.data_root, *named)
+    split = lists["val"] or lists["train"]
+    records, findings = ssd.read_records(roots[0], split, classes, unlabelled=settings.unlabelled)
+    ssd.print_findings(findings)
+    return ssd.spread(records, CALIBRATION_IMAGES)
 
 
 def export_onnx(
@@ -394,11 +393,11 @@ def export_onnx(
     check: `check_onnx` or `check_map`; score_thresh: None for .01 or the least threshold of a class;
     nms_iou_thresh: None for that of the run; options: see `to_onnx`.
     """
-    detector = ssd.Detector(model, checkpoint["classes"], score_thresh=checkpoint.get("score_thresh"))
+    detector = ssd.Detector(model, checkpoint["classes"], score_thresh=checkpoint["score_thresh"])
     if score_thresh is None:
         score_thresh = min(ssd.SCORE_THRESH, *detector.score_thresh.values())
     if nms_iou_thresh is None:
-        nms_iou_thresh = checkpoint["args"]["nms_iou"]
+        nms_iou_thresh = checkpoint["args"].get("nms_iou", ssd.NMS_IOU_THRESH)
     settings: dict[str, Any] = {
         "score_thresh": score_thresh,
         "nms_iou_thresh": nms_iou_thresh,
@@ -461,9 +460,15 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Write the ONNX file that the command line asks for."""
     source = Path(args.checkpoint)
-    checkpoint = ssd.load_checkpoint(source)
+    data_flags = []
+    if args.data:
+        data_flags += ["--data", args.data]
+    if args.test_split:
+        data_flags += ["--test-split", args.test_split]
+    settings, checkpoint = load_evaluation(source, data_flags)
+    classes = checkpoint["classes"]
     model = ssd.model_from_checkpoint(checkpoint, source)
-    settings = {
+    options = {
         "nms_iou_thresh": args.nms_iou,
         "score_thresh": args.score_thresh,
         "max_detections": args.max_detections,
@@ -472,19 +477,20 @@ def run(args: argparse.Namespace) -> None:
     }
     check: Check
     if args.half or args.int8:
-        calibration, test = run_lists(checkpoint, args.data, args.test_split, args.max_images)
+        test = records_to_measure(settings, classes, args.max_images)
         check = functools.partial(check_map, records=test, max_drop=args.max_map_drop)
     else:
-        images = args.images or example_images(checkpoint["args"]["data"])
+        images = args.images or example_images(settings.data)
         check = functools.partial(check_onnx, images=images)
     ending = ".onnx"
     if args.half:
         ending = "_half.onnx"
     if args.int8:
         ending = "_int8.onnx"
-        settings["calibration"] = (network_input(record.read(), args.input) for record in calibration)
+        calibration = calibration_records(settings, classes)
+        options["calibration"] = (network_input(record.read(), args.input) for record in calibration)
     path = Path(args.output or source.with_name(source.stem + ending))
-    print(export_onnx(checkpoint, model, path, check, **settings))
+    print(export_onnx(checkpoint, model, path, check, **options))
     print(path)
 
 

@@ -110,10 +110,10 @@ def find_checkpoint(source: ssd.PathLike) -> Path:
     source = Path(source)
     if source.is_file():
         return source
+    final = ssd.newest_final_checkpoint(source)
+    if final is not None:
+        return final
     folder = source / "checkpoints"
-    final = sorted(folder.glob("ssd_*_final.pth"), key=lambda path: path.stat().st_mtime)
-    if final:
-        return final[-1]
     for path in (folder / "best.pth", folder / "last.pth"):
         if path.is_file():
             return path
@@ -176,7 +176,7 @@ def read_run(source: ssd.PathLike, plots: ssd.PathLike | None = None) -> Run:
         "source": source,
         "config": checkpoint["config"],
         "classes": list(checkpoint["classes"]),
-        "flags": checkpoint.get("args") or {},
+        "flags": checkpoint["args"],
         "epoch": val.get("epoch"),
         "val": val,
         "test": test,
@@ -453,7 +453,8 @@ def changed_settings(flags: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
     argv = []
     if flags.get("recipe") in ssd.RECIPES:
         argv = ["--recipe", flags["recipe"]]
-    defaults = settings_of(vars(ssd.parse_args(argv)))
+    settings, _ = ssd.load_settings(argv)
+    defaults = settings_of(vars(settings))
     rows: list[Row] = list(settings_of(flags).items())
     changed = [row for row in rows if row[0] not in defaults or defaults[row[0]] != row[1]]
     return changed, [row for row in rows if row not in changed]

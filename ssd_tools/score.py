@@ -15,11 +15,12 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import ssd_object_detection as ssd
-from ssd_tools.common import evaluation_folder, measure_checkpoint, run_program
+from ssd_tools.common import evaluate_again, load_evaluation, run_program
 
 Arrays = dict[str, np.ndarray]  # columns of detections, a row each; see `ssd.evaluate_voc`
 
@@ -36,13 +37,13 @@ def write_devkit_files(
     records: Sequence[ssd.Record],
     classes: Sequence[str],
 ) -> None:
-    """Write detections, of `ssd.evaluate` on the records, as devkit files; a missing folder is made."""
+    """Write detections, of `ssd.measure` on the records, as devkit files; a missing folder is made."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for label, name in enumerate(classes, start=1):
         lines = []
         for row in np.flatnonzero(detections["labels"] == label):
             image_id = records[detections["image_ids"][row]].image_id
-            numbers = [detections["scores"][row], *detections["boxes_px"][row]]
+            numbers = [detections["scores"][row], *detections["boxes_voc"][row]]
             words = [image_id, *(f"{number:.9g}" for number in numbers)]
             lines.append(" ".join(words) + "\n")
         devkit_path(folder, split, name).write_text("".join(lines), encoding="utf-8")
@@ -90,12 +91,14 @@ def read_devkit_files(
         "image_ids": np.array(image_ids, dtype=np.int64),
         "labels": np.array(labels, dtype=np.int64),
         "scores": table[:, 0],
-        "boxes_px": table[:, 1:],
+        "boxes_voc": table[:, 1:],
     }
 
 
-def parse_args(argv: Sequence[str] | None = None) -> tuple[str, str | None, argparse.Namespace]:
-    """Return (folder of detections, checkpoint to write or None, namespace of the module's flags)."""
+def parse_args(
+    argv: Sequence[str] | None = None,
+) -> tuple[argparse.Namespace, ssd.Settings, dict[str, Any] | None]:
+    """Return the tool's own flags, the module's Settings, and the checkpoint of --write, if any."""
     parser = argparse.ArgumentParser(
         description="Score detection files by the VOC rules, or write those of a checkpoint.",
         usage="%(prog)s DETECTIONS [--write CHECKPOINT] [flags of ssd_object_detection.py]",
@@ -107,67 +110,43 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, str | None, argp
     parser.add_argument("--write", metavar="CHECKPOINT", help="write a checkpoint's detections as such files")
     own, flags = parser.parse_known_args(argv)
     if own.write:
-        flags += ["--evaluate", own.write]
-    return own.detections, own.write, ssd.parse_args(flags)
+        return own, *load_evaluation(own.write, flags)
+    settings, _ = ssd.load_settings(flags)
+    return own, settings, None
 
 
-def write_checkpoint(folder: str, args: argparse.Namespace) -> None:
-    """Measure the checkpoint args.evaluate on the test list and write its detections into the folder."""
-    checkpoint, records, numbers, result = measure_checkpoint(args)
-    write_devkit_files(folder, numbers["split"], result["detections"], records, checkpoint["classes"])
+def write_checkpoint(folder: str, settings: ssd.Settings, checkpoint: dict[str, Any]) -> None:
+    """Measure a checkpoint on the test list and write its detections into the folder."""
+    evaluation = evaluate_again(settings, checkpoint)
+    detections = evaluation.result["detections"]
+    split = evaluation.numbers["split"]
+    write_devkit_files(folder, split, detections, evaluation.records, evaluation.classes)
 
 
-def listed_records(args: argparse.Namespace) -> tuple[str, tuple[str, ...], list[ssd.Record]]:
-    """Return (list, classes, Records) of the test list that the flags name."""
-    (root, *_), lists = ssd.find_data(args.data, args.data_root, "", "", args.test_split)  # no other list
-    split = lists["test"]
-    if not split:
-        raise ssd.InputError(f"{args.data} has no test list: name one with --test-split")
-    annotations = ssd.read_annotations(root, split, unlabelled=args.unlabelled)
-    if args.classes:
-        classes = args.classes
-    elif args.data in ("voc2007", "voc0712"):
-        classes = ssd.VOC_CLASSES
-    else:
-        classes = ssd.annotated_classes(annotations)
-    return split, classes, ssd.read_records(root, split, classes, annotations=annotations)
-
-
-def score_files(folder: str, args: argparse.Namespace) -> None:
-    """Score the files of a folder on the test list of the flags: print the table, write evaluation.json."""
-    split, classes, records = listed_records(args)
+def score_files(folder: str, settings: ssd.Settings) -> None:
+    """Score the files of a folder on the test list: print the table, write evaluation.json."""
+    split, classes, records = ssd.read_test_list(settings)
     detections = read_devkit_files(folder, split, records, classes)
-    print(f"{folder} on {args.data}, list {split}: {len(records)} images")
+    print(f"{folder} on {settings.data}, list {split}: {len(records)} images")
     result = ssd.score_detections(detections, records, len(classes))
-    keys = ("ap_area", "ap11", "ap75", "num_gt")
-    rows = zip(classes, result["classes"].values(), strict=True)
-    numbers = {  # the keys of `ssd.evaluate_checkpoint`'s
-        "detections": str(folder),
-        "data": args.data,
+    about = {  # the keys of a checkpoint's evaluation.json, but for the first
+        "detections": folder,
+        "data": settings.data,
         "split": split,
         "num_images": len(records),
         "precision": None,
         "detection": None,
-        **{key: result[key] for key in ("map_area", "map11", "map75")},
-        "per_class": {name: {key: row[key] for key in keys} for name, row in rows},
     }
-    path = evaluation_folder(args) / "evaluation.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ssd.write_json(path, numbers)
-    print(ssd.class_table(result, classes))
-    print(
-        f"Test mAP@.5: {result['map_area']:.4f} (area), {result['map11']:.4f} (11-point); mAP@.75: "
-        f"{result['map75']:.4f} (area)"
-    )
+    ssd.write_evaluation(settings, about, result, classes)
 
 
 def run(argv: Sequence[str] | None) -> None:
     """Score files, or write those of a checkpoint, by the command line."""
-    folder, checkpoint, args = parse_args(argv)
-    if checkpoint:
-        write_checkpoint(folder, args)
+    own, settings, checkpoint = parse_args(argv)
+    if checkpoint is None:
+        score_files(own.detections, settings)
     else:
-        score_files(folder, args)
+        write_checkpoint(own.detections, settings, checkpoint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,12 +28,14 @@ def load_published(source: ssd.PathLike) -> dict[str, Any]:
         raise ssd.InputError(f"{source}: lacks {' and '.join(missing)}, which ssd_tools.hub writes")
     reader = optional_import("safetensors.torch", f"{source}: reading model.safetensors")
     try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if saved["format_version"] != ssd.FORMAT_VERSION:
-            raise ValueError(f"format {saved['format_version']}, this program reads {ssd.FORMAT_VERSION}")
-        checkpoint = {name: saved[name] for name in ("format_version", "config", "classes", "score_thresh")}
-        checkpoint["args"] = saved["flags"]
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content["args"] = content.get("flags", {})
+        saved = ssd.upgrade_checkpoint(content, source)
+        names = ("format_version", "version", "config", "classes", "score_thresh", "args")
+        checkpoint = {name: saved[name] for name in names}
         checkpoint["model"] = reader.load_file(folder / "model.safetensors")
+    except ssd.InputError:  # of another format
+        raise
     except Exception as error:  # whatever is wrong with a foreign file
         problem = f"{type(error).__name__}: {error}"
         raise ssd.InputError(f"{source}: not a model of this module ({problem})") from None

@@ -437,7 +437,7 @@ def test_calibration_by_hand():
 
 
 def evaluation(curves):
-    """Return what `ssd.evaluate` does of one (recall, precision, AP, objects) a class."""
+    """Return what `ssd.measure` does of one (recall, precision, AP, objects) a class."""
     classes = {}
     for label, (recall, precision, ap, num_gt) in enumerate(curves, start=1):
         classes[label] = {

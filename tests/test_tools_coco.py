@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ssd_object_detection as ssd
-from ssd_tools import coco
+from ssd_tools import coco, common
 
 NAMES = (
     "ap",
@@ -38,7 +38,7 @@ def detections_of(rows):
         "image_ids": np.array(images, int),
         "labels": np.array(labels, int),
         "scores": np.array(scores, float),
-        "boxes_px": np.array(boxes, float).reshape(-1, 4),
+        "boxes_voc": np.array(boxes, float).reshape(-1, 4),
     }
 
 
@@ -48,7 +48,7 @@ def truth_of(rows):
     return {
         "image_ids": np.array(images, int),
         "labels": np.array(labels, int),
-        "boxes_px": np.array(boxes, float).reshape(-1, 4),
+        "boxes_voc": np.array(boxes, float).reshape(-1, 4),
         "difficult": np.array(difficult, bool),
     }
 
@@ -56,7 +56,7 @@ def truth_of(rows):
 def annotations(side):
     """Return COCO's annotations, box by box."""
     rows = []
-    columns = (side["image_ids"].tolist(), side["labels"].tolist(), side["boxes_px"].tolist())
+    columns = (side["image_ids"].tolist(), side["labels"].tolist(), side["boxes_voc"].tolist())
     for image_id, label, (x1, y1, x2, y2) in zip(*columns, strict=True):
         width, height = x2 - x1 + 1, y2 - y1 + 1
         rows.append(
@@ -126,7 +126,7 @@ def random_detections(rng, *, images, objects, found, num_classes, whole_pixels)
         "image_ids": rng.integers(images, size=objects),
         "difficult": rng.random(objects) < 0.15,
         "labels": rng.integers(1, num_classes + 1, objects),
-        "boxes_px": boxes.round() if whole_pixels else boxes,
+        "boxes_voc": boxes.round() if whole_pixels else boxes,
     }
     source = rng.integers(objects, size=found)
     noise = rng.normal(0, 1, (found, 4)) * rng.choice([0.02, 0.08, 0.3], (found, 1))
@@ -139,7 +139,7 @@ def random_detections(rng, *, images, objects, found, num_classes, whole_pixels)
         "image_ids": image_ids,
         "labels": labels,
         "scores": rng.random(found).round(2),
-        "boxes_px": moved.round() if whole_pixels else moved,
+        "boxes_voc": moved.round() if whole_pixels else moved,
     }
     return detections, truth
 
@@ -239,11 +239,13 @@ def test_command_prints_and_writes_the_figures_of_real_detections(tiny_run, tmp_
     out = capsys.readouterr().out
     folder = tmp_path / "plots" / "evaluation"
     written = json.loads((folder / "coco.json").read_text())
-    args = ssd.parse_args(["--evaluate", str(tiny_run.final), *flags, "--output-dir", str(tmp_path / "b")])
-    checkpoint, records, _, result = ssd.evaluate_checkpoint(args)
-    assert len(result["detections"]["labels"]) > 100
-    classes = checkpoint["classes"]
-    figures = assert_equals_pycocotools(result["detections"], ssd.truth_of(records), len(classes))
+    evaluation = ssd.evaluate_checkpoint(
+        *common.load_evaluation(tiny_run.final, [*flags, "--output-dir", str(tmp_path / "b")])
+    )
+    detections = evaluation.result["detections"]
+    assert len(detections["labels"]) > 100
+    classes = evaluation.classes
+    figures = assert_equals_pycocotools(detections, ssd.truth_of(evaluation.records), len(classes))
     for name in NAMES:
         assert written[name] == pytest.approx(None if math.isnan(figures[name]) else figures[name])
     assert set(written["per_class"]) == {"angular", "round"}

@@ -92,17 +92,15 @@ def write_pair(folder, stem, objects=(("cell", [11, 21, 40, 60]),)):
 
 def boxes_of(out, split="train"):
     """Return {image id: [[class, x1, y1, x2, y2], ...]} of a list as the module reads it."""
-    classes = tuple(
-        sorted(
-            {name for _, _, objects in ssd.read_annotations(out, split).values() for name, _, _ in objects}
-        )
-    )
+    annotations, _ = ssd.read_annotations(out, split)
+    classes, _ = ssd.annotated_classes(annotations)
+    records, _ = ssd.make_records(out, split, annotations, classes)
     return {
         record.image_id: [
             [classes[k - 1], *np.round(box.astype(float), 3).tolist()]
             for k, box in zip(record.labels, record.boxes_px, strict=True)
         ]
-        for record in ssd.read_records(out, split, classes)
+        for record in records
     }
 
 
@@ -123,11 +121,12 @@ def odd_voc(make_voc, tmp_path_factory):
         records[split] = []
         for image_id in ids:
             path = root / "JPEGImages" / f"{image_id}.jpg"
-            width, height, objects = ssd.parse_annotation(root / "Annotations" / f"{image_id}.xml")
-            low = rng.uniform(0, 100, (len(objects), 2))
+            annotation = ssd.parse_annotation(root / "Annotations" / f"{image_id}.xml")
+            low = rng.uniform(0, 100, (len(annotation.objects), 2))
             boxes = np.concatenate((low, low + rng.uniform(2, 150, low.shape)), axis=1).astype(np.float32)
-            labels = np.array([1 + (name == "round") for name, _, _ in objects], dtype=np.int64)
-            records[split].append(ssd.Record(image_id, str(path), width, height, boxes, labels, labels == 2))
+            labels = np.array([1 + (one.name == "round") for one in annotation.objects], dtype=np.int64)
+            size = annotation.width, annotation.height
+            records[split].append(ssd.Record(image_id, str(path), *size, boxes, labels, labels == 2))
     return records
 
 
@@ -225,7 +224,7 @@ def test_flat_folders_come_back_box_for_box(make_voc, tmp_path, folders, capsys)
     root = make_voc(tmp_path / "voc", {"train": 12, "val": 4, "test": 4})
     expected = {}
     for split in ("train", "val", "test"):
-        for record in ssd.read_records(root, split, ("angular", "round")):
+        for record in ssd.read_records(root, split, ("angular", "round"))[0]:
             expected[record.image_id] = record
             folder = tmp_path / "flat" / (folders[split] if folders else "")
             folder.mkdir(parents=True, exist_ok=True)
@@ -272,7 +271,7 @@ def test_edges_of_a_coco_box_are_read_back_and_its_crowd_is_difficult(tmp_path):
     }
     text = (tmp_path / "out" / "Annotations" / "a.xml").read_text(encoding="utf-8")
     assert "<xmin>11.25</xmin><ymin>21.5</ymin><xmax>40.375</xmax><ymax>22</ymax>" in text
-    (record,) = ssd.read_records(tmp_path / "out", "train", ("blob", "cell"))
+    (record,), _ = ssd.read_records(tmp_path / "out", "train", ("blob", "cell"))
     assert record.difficult.tolist() == [False, False, True]
 
 
@@ -334,7 +333,7 @@ def test_sizes_are_those_of_the_upright_picture_where_no_file_tells_them(tmp_pat
     path = write_yolo(tmp_path / "in", {"a.jpg": "0 .5 .5 .5 .5"})
     picture(tmp_path / "in" / "images" / "a.jpg", exif=exif)  # stored 100x80
     assert run("yolo", path, tmp_path / "out") == 0
-    (record,) = ssd.read_records(tmp_path / "out", "train", ("blob",))
+    (record,), _ = ssd.read_records(tmp_path / "out", "train", ("blob",))
     assert record.read().shape == (100, 80, 3)
     assert record.boxes_px.tolist() == [[20, 25, 60, 75]]
 
@@ -382,11 +381,14 @@ def test_where_links_are_impossible_pictures_are_copied(tmp_path, monkeypatch):
 COCO_FAULTS = [
     ((99, 10, [1, 1, 9, 9]), "no image has the id 99"),
     ((1, 11, [1, 1, 9, 9]), "no category has the id 11"),
-    ((1, 10, [5, 5, 0, 9]), r"box [5, 5, 5, 14] is a pixel or less across, or outside the picture"),
-    ((1, 10, [5, 5, 9, -3]), r"box [5, 5, 14, 2] is a pixel"),
-    ((1, 10, [5, 5, 1, 9]), r"box [5, 5, 6, 14] is a pixel or less across"),  # which the module drops
-    ((1, 10, [200, 5, 9, 9]), r"box [200, 5, 209, 14] is a pixel or less across, or outside"),
-    ((1, 10, [5, 5, float("inf"), 9]), "box [5, 5, inf, 14] is a pixel or less across, or outside"),
+    ((1, 10, [5, 5, 0, 9]), "box reversed (xmin, ymin, xmax, ymax: 6, 6, 5, 14)"),
+    ((1, 10, [5, 5, 9, -3]), "box reversed (xmin, ymin, xmax, ymax: 6, 6, 14, 2)"),
+    (
+        (1, 10, [5, 5, 1, 9]),
+        "box without area (xmin, ymin, xmax, ymax: 6, 6, 6, 14)",
+    ),  # which the module drops
+    ((1, 10, [200, 5, 9, 9]), "box outside the image (xmin, ymin, xmax, ymax: 201, 6, 209, 14)"),
+    ((1, 10, [5, 5, float("inf"), 9]), "box not finite (xmin, ymin, xmax, ymax: 6, 6, inf, 14)"),
     ((1, 10, [1, 1, 9]), "has no bbox of four numbers"),
     (([1], 10, [1, 1, 9, 9]), "has no bbox of four numbers"),
 ]
@@ -419,7 +421,7 @@ def test_few_faulty_annotations_are_left_out_and_named_many_are_refused(tmp_path
         ("0 50 50 20 20", "has other numbers than fractions from 0 to 1"),
         ("0 .5 .5 -.5 .5", "has other numbers than fractions"),
         ("0 .5 nan .5 .5", "has other numbers than fractions"),
-        ("0 .5 .5 0 .5", "is a pixel or less across"),
+        ("0 .5 .5 0 .5", "box reversed"),
         ("0 .5 .5 .5", "is neither a box nor a polygon"),
         ("0 .5 .5", "is neither a box nor a polygon"),
         ("cell .5 .5 .5 .5", "is neither a box nor a polygon"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import assert_same_predictions
 
 import ssd_object_detection as ssd
 
@@ -83,9 +84,10 @@ def test_the_folder_becomes_a_checkpoint_that_is_measured_and_trained_further(
     assert hub.main(["pth", str(hf_folder), str(path)]) == 0
     assert capsys.readouterr().out == f"{path}\n"
     back, first = ssd.load_checkpoint(path), ssd.load_checkpoint(tiny_run.final)
+    names = ("classes", "score_thresh", "format_version", "version")
     assert back["model"].keys() == first["model"].keys()
     assert all(torch.equal(value, first["model"][name]) for name, value in back["model"].items())
-    assert [back[name] for name in ("classes", "score_thresh")] == [first["classes"], first["score_thresh"]]
+    assert [back[name] for name in names] == [first[name] for name in names]
     flags = [
         "--data",
         str(tiny_run.data),
@@ -101,7 +103,7 @@ def test_the_folder_becomes_a_checkpoint_that_is_measured_and_trained_further(
     measured = json.loads((tmp_path / "a" / "plots" / "evaluation" / "evaluation.json").read_text())
     assert measured["map_area"] == first["test"]["map_area"]
     assert ssd.main(["--init-from", str(path), "--epochs", "1", *flags, str(tmp_path / "b")]) == 0
-    assert "it knows angular, round" in capsys.readouterr().out
+    assert "kept the heads of: angular, round" in capsys.readouterr().out
 
 
 def test_the_config_is_complete_and_names_no_folder_of_the_author(hf_folder, tiny_run, tiny_voc):
@@ -233,7 +235,7 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch):
         ({"config.json": "{}", "model.safetensors": "x"}, "not a model of this module"),
         (
             {"config.json": '{"format_version": 2}', "model.safetensors": "x"},
-            f"format 2, this program reads {ssd.FORMAT_VERSION}",
+            f"of format 2, .* reads formats 4 to {ssd.FORMAT_VERSION}",
         ),
     ],
 )
@@ -358,7 +360,7 @@ def test_a_pushed_model_comes_back_from_the_hub(hf_folder, tiny_run, tiny_voc, t
     files = {p.relative_to(hf_folder).as_posix() for p in hf_folder.rglob("*") if p.is_file()}
     assert Hub.files.keys() == files
     detector = ssd.load_detector(tiny_run.final, "cpu", "off")
-    assert found == detector.predict(picture, score_thresh=0.0).to_dict()
+    assert_same_predictions(found, detector.predict(picture, score_thresh=0.0).to_dict())  # another process
     assert missing.startswith("me/other: no such file or folder, nor on Hugging Face")
     assert all("\n" not in text for text in (bad_token, forbidden, bad_name, missing))
 

@@ -25,9 +25,9 @@ def picture(tmp_path):
 
 def drawn(record, *, detection=None, label=1, truth=None):
     """The picture of an error on a record, as an int array."""
-    found = {"boxes_px": np.array([detection], float), "labels": np.array([label])}
+    found = {"boxes_voc": np.array([detection], float), "labels": np.array([label])}
     error = {"row": None if detection is None else 0, "target": None if truth is None else 0}
-    image = mistakes.draw_error(record, error, found, {"boxes_px": np.array([truth], float)})
+    image = mistakes.draw_error(record, error, found, {"boxes_voc": np.array([truth], float)})
     return np.asarray(image).astype(int)
 
 

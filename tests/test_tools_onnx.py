@@ -18,6 +18,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from ssd_tools import common  # noqa: E402
 from ssd_tools import onnx as tool  # noqa: E402
 
 THRESH = "0.001"  # a network trained for two epochs is sure of nothing
@@ -268,40 +269,50 @@ def test_the_loss_of_map_is_measured_on_the_test_list(smaller, tiny_run, tiny_vo
 
 def test_the_map_of_a_file_is_what_evaluate_measures(onnx_file, model, tiny_voc):
     records = ssd.load_data(str(tiny_voc), val_fraction=0).train
-    dataset = ssd.VocDataset(records, ssd.build_transform(train=False), model.anchors)
-    expected = ssd.evaluate(model, ssd.make_loader(dataset), score_thresh=float(THRESH))["map_area"]
+    loader = ssd.plain_loader(records, model, batch_size=1, workers=0)
+    expected = ssd.measure(model, loader, score_thresh=float(THRESH))["map_area"]
     assert tool.onnx_map(session_of(onnx_file), records, 2) == pytest.approx(expected, abs=1e-6)
     assert expected > 0
 
 
 def test_a_file_that_loses_map_is_refused_and_not_left(tiny_run, tmp_path, refused, monkeypatch):
-    shutil.copy(tiny_run.final, tmp_path / "tiny.pth")
-    maps = iter([0.485, 0.495])
-    monkeypatch.setattr(tool, "onnx_map", lambda *args: next(maps))
-    monkeypatch.setattr(ssd, "evaluate", lambda *args, **more: {"map_area": 0.5})
-    line = refused(tmp_path / "tiny.pth", "--half")
-    assert "mAP@.5 0.4850 in 4 test images, -0.0150 from PyTorch's 0.5000" in line
-    assert "--max-map-drop allows 0.01" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny.pth"]
-    assert tool.main([str(tmp_path / "tiny.pth"), "--half"]) == 0  # .005 lower
-    assert (tmp_path / "tiny_half.onnx").is_file()
+    blind = torch.load(tiny_run.final, weights_only=True)
+    for name, value in blind["model"].items():
+        if name.startswith("cls_heads.") and name.endswith(".bias"):
+            value.view(-1, 3)[:, 0] += 30  # all is background
+    torch.save(blind, tmp_path / "blind.pth")
+    assert tool.main([str(tmp_path / "blind.pth"), "--score-thresh", THRESH]) == 0
+    file_of_nothing = onnx.load(tmp_path / "blind.onnx")
+    monkeypatch.setattr(tool, "to_onnx", lambda *model, **settings: file_of_nothing)
+    theirs = ssd.load_checkpoint(tiny_run.final)["test"]["map_area"]
+    where = ("--output", tmp_path / "int8.onnx", "--score-thresh", THRESH)
+    command = (tiny_run.final, "--int8", *where, "--max-map-drop")
+    line = refused(*command, 0)
+    assert f"mAP@.5 0.0000 in 4 test images, -{theirs:.4f} from PyTorch's {theirs:.4f}" in line
+    assert "--max-map-drop allows 0" in line
+    assert {path.name for path in tmp_path.iterdir()} == {"blind.pth", "blind.onnx"}
+    assert tool.main([*map(str, command), "1"]) == 0
+    assert (tmp_path / "int8.onnx").is_file()
 
 
 def test_the_lists_are_those_of_the_run_unless_others_are_named(tiny_run, make_voc, tmp_path, refused):
-    checkpoint = ssd.load_checkpoint(tiny_run.final)
+    def lists(*flags, max_images=None):
+        settings, checkpoint = common.load_evaluation(tiny_run.final, list(map(str, flags)))
+        classes = checkpoint["classes"]
+        test = tool.records_to_measure(settings, classes, max_images)
+        return tool.calibration_records(settings, classes), test
 
     def names(*lists):
         return [sorted({record.image_id.split("_")[0] for record in records}) for records in lists]
 
-    assert names(*tool.run_lists(checkpoint)) == [["val"], ["test"]]
+    assert names(*lists()) == [["val"], ["test"]]
     bare = make_voc(tmp_path / "bare", {"val": 1, "test": 2}, empty_every=0)
     (bare / "Annotations" / "test_1.xml").unlink()
-    negative = checkpoint | {"args": checkpoint["args"] | {"unlabelled": "negative"}}
-    assert len(tool.run_lists(negative, str(bare))[1]) == 2
-    calibration, test = tool.run_lists(checkpoint, test_split="train", max_images=3)
+    assert len(lists("--data", bare, "--unlabelled", "negative")[1]) == 2
+    calibration, test = lists("--test-split", "train", max_images=3)
     assert (names(calibration, test), len(test)) == ([["val"], ["train"]], 3)
     other = make_voc(tmp_path / "other", {"train": 2, "val": 2, "empty": 1}, empty_every=3)
-    calibration, _ = tool.run_lists(checkpoint, str(other), "val")
+    calibration, _ = lists("--data", other, "--test-split", "val")
     assert Path(calibration[0].image_path).is_relative_to(other)
     assert "--test-split" in refused(tiny_run.final, "--int8", "--data", other)
     make_voc(tmp_path / "none", {"train": 1, "val": 1, "test": 1}, empty_every=1)

@@ -13,7 +13,7 @@ NOTHING = {
     "image_ids": np.zeros(0, int),
     "labels": np.zeros(0, int),
     "scores": np.zeros(0),
-    "boxes_px": np.zeros((0, 4)),
+    "boxes_voc": np.zeros((0, 4)),
 }
 
 
@@ -31,7 +31,7 @@ def random_detections(count=60):
         "image_ids": rng.integers(5, size=count),
         "labels": np.sort(rng.integers(1, 3, count)),
         "scores": rng.random(count, dtype=np.float32),
-        "boxes_px": np.concatenate((low, low + rng.uniform(1, 20, (count, 2))), axis=1),
+        "boxes_voc": np.concatenate((low, low + rng.uniform(1, 20, (count, 2))), axis=1),
     }
 
 
@@ -46,13 +46,13 @@ def test_files_come_back_as_they_were(records, tmp_path):
     image_id, *numbers = (tmp_path / "new" / "folder" / files[0]).read_text().splitlines()[0].split()
     assert image_id == f"img_{detections['image_ids'][0]}"
     assert [float(number) for number in numbers] == pytest.approx(
-        [detections["scores"][0], *detections["boxes_px"][0]]
+        [detections["scores"][0], *detections["boxes_voc"][0]]
     )
     back = score.read_devkit_files(tmp_path / "new" / "folder", "test", records, CLASSES)
     assert back["image_ids"].tolist() == detections["image_ids"].tolist()
     assert back["labels"].tolist() == detections["labels"].tolist()
     assert back["scores"].astype(np.float32).tolist() == detections["scores"].tolist()  # to the last bit
-    np.testing.assert_allclose(back["boxes_px"], detections["boxes_px"], rtol=1e-8)
+    np.testing.assert_allclose(back["boxes_voc"], detections["boxes_voc"], rtol=1e-8)
 
 
 def test_names_of_images_may_have_blanks(tmp_path):
@@ -63,7 +63,7 @@ def test_names_of_images_may_have_blanks(tmp_path):
         "image_ids": np.array([0]),
         "labels": np.array([1]),
         "scores": np.array([0.5]),
-        "boxes_px": np.array([[1.0, 1, 5, 5]]),
+        "boxes_voc": np.array([[1.0, 1, 5, 5]]),
     }
     score.write_devkit_files(tmp_path, "test", found, records, ("cat",))
     assert score.read_devkit_files(tmp_path, "test", records, ("cat",))["image_ids"].tolist() == [0]

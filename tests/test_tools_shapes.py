@@ -43,7 +43,7 @@ def test_shapes_load_as_a_data_set_of_five_classes(drawn, capsys):
 
 
 def test_shapes_have_images_without_objects_and_objects_of_visible_size(drawn):
-    records = ssd.read_records(drawn, "train", shapes.CLASSES)
+    records, _ = ssd.read_records(drawn, "train", shapes.CLASSES)
     counts = [len(r.labels) for r in records]
     assert min(counts) == 0
     assert max(counts) >= 5
@@ -136,8 +136,8 @@ def test_boxes_bound_what_is_visible(monkeypatch):
 def test_an_annotation_written_is_read_back(tmp_path):
     objects = [("a <b> & c", [1, 2, 30, 20]), ("dog", [5, 6, 40, 30])]
     shapes.write_annotation(tmp_path / "a.xml", "a & b.jpg", (30, 40, 3), objects)
-    expected = [(name, box, False) for name, box in objects]
-    assert ssd.parse_annotation(tmp_path / "a.xml") == (40, 30, expected)
+    expected = [ssd.VocObject(name, tuple(box), False) for name, box in objects]
+    assert ssd.parse_annotation(tmp_path / "a.xml") == ssd.Annotation(40, 30, tuple(expected))
 
 
 def test_the_command_line_draws_and_names_the_folder(few, tmp_path, monkeypatch, capsys):
