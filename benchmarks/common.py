@@ -63,10 +63,11 @@ def make_speed_parser(doc: str | None, *, rounds: int) -> argparse.ArgumentParse
 def begin(args: argparse.Namespace) -> tuple[torch.device, ssd.DataSplits]:
     """Set up torch and OpenCV as training does; returns (device, DataSplits with nothing held out)."""
     torch.set_num_threads(args.threads)
-    device = ssd.pick_device(args.device)
-    ssd.prepare_device(argparse.Namespace(seed=0, workers=0, compile=False, amp="off"), device)
+    torch.manual_seed(0)
+    machine = ssd.prepare_device(args.device)
     data = ssd.load_data(args.data, data_root=args.data_root, train_split=args.train_split, val_fraction=0)
-    return device, data
+    ssd.print_findings(data.findings)
+    return machine.device, data
 
 
 def precisions(device: torch.device) -> dict[str, torch.dtype | None]:
@@ -98,28 +99,13 @@ def make_state(
     batch_size: int,
     width: float = 1.0,
     compiled: bool = False,
-) -> tuple[ssd.TrainState, argparse.Namespace]:
-    """Return (TrainState, flags) of a run of this project with random weights, by recipe voc's AdamW."""
-    args = ssd.parse_args(
-        [
-            "--recipe",
-            "voc",
-            "--no-pretrained",
-            "--freeze-blocks",
-            "0",
-            "--width",
-            str(width),
-            "--lr",
-            "1e-4",
-            "--batch-size",
-            str(batch_size),
-            "--device",
-            str(device),
-            "--compile" if compiled else "--no-compile",
-        ]
-    )
-    state, _ = ssd.build_state(args, num_classes, device, amp_dtype)
-    return state, args
+) -> tuple[ssd.TrainState, ssd.Settings]:
+    """Return (TrainState, Settings) of a run of this project with random weights, by recipe voc's AdamW."""
+    flags = f"--recipe voc --no-pretrained --width {width} --batch-size {batch_size}"
+    settings, _ = ssd.load_settings(flags.split())
+    machine = ssd.Machine(device, amp_dtype, workers=0, compiled=compiled)
+    state, _ = ssd.build_state(settings, machine, num_classes)
+    return state, settings
 
 
 def own_loader(
@@ -272,13 +258,12 @@ def train(flags: list[str], output: Path, *, deadline: float | None = None, **op
         run_until(command, deadline, **options)
     except RuntimeError as error:
         raise RuntimeError(f"{error}, see {output}") from None
-    (final,) = checkpoints.glob("*_final.pth")
     run = json.loads((checkpoints / "run.json").read_text())
     state = ssd.load_checkpoint(last)["train_state"]
     history = state["history"]
     rates = [row["images_per_s"] for row in history[1:] or history]
     return run | {
-        "checkpoint": final,
+        "checkpoint": ssd.newest_final_checkpoint(output),
         "seconds": sum(row["seconds"] for row in history),
         "images": state["step"] * run["flags"]["batch_size"],
         "images_per_s": statistics.median(rates),
@@ -292,13 +277,17 @@ def measure(run: dict, splits: list[str]) -> dict[str, float]:
     root = ssd.find_data(used["data"], used["data_root"], *lists)[0][0]
     saved = ssd.load_checkpoint(run["checkpoint"])
     classes = saved["classes"]
-    options = {"classes": classes, "unlabelled": used["unlabelled"]}
-    records = [record for split in splits for record in ssd.read_records(root, split, **options)]
-    model = ssd.model_from_checkpoint(saved, run["checkpoint"], str(ssd.pick_device(used["device"])))
-    dataset = ssd.VocDataset(records, ssd.build_transform(train=False), model.anchors.cpu())
-    loader = ssd.make_loader(dataset, batch_size=8, workers=used["workers"])
-    dtype = ssd.pick_amp_dtype(model.anchors.device, used["amp"])
-    result = ssd.evaluate(model, loader, amp_dtype=dtype, **run["test"]["detection"])
+    records = []
+    for split in splits:
+        listed, findings = ssd.read_records(root, split, classes, unlabelled=used["unlabelled"])
+        ssd.print_findings(findings)
+        records += listed
+
+    # As the run itself measures.
+    machine = ssd.prepare_device(used["device"], amp=used["amp"], workers=used["workers"])
+    model = ssd.model_from_checkpoint(saved, run["checkpoint"], machine.device)
+    loader = ssd.plain_loader(records, model, batch_size=8, workers=machine.workers)
+    result = ssd.measure(model, loader, amp_dtype=machine.amp_dtype, **run["test"]["detection"])
     figures = {key: result[key] for key in ("map_area", "map11", "map75")}
     if importlib.util.find_spec("pycocotools"):
         from ssd_tools.coco import coco_figures

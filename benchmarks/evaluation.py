@@ -47,13 +47,13 @@ def make_arrays(images: int, seed: int = 0) -> tuple[dict, dict]:
     truth = {
         "image_ids": gt_images,
         "labels": gt_labels,
-        "boxes_px": gt_boxes,
+        "boxes_voc": gt_boxes,
         "difficult": rng.random(len(gt_images)) < 0.1,
     }
 
     image_ids = np.repeat(np.arange(images), DETECTIONS)  # all anywhere at first
     count = len(image_ids)
-    boxes_px = random_boxes(rng, count)
+    boxes_voc = random_boxes(rng, count)
     labels = rng.integers(1, CLASSES + 1, count)
     scores = 0.01 + 0.3 * rng.random(count) ** 3
 
@@ -62,12 +62,13 @@ def make_arrays(images: int, seed: int = 0) -> tuple[dict, dict]:
     source = first[image_ids[near]] + (rng.random(len(near)) * num_gt[image_ids[near]]).astype(int)
     looseness = rng.choice([0.03, 0.1, 0.25], (len(near), 1))
     sides = np.tile(gt_boxes[source, 2:] - gt_boxes[source, :2], 2)
-    boxes_px[near] = gt_boxes[source] + rng.normal(0, 1, (len(near), 4)) * looseness * sides
-    boxes_px[near, 2:] = np.maximum(boxes_px[near, 2:], boxes_px[near, :2] + 1)
+    boxes_voc[near] = gt_boxes[source] + rng.normal(0, 1, (len(near), 4)) * looseness * sides
+    boxes_voc[near, 2:] = np.maximum(boxes_voc[near, 2:], boxes_voc[near, :2] + 1)
     is_right = rng.random(len(near)) < 6 / 7
     labels[near[is_right]] = gt_labels[source[is_right]]
     scores[near] = np.clip(0.9 - 2.5 * looseness[:, 0] + rng.normal(0, 0.15, len(near)), 0.01, 1)
-    return {"image_ids": image_ids, "labels": labels, "scores": scores.round(4), "boxes_px": boxes_px}, truth
+    detections = {"image_ids": image_ids, "labels": labels, "scores": scores.round(4), "boxes_voc": boxes_voc}
+    return detections, truth
 
 
 def make_judge(detections: dict, truth: dict) -> COCOeval:

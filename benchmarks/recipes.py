@@ -216,7 +216,7 @@ def report(lines: list[dict], path: Path) -> None:
 
 def training_images(flags: list[str]) -> int:
     """Return how many images the training list of some flags has."""
-    settings = ssd.parse_args(flags)
+    settings, _ = ssd.load_settings(flags)
     names = (*ssd.DATA_FLAGS, "data_root", "seed")
     return len(ssd.load_data(**{name: getattr(settings, name) for name in names}).train)
 
@@ -231,7 +231,7 @@ def estimate(flags: list[str], lines: list[dict], num_images: int) -> float:
     same = [line["run_seconds"] for line in timed if line["flags"] == flags]
     if same:
         return max(same)
-    settings = ssd.parse_args(flags)
+    settings, _ = ssd.load_settings(flags)
     alike = [line for line in timed if line["batch_size"] == settings.batch_size] or timed
     rate, rest = FIRST_IMAGES_PER_S, FIRST_START_SECONDS
     if alike:
@@ -239,6 +239,13 @@ def estimate(flags: list[str], lines: list[dict], num_images: int) -> float:
         rate = newest["images"] / newest["seconds"]
         rest = newest["run_seconds"] - newest["seconds"]
     return rest + settings.epochs * num_images / rate
+
+
+def variants_of(args: Namespace) -> Sequence[str]:
+    """Return the names of the variants to run: those of --only, else the ladder of the set gpu, or base."""
+    if args.only:
+        return args.only
+    return LADDER if args.set == "gpu" else ["base"]
 
 
 class Queue:
@@ -255,7 +262,7 @@ class Queue:
         done = [(line["variant"], line["flags"], line["seed"]) for line in read_lines(results)]
         self.jobs = []
         for seed in args.seeds:
-            for name in args.only:
+            for name in variants_of(args):
                 flags = [*shared, *VARIANTS[name].split()]
                 if (name, flags, seed) not in done:
                     self.jobs.append(Job(name, flags, seed))
@@ -316,10 +323,7 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     )
     add("--folder", type=Path, default=Path("benchmarks/results/recipes"), help="where results are")
     add("--table", action="store_true", help="run nothing: the table of what is there")
-    args = parser.parse_args(argv)
-    if args.only is None:
-        args.only = LADDER if args.set == "gpu" else ["base"]
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -333,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             failures = Queue(args, results, began).run()
         except ssd.InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {ssd.error_line(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("stopped; the same command goes on", file=sys.stderr)

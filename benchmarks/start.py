@@ -18,13 +18,20 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
+from typing import Any, cast
 
 import common
+import numpy as np
 import torch
 from common import ssd
 from torch import Tensor
 
 BLOCKS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc7")
+
+
+def share_of_zeros(peaks: list[Tensor]) -> float:
+    """Return the share of channels whose largest values (channels,) are nowhere above zero."""
+    return (torch.stack(peaks) <= 0).all(dim=0).float().mean().item()
 
 
 class Comparison:
@@ -57,11 +64,6 @@ class Comparison:
         }
 
 
-def share_of_zeros(peaks: list[Tensor]) -> float:
-    """Return the share of channels whose largest values (channels,) are nowhere above zero."""
-    return (torch.stack(peaks) <= 0).all(dim=0).float().mean().item()
-
-
 class BlockFeatures:
     """The outputs of a network's blocks and of fc7 in its last forward pass, `outputs`."""
 
@@ -83,11 +85,10 @@ class BlockFeatures:
 
 def compare_features(start: ssd.SSD300, now: ssd.SSD300, records: list[ssd.Record]) -> list[dict]:
     """Return the table's rows: the features of two networks in pictures. The networks are changed."""
-    dataset = ssd.VocDataset(records, ssd.build_transform(train=False), now.anchors.cpu())
     start_features = BlockFeatures(start.train())
     now_features = BlockFeatures(now.train())
     comparisons = {name: Comparison() for name in BLOCKS}
-    for batch in ssd.make_loader(dataset, batch_size=4):
+    for batch in ssd.plain_loader(records, now, batch_size=4, workers=0):
         images = batch["images"].to(now.anchors.device)
         before = start_features.of(images)
         after = now_features.of(images)
@@ -96,40 +97,55 @@ def compare_features(start: ssd.SSD300, now: ssd.SSD300, records: list[ssd.Recor
     return [comparisons[name].row(name) for name in BLOCKS]
 
 
-def probe(flags: Sequence[str], steps: int, pictures: int) -> dict:
-    """Train for some steps by the module's flags; returns what --json holds."""
-    # As a run begins.
-    args = ssd.parse_args(flags)
-    device = ssd.pick_device(args.device)
-    amp_dtype = ssd.prepare_device(args, device)
-    data = ssd.load_data(**{name: getattr(args, name) for name in (*ssd.DATA_FLAGS, "data_root", "seed")})
-    boxes = ssd.np.concatenate([record.boxes for record in data.train])
-    sizes = ssd.choose_anchors(args.anchors, boxes, is_voc={*data.classes} == {*ssd.VOC_CLASSES})
-    state, _ = ssd.build_state(args, len(data.classes), device, amp_dtype, sizes)
-    if args.init_from:
-        ssd.start_from(state, args.init_from, data.classes)
-    loader, _ = ssd.make_loaders(args, data, state)
-    ssd.print_header(args, data, state.model, amp_dtype)
-    start = copy.deepcopy(state.model)
+def begin(flags: Sequence[str]) -> tuple[ssd.Settings, ssd.Machine, ssd.DataSplits, ssd.TrainState]:
+    """Return what a training by these flags has before its first step, as `ssd.run_training` makes it."""
+    settings, source = ssd.load_settings(flags)
+    if settings.resume or settings.evaluate or settings.predict:
+        raise ssd.InputError("these are not the flags of a training's start: see --init-from")
+    machine = ssd.prepare_device(
+        settings.device, amp=settings.amp, workers=settings.workers, compiled=settings.compile
+    )
+    torch.manual_seed(settings.seed)
+    names = (*ssd.DATA_FLAGS, "data_root", "seed")
+    data = ssd.load_data(**{name: getattr(settings, name) for name in names})
+    ssd.print_findings(data.findings)
+    boxes = np.concatenate([record.boxes for record in data.train])
+    sizes = ssd.choose_anchors(settings.anchors, boxes, data.classes)
+    state, _ = ssd.build_state(settings, machine, len(data.classes), sizes)
+    if settings.init_from is not None and source is not None:
+        ssd.start_from(state, source, settings.init_from, data.classes)
+    return settings, machine, data, state
 
-    # Its first steps, each with its class loss.
+
+def take_steps(
+    settings: ssd.Settings, machine: ssd.Machine, data: ssd.DataSplits, state: ssd.TrainState, steps: int
+) -> list[float]:
+    """Train the first steps of a run, fewer if it has fewer; returns the class loss of each."""
+    loader, _ = ssd.make_loaders(settings, machine, data, state)
+    run_loss = functools.partial(ssd.detection_loss, loss=settings.loss, gamma=settings.focal_gamma)
     seen: list[Tensor] = []
 
-    def loss(outputs: tuple, targets: tuple, *, num_positive: Tensor) -> dict[str, Tensor]:
-        settings = {"loss": args.loss, "gamma": args.focal_gamma, "num_positive": num_positive}
-        losses = ssd.detection_loss(outputs, targets, **settings)
+    def loss(*values: Any, **options: Any) -> dict[str, Tensor]:
+        losses = run_loss(*values, **options)
         seen.append(losses["loss_cls"].detach())
         return losses
 
-    steps_per_epoch = loader.batch_sampler.steps_per_epoch
-    steps = min(steps, args.epochs * steps_per_epoch)
+    sampler = cast(ssd.EpochBatchSampler, loader.batch_sampler)
+    steps = min(steps, settings.epochs * sampler.steps_per_epoch)
     batches = itertools.islice(iter(loader), steps)
-    for _ in range(math.ceil(steps / steps_per_epoch)):
-        ssd.train_one_epoch(state, loader, batches, loss, args, amp_dtype=amp_dtype)
+    for _ in range(math.ceil(steps / sampler.steps_per_epoch)):
+        ssd.train_one_epoch(state, loader, batches, loss, settings, amp_dtype=machine.amp_dtype)
         state.epoch += 1
+    return [value.item() for value in seen]
 
+
+def probe(flags: Sequence[str], steps: int, pictures: int) -> dict:
+    """Train for some steps by the module's flags; returns what --json holds."""
+    settings, machine, data, state = begin(flags)
+    ssd.print_header(settings, machine, data, state.model)
+    start = copy.deepcopy(state.model)
+    losses = take_steps(settings, machine, data, state, steps)
     shown = ssd.spread(data.val or data.test or data.train, pictures)
-    losses = [value.item() for value in seen]
     return {
         "steps": len(losses),
         "skipped": len(losses) - state.step,
@@ -138,7 +154,7 @@ def probe(flags: Sequence[str], steps: int, pictures: int) -> dict:
         "loss_cls_last_16": statistics.mean(losses[-16:]),
         "rows": compare_features(start, copy.deepcopy(state.model), shown),
         "flags": list(flags),
-        "environment": ssd.environment(device),
+        "environment": ssd.environment(machine.device),
     }
 
 
@@ -154,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = probe(flags, args.steps, args.pictures)
     except (ssd.InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {ssd.error_line(error)}", file=sys.stderr)
         return 2
     print(f"\n{common.markdown(result['rows'])}\n")
     first, last = result["loss_cls_first_8"], result["loss_cls_last_16"]

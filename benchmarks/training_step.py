@@ -35,12 +35,12 @@ def own_step(
 ) -> Callable[[], dict | None]:
     """Return this project's step."""
     images = batch["images"]
-    state, args = common.make_state(
+    state, settings = common.make_state(
         num_classes, images.device, amp_dtype, batch_size=len(images), compiled=compiled
     )
     state.model.train()
-    settings = {"lr": args.lr, "clip_grad": args.clip_grad, "amp_dtype": amp_dtype}
-    return functools.partial(ssd.train_step, state, batch, ssd.detection_loss, **settings)
+    step = functools.partial(ssd.train_step, state, batch, ssd.detection_loss)
+    return functools.partial(step, lr=settings.lr, clip_grad=settings.clip_grad, amp_dtype=amp_dtype)
 
 
 def make_cases(args: argparse.Namespace, batch: dict, truth: common.Truth, num_classes: int) -> common.Cases:

@@ -18,10 +18,10 @@ def test_arrays_have_hits_duplicates_and_background_and_are_seeded():
     again, _ = evaluation.make_arrays(40)
     assert all((det[name] == again[name]).all() for name in det)
     assert np.bincount(det["image_ids"]).tolist() == [200] * 40
-    assert (det["boxes_px"][:, 2:] > det["boxes_px"][:, :2]).all()
+    assert (det["boxes_voc"][:, 2:] > det["boxes_voc"][:, :2]).all()
     assert 0.03 < gt["difficult"].mean() < 0.25
-    assert (gt["boxes_px"] >= 1).all()
-    assert (gt["boxes_px"] <= [500, 375, 500, 375]).all()
+    assert (gt["boxes_voc"] >= 1).all()
+    assert (gt["boxes_voc"] <= [500, 375, 500, 375]).all()
     rows = [row for row in ssd.evaluate_voc(det, gt, 20).values() if row["num_gt"]]
     assert np.mean([row["recall"][-1] for row in rows]) > 0.9
     assert 0.6 < np.mean([row["ap_area"] for row in rows]) < 0.95
