@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -64,10 +63,10 @@ def begin(args: argparse.Namespace) -> tuple[torch.device, ssd.DataSplits]:
     """Set up torch and OpenCV as training does; returns (device, DataSplits with nothing held out)."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    device = ssd.prepare_device(args.device).device
+    machine = ssd.prepare_device(args.device)
     data = ssd.load_data(args.data, data_root=args.data_root, train_split=args.train_split, val_fraction=0)
     ssd.print_findings(data.findings)
-    return device, data
+    return machine.device, data
 
 
 def precisions(device: torch.device) -> dict[str, torch.dtype | None]:
@@ -101,8 +100,8 @@ def make_state(
     compiled: bool = False,
 ) -> tuple[ssd.TrainState, ssd.Settings]:
     """Return (TrainState, Settings) of a run of this project with random weights, by recipe voc's AdamW."""
-    changes = {"pretrained": False, "width": width, "lr": 1e-4, "batch_size": batch_size}
-    settings = ssd.Settings(**ssd.RECIPES["voc"] | changes)
+    flags = f"--recipe voc --no-pretrained --width {width} --batch-size {batch_size}"
+    settings, _ = ssd.load_settings(flags.split())
     machine = ssd.Machine(device, amp_dtype, workers=0, compiled=compiled)
     state, _ = ssd.build_state(settings, machine, num_classes)
     return state, settings
@@ -258,13 +257,12 @@ def train(flags: list[str], output: Path, *, deadline: float | None = None, **op
         run_until(command, deadline, **options)
     except RuntimeError as error:
         raise RuntimeError(f"{error}, see {output}") from None
-    (final,) = checkpoints.glob("*_final.pth")
     run = json.loads((checkpoints / "run.json").read_text())
     state = ssd.load_checkpoint(last)["train_state"]
     history = state["history"]
     rates = [row["images_per_s"] for row in history[1:] or history]
     return run | {
-        "checkpoint": final,
+        "checkpoint": ssd.newest_final_checkpoint(output),
         "seconds": sum(row["seconds"] for row in history),
         "images": state["step"] * run["flags"]["batch_size"],
         "images_per_s": statistics.median(rates),
@@ -280,13 +278,15 @@ def measure(run: dict, splits: list[str]) -> dict[str, float]:
     classes = saved["classes"]
     records = []
     for split in splits:
-        found, _ = ssd.read_records(root, split, classes, unlabelled=used["unlabelled"])
-        records += found
-    model = ssd.model_from_checkpoint(saved, run["checkpoint"], ssd.pick_device(used["device"]))
-    dataset = ssd.VocDataset(records, ssd.build_transform(train=False), model.anchors.cpu())
-    loader = ssd.make_loader(dataset, batch_size=8, workers=used["workers"])
-    dtype = ssd.pick_amp_dtype(model.anchors.device, used["amp"])
-    result = ssd.measure(model, loader, amp_dtype=dtype, **run["test"]["detection"])
+        listed, findings = ssd.read_records(root, split, classes, unlabelled=used["unlabelled"])
+        ssd.print_findings(findings)
+        records += listed
+
+    # As the run itself measures.
+    machine = ssd.prepare_device(used["device"], amp=used["amp"], workers=used["workers"])
+    model = ssd.model_from_checkpoint(saved, run["checkpoint"], machine.device)
+    loader = ssd.plain_loader(records, model, batch_size=8, workers=machine.workers)
+    result = ssd.measure(model, loader, amp_dtype=machine.amp_dtype, **run["test"]["detection"])
     figures = {key: result[key] for key in ("map_area", "map11", "map75")}
     if importlib.util.find_spec("pycocotools"):
         from ssd_tools.coco import coco_figures

@@ -73,18 +73,19 @@ def main(argv: Sequence[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     device, data = common.begin(args)
     records = ssd.spread(data.train, args.images)
-    args.batch_size = min(args.batch_size, len(records))
     dtype = ssd.pick_amp_dtype(device)
     inputs = args, records, len(data.classes), device, dtype
     cases: common.Cases = {"torchvision": peer_epoch(*inputs), "SSD300": own_epoch(*inputs)}
     times = common.time_one_by_one(cases, args.rounds, device)
-    images = len(records) // args.batch_size * args.batch_size
+    batch_size = min(args.batch_size, len(records))
+    images = len(records) // batch_size * batch_size
     rows = common.rows_of(times, dict.fromkeys(cases, "torchvision"), images=images)
+    cache = "on" if args.cache else "off"
     title = (
-        f"Training: {images} images an epoch, batch {args.batch_size}, {args.workers} workers, "
-        f"cache {'on' if args.cache else 'off'}, {dtype or 'torch.float32'}; ms are for an epoch"
+        f"Training: {images} images an epoch, batch {batch_size}, {args.workers} workers, "
+        f"cache {cache}, {dtype or torch.float32}; ms are for an epoch"
     )
-    return common.report(title, rows, args, device, batch_size=args.batch_size, workers=args.workers)
+    return common.report(title, rows, args, device, batch_size=batch_size, workers=args.workers)
 
 
 if __name__ == "__main__":

@@ -67,12 +67,8 @@ def make_arrays(images: int, seed: int = 0) -> tuple[dict, dict]:
     is_right = rng.random(len(near)) < 6 / 7
     labels[near[is_right]] = gt_labels[source[is_right]]
     scores[near] = np.clip(0.9 - 2.5 * looseness[:, 0] + rng.normal(0, 0.15, len(near)), 0.01, 1)
-    return {
-        "image_ids": image_ids,
-        "labels": labels,
-        "scores": scores.round(4),
-        "boxes_voc": boxes_voc,
-    }, truth
+    detections = {"image_ids": image_ids, "labels": labels, "scores": scores.round(4), "boxes_voc": boxes_voc}
+    return detections, truth
 
 
 def make_judge(detections: dict, truth: dict) -> COCOeval:

@@ -14,6 +14,7 @@ outputs: with random weights they and torchvision's SSDlite find nothing. Their 
     python benchmarks/inference.py --checkpoint FILE --data PATH --test-split LIST    # mAP@.5 on the list too
 """
 
+import argparse
 import functools
 import importlib.util
 import tempfile
@@ -167,6 +168,20 @@ def own_cases(model: ssd.SSD300, images: Tensor, paths: list[str], truth: common
     return cases
 
 
+def measure_list(
+    args: argparse.Namespace, model: ssd.SSD300, classes: Sequence[str], sessions: dict
+) -> dict[str, float]:
+    """Return {case: mAP@.5 on the list --test-split} of the sessions and of the network."""
+    roots, _ = ssd.find_data(args.data, args.data_root, "", "", args.test_split)
+    records, findings = ssd.read_records(roots[0], args.test_split, classes)
+    ssd.print_findings(findings)
+    maps = {name: onnx.onnx_map(session, records, len(classes)) for name, session in sessions.items()}
+    loader = ssd.plain_loader(records, model, batch_size=1, workers=0)
+    for name, dtype in common.precisions(model.anchors.device).items():
+        maps[f"SSD300 {name}"] = ssd.measure(model, loader, amp_dtype=dtype)["map_area"]
+    return maps
+
+
 def find_in_files(find: Callable[[np.ndarray], tuple], paths: list[str]) -> list[tuple]:
     """Return what a function of images (H, W, 3) finds in image files, read one by one."""
     return [find(np.asarray(ssd.open_image(path))) for path in paths]
@@ -174,32 +189,33 @@ def find_in_files(find: Callable[[np.ndarray], tuple], paths: list[str]) -> list
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measure by the flags; returns what --json holds."""
+    # The network, and what else detects with its weights.
     parser = common.make_speed_parser(__doc__, rounds=5)
     add = parser.add_argument
     add("--batch-sizes", type=ssd.positive_int, nargs="+", default=[1, 8], help="images a call")
-    add("--width", type=float, default=1.0, help="of a network with random weights")
+    add("--width", type=ssd.positive_float, default=1.0, help="of a network with random weights")
     add("--checkpoint", metavar="FILE", help="a network trained on this data in its place")
     add("--test-split", metavar="LIST", help="measure the checkpoint's mAP on this list")
     args = parser.parse_args(argv)
     device, data = common.begin(args)
+    name = f"width {args.width:g}"
     model = ssd.SSD300(len(data.classes), width=args.width, prior_prob=ssd.FOCAL_PRIOR)
     if args.checkpoint:
         saved = ssd.load_checkpoint(args.checkpoint)
         if tuple(saved["classes"]) != data.classes:
             parser.error(f"--checkpoint has other classes than --data: {', '.join(saved['classes'])}")
+        name = args.checkpoint
         model = ssd.model_from_checkpoint(saved, args.checkpoint)
-    rows, sessions, maps = [], {}, {}
+    sessions = {}
     if device.type == "cpu":
         sessions = make_sessions(ssd.Detector(model, data.classes), ssd.spread(data.train, 32), args.threads)
     model.to(device).to(memory_format=torch.channels_last)
+    maps = {}
     if args.test_split:
-        (root, *_), _ = ssd.find_data(args.data, args.data_root, "", "", args.test_split)
-        records, _ = ssd.read_records(root, args.test_split, data.classes)
-        maps = {name: onnx.onnx_map(one, records, model.num_classes) for name, one in sessions.items()}
-        dataset = ssd.VocDataset(records, ssd.build_transform(train=False), ssd.make_anchors())
-        for name, dtype in common.precisions(device).items():
-            result = ssd.measure(model, ssd.make_loader(dataset), amp_dtype=dtype)
-            maps[f"SSD300 {name}"] = result["map_area"]
+        maps = measure_list(args, model, data.classes, sessions)
+
+    # The cases of each batch size, and their rows.
+    rows = []
     first = f"torchvision {next(iter(common.precisions(device)))}"
     for size in args.batch_sizes:
         batch, truth = common.make_batch(data.train, device, batch_size=size)
@@ -207,16 +223,16 @@ def main(argv: Sequence[str] | None = None) -> dict:
         cases = peer_cases(batch["images"], paths, truth, len(data.classes))
         cases |= own_cases(model, batch["images"], paths, truth)
         peer_of = {name: name.replace("SSD300", "torchvision") for name in cases}
-        for name, session in sessions.items():
-            cases[name] = functools.partial(session.run, None, {"images": batch["images"].numpy()})
+        for case, session in sessions.items():
+            cases[case] = functools.partial(session.run, None, {"images": batch["images"].numpy()})
             find = functools.partial(onnx.find_objects, session)
-            cases[f"{name} files"] = functools.partial(find_in_files, find, paths)
-            peer_of |= {name: first, f"{name} files": f"{first} files"}
+            cases[f"{case} files"] = functools.partial(find_in_files, find, paths)
+            peer_of |= {case: first, f"{case} files": f"{first} files"}
         for row in common.rows_of(common.time_in_turns(cases, args.rounds, device), peer_of, images=size):
             case = row["case"]
             more = {"MB": getattr(sessions.get(case), "megabytes", None), "mAP": maps.get(case)}
             rows.append({**row, "case": f"{case}, batch {size}", **more})
-    return common.report(f"Detection, {args.checkpoint or f'width {args.width:g}'}", rows, args, device)
+    return common.report(f"Detection, {name}", rows, args, device)
 
 
 if __name__ == "__main__":

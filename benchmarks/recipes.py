@@ -232,6 +232,13 @@ def estimate(flags: list[str], lines: list[dict], num_images: int) -> float:
     return rest + settings.epochs * num_images / rate
 
 
+def variants_of(args: Namespace) -> Sequence[str]:
+    """Return the names of the variants to run: those of --only, else the ladder of the set gpu, or base."""
+    if args.only:
+        return args.only
+    return LADDER if args.set == "gpu" else ["base"]
+
+
 class Queue:
     """The runs that a set still lacks, in their order, and the time there is for them."""
 
@@ -246,7 +253,7 @@ class Queue:
         done = [(line["variant"], line["flags"], line["seed"]) for line in read_lines(results)]
         self.jobs = []
         for seed in args.seeds:
-            for name in args.only:
+            for name in variants_of(args):
                 flags = [*shared, *VARIANTS[name].split()]
                 if (name, flags, seed) not in done:
                     self.jobs.append(Job(name, flags, seed))
@@ -307,10 +314,7 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     )
     add("--folder", type=Path, default=Path("benchmarks/results/recipes"), help="where results are")
     add("--table", action="store_true", help="run nothing: the table of what is there")
-    args = parser.parse_args(argv)
-    if args.only is None:
-        args.only = LADDER if args.set == "gpu" else ["base"]
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -324,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             failures = Queue(args, results, began).run()
         except ssd.InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {ssd.error_line(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("stopped; the same command goes on", file=sys.stderr)

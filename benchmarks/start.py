@@ -18,17 +18,20 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import common
 import numpy as np
 import torch
 from common import ssd
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 BLOCKS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc7")
+
+
+def share_of_zeros(peaks: list[Tensor]) -> float:
+    """Return the share of channels whose largest values (channels,) are nowhere above zero."""
+    return (torch.stack(peaks) <= 0).all(dim=0).float().mean().item()
 
 
 class Comparison:
@@ -61,11 +64,6 @@ class Comparison:
         }
 
 
-def share_of_zeros(peaks: list[Tensor]) -> float:
-    """Return the share of channels whose largest values (channels,) are nowhere above zero."""
-    return (torch.stack(peaks) <= 0).all(dim=0).float().mean().item()
-
-
 class BlockFeatures:
     """The outputs of a network's blocks and of fc7 in its last forward pass, `outputs`."""
 
@@ -87,11 +85,10 @@ class BlockFeatures:
 
 def compare_features(start: ssd.SSD300, now: ssd.SSD300, records: list[ssd.Record]) -> list[dict]:
     """Return the table's rows: the features of two networks in pictures. The networks are changed."""
-    dataset = ssd.VocDataset(records, ssd.build_transform(train=False), now.anchors.cpu())
     start_features = BlockFeatures(start.train())
     now_features = BlockFeatures(now.train())
     comparisons = {name: Comparison() for name in BLOCKS}
-    for batch in ssd.make_loader(dataset, batch_size=4):
+    for batch in ssd.plain_loader(records, now, batch_size=4, workers=0):
         images = batch["images"].to(now.anchors.device)
         before = start_features.of(images)
         after = now_features.of(images)
@@ -100,20 +97,11 @@ def compare_features(start: ssd.SSD300, now: ssd.SSD300, records: list[ssd.Recor
     return [comparisons[name].row(name) for name in BLOCKS]
 
 
-@dataclass(frozen=True)
-class Run:
-    """A training that is about to begin."""
-
-    settings: ssd.Settings
-    machine: ssd.Machine
-    data: ssd.DataSplits
-    state: ssd.TrainState
-    loader: DataLoader
-
-
-def begin_run(flags: Sequence[str]) -> Run:
-    """Prepare a training by the module's flags, as the module does."""
+def begin(flags: Sequence[str]) -> tuple[ssd.Settings, ssd.Machine, ssd.DataSplits, ssd.TrainState]:
+    """Return what a training by these flags has before its first step, as `ssd.run_training` makes it."""
     settings, source = ssd.load_settings(flags)
+    if settings.resume or settings.evaluate or settings.predict:
+        raise ssd.InputError("these are not the flags of a training's start: see --init-from")
     machine = ssd.prepare_device(
         settings.device, amp=settings.amp, workers=settings.workers, compiled=settings.compile
     )
@@ -126,48 +114,47 @@ def begin_run(flags: Sequence[str]) -> Run:
     state, _ = ssd.build_state(settings, machine, len(data.classes), sizes)
     if settings.init_from is not None and source is not None:
         ssd.start_from(state, source, settings.init_from, data.classes)
+    return settings, machine, data, state
+
+
+def take_steps(
+    settings: ssd.Settings, machine: ssd.Machine, data: ssd.DataSplits, state: ssd.TrainState, steps: int
+) -> list[float]:
+    """Train the first steps of a run, fewer if it has fewer; returns the class loss of each."""
     loader, _ = ssd.make_loaders(settings, machine, data, state)
-    ssd.print_header(settings, machine, data, state.model)
-    return Run(settings, machine, data, state, loader)
-
-
-def train_steps(run: Run, steps: int) -> list[float]:
-    """Take the first steps of a run, at most all; returns the class loss of each."""
-    settings = run.settings
-    detection_loss = functools.partial(ssd.detection_loss, loss=settings.loss, gamma=settings.focal_gamma)
+    run_loss = functools.partial(ssd.detection_loss, loss=settings.loss, gamma=settings.focal_gamma)
     seen: list[Tensor] = []
 
-    def loss(outputs: tuple, targets: tuple, *, num_positive: Tensor) -> dict[str, Tensor]:
-        losses = detection_loss(outputs, targets, num_positive=num_positive)
+    def loss(*values: Any, **options: Any) -> dict[str, Tensor]:
+        losses = run_loss(*values, **options)
         seen.append(losses["loss_cls"].detach())
         return losses
 
-    steps_per_epoch = cast(ssd.EpochBatchSampler, run.loader.batch_sampler).steps_per_epoch
-    steps = min(steps, settings.epochs * steps_per_epoch)
-    batches = itertools.islice(iter(run.loader), steps)
-    for _ in range(math.ceil(steps / steps_per_epoch)):
-        amp_dtype = run.machine.amp_dtype
-        ssd.train_one_epoch(run.state, run.loader, batches, loss, settings, amp_dtype=amp_dtype)
-        run.state.epoch += 1
+    sampler = cast(ssd.EpochBatchSampler, loader.batch_sampler)
+    steps = min(steps, settings.epochs * sampler.steps_per_epoch)
+    batches = itertools.islice(iter(loader), steps)
+    for _ in range(math.ceil(steps / sampler.steps_per_epoch)):
+        ssd.train_one_epoch(state, loader, batches, loss, settings, amp_dtype=machine.amp_dtype)
+        state.epoch += 1
     return [value.item() for value in seen]
 
 
 def probe(flags: Sequence[str], steps: int, pictures: int) -> dict:
     """Train for some steps by the module's flags; returns what --json holds."""
-    run = begin_run(flags)
-    start = copy.deepcopy(run.state.model)
-    losses = train_steps(run, steps)
-    shown = ssd.spread(run.data.val or run.data.test or run.data.train, pictures)
-    rows = compare_features(start, copy.deepcopy(run.state.model), shown)
+    settings, machine, data, state = begin(flags)
+    ssd.print_header(settings, machine, data, state.model)
+    start = copy.deepcopy(state.model)
+    losses = take_steps(settings, machine, data, state, steps)
+    shown = ssd.spread(data.val or data.test or data.train, pictures)
     return {
         "steps": len(losses),
-        "skipped": len(losses) - run.state.step,
+        "skipped": len(losses) - state.step,
         "pictures": len(shown),
         "loss_cls_first_8": statistics.mean(losses[:8]),
         "loss_cls_last_16": statistics.mean(losses[-16:]),
-        "rows": rows,
+        "rows": compare_features(start, copy.deepcopy(state.model), shown),
         "flags": list(flags),
-        "environment": ssd.environment(run.machine.device),
+        "environment": ssd.environment(machine.device),
     }
 
 

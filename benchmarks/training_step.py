@@ -39,10 +39,8 @@ def own_step(
         num_classes, images.device, amp_dtype, batch_size=len(images), compiled=compiled
     )
     state.model.train()
-    step = functools.partial(
-        ssd.train_step, lr=settings.lr, clip_grad=settings.clip_grad, amp_dtype=amp_dtype
-    )
-    return functools.partial(step, state, batch, ssd.detection_loss)
+    step = functools.partial(ssd.train_step, state, batch, ssd.detection_loss)
+    return functools.partial(step, lr=settings.lr, clip_grad=settings.clip_grad, amp_dtype=amp_dtype)
 
 
 def make_cases(args: argparse.Namespace, batch: dict, truth: common.Truth, num_classes: int) -> common.Cases:
