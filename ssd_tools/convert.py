@@ -179,6 +179,14 @@ def locate(name: str, folders: Iterable[Path]) -> Path:
     raise ssd.InputError(f"no file or folder {tried[0]}")
 
 
+def label_file(image: Path) -> Path:
+    """Return the label file of an image: labels/ in place of the last images/ of its path, ending .txt."""
+    head, images, tail = image.as_posix().rpartition("/images/")
+    if not images:
+        return image.with_suffix(".txt")
+    return Path(f"{head}/labels/{tail}").with_suffix(".txt")
+
+
 def files_of(entry: str | list[str], folders: Sequence[Path]) -> list[Path]:
     """Return the images of an entry of data.yaml: a folder, a text file of paths, or several of them.
 
@@ -199,14 +207,6 @@ def files_of(entry: str | list[str], folders: Sequence[Path]) -> list[Path]:
             problem += f", no {label_file(files[0])}"
         raise ssd.InputError(problem)
     return list(dict.fromkeys(files))
-
-
-def label_file(image: Path) -> Path:
-    """Return the label file of an image: labels/ in place of the last images/ of its path, ending .txt."""
-    head, images, tail = image.as_posix().rpartition("/images/")
-    if not images:
-        return image.with_suffix(".txt")
-    return Path(f"{head}/labels/{tail}").with_suffix(".txt")
 
 
 def parse_label(line: str, is_pose: bool) -> tuple[float, np.ndarray]:

@@ -226,28 +226,6 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
 # ---- the command line ----
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the two commands."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    export = commands.add_parser("export", help="write a folder for Hugging Face")
-    export.set_defaults(run=run_export)
-    add = export.add_argument
-    add("checkpoint", metavar="CHECKPOINT")
-    add("folder", metavar="DIR")
-    add("--license", metavar="ID", help="of the weights, as Hugging Face spells it: mit, cc-by-4.0, other")
-    add("--data-license", metavar="TEXT", help="licence of the training data, in words")
-    add("--onnx", action="store_true", help="add model.onnx, checked")
-    add("--images", nargs="+", metavar="FILE", help="images to check it with (default: 16 of the run's data)")
-    add("--push", metavar="OWNER/NAME", help="upload the folder to this Hugging Face repository")
-    add("--private", action="store_true", help="make that repository private")
-    pth = commands.add_parser("pth", help="write a checkpoint for --init-from, --evaluate and --predict")
-    pth.set_defaults(run=run_pth)
-    pth.add_argument("source", metavar="SOURCE", help="an exported folder, or a Hugging Face id OWNER/NAME")
-    pth.add_argument("output", metavar="FILE")
-    return parser
-
-
 def run_export(args: argparse.Namespace) -> None:
     """Write the folder of a checkpoint, and upload it if asked to."""
     source = Path(args.checkpoint)
@@ -278,6 +256,28 @@ def run_pth(args: argparse.Namespace) -> None:
     ssd.model_from_checkpoint(checkpoint, args.source)  # InputError unless its weights fit
     ssd.save_checkpoint(args.output, checkpoint)
     print(args.output)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the two commands."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    export = commands.add_parser("export", help="write a folder for Hugging Face")
+    export.set_defaults(run=run_export)
+    add = export.add_argument
+    add("checkpoint", metavar="CHECKPOINT")
+    add("folder", metavar="DIR")
+    add("--license", metavar="ID", help="of the weights, as Hugging Face spells it: mit, cc-by-4.0, other")
+    add("--data-license", metavar="TEXT", help="licence of the training data, in words")
+    add("--onnx", action="store_true", help="add model.onnx, checked")
+    add("--images", nargs="+", metavar="FILE", help="images to check it with (default: 16 of the run's data)")
+    add("--push", metavar="OWNER/NAME", help="upload the folder to this Hugging Face repository")
+    add("--private", action="store_true", help="make that repository private")
+    pth = commands.add_parser("pth", help="write a checkpoint for --init-from, --evaluate and --predict")
+    pth.set_defaults(run=run_pth)
+    pth.add_argument("source", metavar="SOURCE", help="an exported folder, or a Hugging Face id OWNER/NAME")
+    pth.add_argument("output", metavar="FILE")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

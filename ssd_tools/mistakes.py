@@ -150,12 +150,12 @@ def write_mistakes(path: Path, errors: Sequence[Mistake]) -> None:
 def draw_error(record: ssd.Record, error: Mistake, found: Arrays, objects: Arrays) -> Image.Image:
     """Return a PIL image of an error and what is around it: its object in white, its detection coloured."""
     boxes, colors = [], []
+    if error["row"] is not None:  # first, so that it is drawn over the object
+        boxes.append(found["boxes_voc"][error["row"]])
+        colors.append(ssd.color_of(int(found["labels"][error["row"]])))
     if error["target"] is not None:
         boxes.append(objects["boxes_voc"][error["target"]])
         colors.append("white")
-    if error["row"] is not None:
-        boxes.append(found["boxes_voc"][error["row"]])
-        colors.append(ssd.color_of(int(found["labels"][error["row"]])))
     edges = ssd.from_voc_pixels(np.array(boxes))
 
     # A square around the boxes is cut out of the image, with gray where it leaves the image.
@@ -208,7 +208,8 @@ def plot_mistakes(
     for axes in grid:
         axes.axis("off")
     for axes, error in zip(grid, picked, strict=False):
-        axes.imshow(draw_error(records[error["index"]], error, found, objects))
+        drawn = draw_error(records[error["index"]], error, found, objects)
+        axes.imshow(drawn, interpolation="nearest")  # the lines, one pixel wide, stay sharp
         axes.set_title(f"{error['text']}\n{error['image']}", fontsize=9)
     return figure
 

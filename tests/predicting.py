@@ -1,6 +1,9 @@
 """Helpers of the tests of predict and video: what a folder got, a video to read, flags that are exact."""
 
 import json
+import os
+
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # as the tool does; read once, by the first video
 
 import cv2
 import numpy as np
