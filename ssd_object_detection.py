@@ -2471,7 +2471,7 @@ def upgrade_checkpoint(checkpoint: dict[str, Any], path: PathLike) -> dict[str, 
         checkpoint["args"] = {"backbone_lr": 1.0, **checkpoint["args"]}
         if "train_state" in checkpoint:
             for group in checkpoint["train_state"]["optimizer"]["param_groups"]:
-                group["lr_factor"] = 1.0
+                group["is_backbone"] = False
     return checkpoint
 
 
@@ -2880,19 +2880,19 @@ MACHINE_FLAGS = (  # not saved with a run
 def make_optimizer(model: SSD300, settings: Settings) -> torch.optim.Optimizer:
     """Return SGD or AdamW; weights of two dimensions or more decay, biases and norms do not.
 
-    Each group has an "lr_factor" on the learning rate: backbone_lr for VGG's blocks, 1 for what is new.
+    VGG's blocks are groups of their own, "is_backbone", if they have a rate of their own.
     """
     backbone = set(model.blocks.parameters()) if settings.backbone_lr != 1 else set()
     trained = [p for p in model.parameters() if p.requires_grad]
     new = [p for p in trained if p not in backbone]
     pretrained = [p for p in trained if p in backbone]
     groups = []
-    for params, factor in ((new, 1.0), (pretrained, settings.backbone_lr)):
+    for params, is_backbone in ((new, False), (pretrained, True)):
         for decays in (True, False):
             own = [p for p in params if (p.ndim > 1) == decays]
             weight_decay = settings.weight_decay if decays else 0.0
             if own:
-                groups.append({"params": own, "weight_decay": weight_decay, "lr_factor": factor})
+                groups.append({"params": own, "weight_decay": weight_decay, "is_backbone": is_backbone})
     fused = trained[0].device.type in ("cpu", "cuda")
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
@@ -2913,6 +2913,19 @@ def learning_rate(step: int, settings: Settings, steps_per_epoch: int) -> float:
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     cosine = (1 + math.cos(math.pi * progress)) / 2
     return settings.lr * (0.01 + 0.99 * cosine)
+
+
+def backbone_rate(step: int, settings: Settings, steps_per_epoch: int) -> float:
+    """Return the rate of VGG's blocks at a step: `learning_rate` times backbone_lr, with a warm-up of its own.
+
+    A pretrained backbone is held while the new layers warm up, and warms up as long after them: gradients
+    through layers that are still random would change what it knows.
+    """
+    rate = settings.backbone_lr * learning_rate(step, settings, steps_per_epoch)
+    warmup = round(settings.warmup_epochs * steps_per_epoch)
+    if settings.backbone_lr == 1 or warmup == 0:
+        return rate
+    return rate * min(1.0, max(0.0, (step - warmup) / warmup))
 
 
 class Ema:
@@ -2987,10 +3000,11 @@ def train_step(
     loss: Callable,
     *,
     lr: float,
+    backbone_lr: float = 0.0,
     clip_grad: float,
     amp_dtype: torch.dtype | None,
 ) -> dict[str, float] | None:
-    """Take one optimizer step on a batch of the loader; returns its losses, or None if the step was skipped.
+    """Take one optimizer step on a batch of the loader; returns its losses, or None if it was skipped.
 
     A step whose gradient is not finite leaves all as it was. clip_grad: the gradient's largest norm, 0: none.
     """
@@ -3004,7 +3018,7 @@ def train_step(
     losses = loss(outputs, build_targets(batch, state.model.anchors), num_positive=num_positive)
 
     for group in state.optimizer.param_groups:
-        group["lr"] = lr * group["lr_factor"]
+        group["lr"] = backbone_lr if group["is_backbone"] else lr
     state.optimizer.zero_grad()
     state.scaler.scale(losses["loss"]).backward()
     state.scaler.unscale_(state.optimizer)
@@ -3060,8 +3074,18 @@ def train_one_epoch(
     start = ready = time.perf_counter()
     for number, batch in enumerate(bar, start=1):
         waited += time.perf_counter() - ready
-        lr = learning_rate(state.epoch * steps + number - 1, settings, steps)
-        losses = train_step(state, batch, loss, lr=lr, clip_grad=settings.clip_grad, amp_dtype=amp_dtype)
+        step = state.epoch * steps + number - 1
+        lr = learning_rate(step, settings, steps)
+        backbone_lr = backbone_rate(step, settings, steps)
+        losses = train_step(
+            state,
+            batch,
+            loss,
+            lr=lr,
+            backbone_lr=backbone_lr,
+            clip_grad=settings.clip_grad,
+            amp_dtype=amp_dtype,
+        )
         if losses is None:
             skipped += 1
             image_ids = [records[i].image_id for i in batch["indices"]]
