@@ -2916,7 +2916,7 @@ def learning_rate(step: int, settings: Settings, steps_per_epoch: int) -> float:
 
 
 def backbone_rate(step: int, settings: Settings, steps_per_epoch: int) -> float:
-    """Return the rate of VGG's blocks at a step: `learning_rate` times backbone_lr, with a warm-up of its own.
+    """Return the rate of VGG's blocks at a step: backbone_lr of `learning_rate`, with a warm-up of its own.
 
     A pretrained backbone is held while the new layers warm up, and warms up as long after them: gradients
     through layers that are still random would change what it knows.
@@ -3007,6 +3007,7 @@ def train_step(
     """Take one optimizer step on a batch of the loader; returns its losses, or None if it was skipped.
 
     A step whose gradient is not finite leaves all as it was. clip_grad: the gradient's largest norm, 0: none.
+    backbone_lr: the rate of the optimizer's groups "is_backbone", see `make_optimizer`.
     """
     batch = to_device(batch, state.model.anchors.device)
     buffers = list(state.model.buffers())  # the forward pass changes batch norm's
@@ -3044,6 +3045,13 @@ def count_skipped_step(state: TrainState, where: str, image_ids: list[str]) -> N
     if state.in_a_row == limit:
         raise InputError(f"{problem}; {limit} in a row: lower --lr or set --amp off")
     print(f"warning: step skipped, {problem}", file=sys.stderr)
+
+
+def log_step(state: TrainState, values: dict[str, float], *, prints: bool) -> None:
+    """Append a row of steps.jsonl, and print it where no progress bar shows the loss."""
+    state.log.append({"step": state.step, **values})
+    if prints:
+        print(*(f"{name} {value:.6g}" for name, value in state.log[-1].items()), flush=True)
 
 
 def train_one_epoch(
@@ -3097,9 +3105,7 @@ def train_one_epoch(
             bar.set_postfix_str(f"loss {totals['loss'] / (number - skipped):.3f} lr {lr:.1e}", refresh=False)
             if settings.log_every and state.step % settings.log_every == 0:
                 rate = number * sampler.batch_size / (time.perf_counter() - start)
-                state.log.append({"step": state.step, **losses, "lr": lr, "images_per_s": rate})
-                if is_hidden:
-                    print(*(f"{name} {value:.6g}" for name, value in state.log[-1].items()), flush=True)
+                log_step(state, losses | {"lr": lr, "images_per_s": rate}, prints=is_hidden)
         ready = time.perf_counter()
 
     seconds = time.perf_counter() - start
