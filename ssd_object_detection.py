@@ -2343,8 +2343,10 @@ def class_table(result: dict[str, Any], class_names: Sequence[str]) -> str:
 
 
 def error_line(error: BaseException) -> str:
-    """Return an error's message as one line; from a loader process it comes with that one's traceback."""
-    return str(error).strip().splitlines()[-1].split("InputError: ")[-1]
+    """Return an error's message as one line, its type if it has none."""
+    text = str(error).strip() or type(error).__name__
+    last = text.splitlines()[-1]  # of a loader process's error its traceback comes first
+    return last.split("InputError: ")[-1]
 
 
 def write_atomically(path: PathLike, write: Callable[[Path], object]) -> None:
@@ -2690,7 +2692,10 @@ def plot_augmentations(dataset: VocDataset, classes: Sequence[str], count: int =
 def plot_predictions(
     records: list[Record], detections: dict[str, np.ndarray], classes: Sequence[str], title: str
 ) -> Figure:
-    """Return predictions.png: twelve records, evenly spread, with truth and with detections of `measure`."""
+    """Return predictions.png: twelve records, evenly spread, with truth and with detections of `measure`.
+
+    The truth has a caption where no detection of its class overlaps it by half.
+    """
     images = []
     for index in spread(range(len(records)), 12):
         record = records[index]
@@ -2700,14 +2705,19 @@ def plot_predictions(
         image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))))
 
         drawn = (detections["image_ids"] == index) & (detections["scores"] >= DRAW_SCORE_THRESH)
-        labels = detections["labels"][drawn].tolist()
-        scores = detections["scores"][drawn].tolist()
-        captions = [f"{classes[k - 1]} {score:.2f}" for k, score in zip(labels, scores, strict=True)]
-        captions += [classes[label - 1] for label in record.labels]
+        labels = detections["labels"][drawn]
+        boxes_px = from_voc_pixels(detections["boxes_voc"][drawn])
+        captions = []
+        for label, score in zip(labels, detections["scores"][drawn], strict=True):
+            captions.append(f"{classes[label - 1]} {score:.2f}")
+        for label, box_px in zip(record.labels, record.boxes_px, strict=True):
+            is_found = np.any(box_iou(boxes_px[labels == label], box_px) >= 0.5)
+            captions.append("" if is_found else classes[label - 1])
         colors = [color_of(label) for label in labels] + ["white"] * len(record.labels)
-        boxes_px = np.concatenate((from_voc_pixels(detections["boxes_voc"][drawn]), record.boxes_px))
-        images.append(draw_boxes(image, boxes_px * scale, captions, colors))
-    return plot_sheet(images, f"{title}: truth (white), detections of {DRAW_SCORE_THRESH} or more (coloured)")
+        every_box = np.concatenate((boxes_px, record.boxes_px))
+        images.append(draw_boxes(image, every_box * scale, captions, colors))
+    about = f"detections of {DRAW_SCORE_THRESH} or more (coloured), truth (white, named where it was missed)"
+    return plot_sheet(images, f"{title}: {about}")
 
 
 # ---- Settings ----
