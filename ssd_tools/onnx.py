@@ -11,7 +11,6 @@ are in its metadata: examples/detect_onnx.py needs nothing else. Needs onnx, onn
 
 import argparse
 import contextlib
-import copy
 import functools
 import io
 import json
@@ -126,16 +125,6 @@ def postprocess_graph(
     return onnx.parser.parse_model(POSTPROCESS.format(**values))
 
 
-def to_half(model: ssd.SSD300) -> ssd.SSD300:
-    """Return a copy of an SSD300 that convolves in float16; L2 norm and detection stay in float32."""
-    model = copy.deepcopy(model)
-    for layer in model.modules():
-        if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)):
-            layer.half()
-            layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].half(),))
-    return model
-
-
 def to_int8(network: Any, pictures: Iterable[np.ndarray]) -> Any:
     """Return an ONNX network whose convolutions multiply 8-bit integers, in QDQ form.
 
@@ -194,20 +183,18 @@ def to_onnx(
     detector: ssd.Detector,
     *,
     dtype: str = "uint8",
-    half: bool = False,
     calibration: Iterable[np.ndarray] | None = None,
     **settings: Any,
 ) -> Any:
     """Return the ONNX model (a protocol buffer) of a Detector, with detection in its graph.
 
-    dtype: "uint8" or "float32", that of its input; half: see `to_half`; calibration: pictures for `to_int8`;
-    settings: of `ssd.detect`. Class names and their thresholds are in its metadata.
+    dtype: "uint8" or "float32", that of its input; calibration: pictures for `to_int8`; settings: of
+    `ssd.detect`. Class names and their thresholds are in its metadata.
     """
     onnx = optional_import("onnx", "exporting to ONNX")
     optional_import("onnxscript", "exporting to ONNX")
     names = ["class_scores", "anchor_boxes"]
-    model = to_half(detector.model) if half else detector.model
-    network = export_network(_Scores(model).eval(), dtype, names)
+    network = export_network(_Scores(detector.model).eval(), dtype, names)
     if calibration is not None:
         network = to_int8(network, calibration)
 
@@ -423,7 +410,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT")
-    add("--output", metavar="FILE", help="default: CHECKPOINT ending in .onnx, _half.onnx or _int8.onnx")
+    add("--output", metavar="FILE", help="default: CHECKPOINT ending in .onnx or _int8.onnx")
     add(
         "--input",
         choices=("uint8", "float32"),
@@ -439,10 +426,8 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"rows of the output (default: {ssd.MAX_DETECTIONS})",
     )
     add("--images", nargs="+", metavar="FILE", help="images to check with (default: 16 of the run's data)")
-    smaller = parser.add_mutually_exclusive_group()
-    smaller.add_argument("--half", action="store_true", help="convolve in float16")
-    smaller.add_argument("--int8", action="store_true", help="convolve in 8-bit integers")
-    measured = parser.add_argument_group("what --half and --int8 are measured on, in place of --images")
+    add("--int8", action="store_true", help="convolve in 8-bit integers")
+    measured = parser.add_argument_group("what --int8 is measured on, in place of --images")
     add = measured.add_argument
     add("--data", metavar="PATH", help="a folder in VOC layout (default: the run's)")
     add("--test-split", metavar="LIST", help="default: the run's, or test")
@@ -473,18 +458,15 @@ def run(args: argparse.Namespace) -> None:
         "score_thresh": args.score_thresh,
         "max_detections": args.max_detections,
         "dtype": args.input,
-        "half": args.half,
     }
     check: Check
-    if args.half or args.int8:
+    if args.int8:
         test = records_to_measure(settings, classes, args.max_images)
         check = functools.partial(check_map, records=test, max_drop=args.max_map_drop)
     else:
         images = args.images or example_images(settings.data)
         check = functools.partial(check_onnx, images=images)
     ending = ".onnx"
-    if args.half:
-        ending = "_half.onnx"
     if args.int8:
         ending = "_int8.onnx"
         calibration = calibration_records(settings, classes)

@@ -211,40 +211,31 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, refused, monkeypatch):
 
 @pytest.fixture(scope="module")
 def smaller(tiny_run, tmp_path_factory):
-    """Files {"half", "int8": path} with what was printed, {path: text}."""
-    folder, files, printed = tmp_path_factory.mktemp("smaller"), {}, {}
+    """The path of a file of 8-bit integers, and what was printed when it was made."""
+    folder = tmp_path_factory.mktemp("smaller")
     shutil.copy(tiny_run.final, folder / "tiny.pth")
-    for name in ("half", "int8"):
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            # .05: 2 epochs make a network whose few right boxes are as good as random
-            argv = [str(folder / "tiny.pth"), f"--{name}", "--score-thresh", THRESH]
-            assert tool.main([*argv, "--max-map-drop", ".05"]) == 0
-        files[name] = folder / f"tiny_{name}.onnx"
-        printed[name] = out.getvalue()
-    return files, printed
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        # .05: 2 epochs make a network whose few right boxes are as good as random
+        argv = [str(folder / "tiny.pth"), "--int8", "--score-thresh", THRESH]
+        assert tool.main([*argv, "--max-map-drop", ".05"]) == 0
+    return folder / "tiny_int8.onnx", out.getvalue()
 
 
-def test_smaller_files_are_smaller_and_find_nearly_the_same(smaller, onnx_file, model, tiny_voc):
-    files, _ = smaller
+def test_a_smaller_file_is_smaller_and_finds_nearly_the_same(smaller, onnx_file, model, tiny_voc):
+    path, _ = smaller
     size = onnx_file.stat().st_size
     graph_size = 200_000  # what is no weight
-    assert files["half"].stat().st_size < 0.5 * size + graph_size
-    assert files["int8"].stat().st_size < 0.25 * size + 2 * graph_size
+    assert path.stat().st_size < 0.25 * size + 2 * graph_size
     picture = np.asarray(ssd.open_image(tiny_voc / "JPEGImages" / "test_0.jpg"))
     _, _, scores = tool.find_objects(session_of(onnx_file), picture)
-    for name, tolerance in (("half", 0.002), ("int8", 0.05)):
-        found = tool.find_objects(session_of(files[name]), picture)
-        assert abs(found[2][:20] - scores[:20]).max() < tolerance
-        assert len(found[1]) > 20
+    found = tool.find_objects(session_of(path), picture)
+    assert abs(found[2][:20] - scores[:20]).max() < 0.05
+    assert len(found[1]) > 20
 
 
 def test_what_is_reduced_are_the_convolutions(smaller):
-    half, int8 = (onnx.load(smaller[0][name]).graph for name in ("half", "int8"))
-    kinds = {weight.name: weight.data_type for weight in half.initializer}
-    weights = [node.input[1] for node in half.node if node.op_type == "Conv"]
-    assert len(weights) == 33
-    assert {kinds[name] for name in weights} == {onnx.TensorProto.FLOAT16}
+    int8 = onnx.load(smaller[0]).graph
     made_by = {name: node for node in int8.node for name in node.output}
     convolutions = [node for node in int8.node if node.op_type == "Conv"]
     assert len(convolutions) == 33
@@ -259,12 +250,12 @@ def test_what_is_reduced_are_the_convolutions(smaller):
 def test_the_loss_of_map_is_measured_on_the_test_list(smaller, tiny_run, tiny_voc):
     test = ssd.load_data(str(tiny_voc), val_split="val").test
     theirs = ssd.load_checkpoint(tiny_run.final)["test"]["map_area"]
-    for name, path in smaller[0].items():
-        value = tool.onnx_map(session_of(path), test, 2)
-        line, written = smaller[1][name].splitlines()
-        assert line.startswith(f"mAP@.5 {value:.4f} in 4 test images, ")
-        assert line.endswith(f"from PyTorch's {theirs:.4f}")
-        assert written == str(path)
+    path, printed = smaller
+    value = tool.onnx_map(session_of(path), test, 2)
+    line, written = printed.splitlines()
+    assert line.startswith(f"mAP@.5 {value:.4f} in 4 test images, ")
+    assert line.endswith(f"from PyTorch's {theirs:.4f}")
+    assert written == str(path)
 
 
 def test_the_map_of_a_file_is_what_evaluate_measures(onnx_file, model, tiny_voc):
@@ -316,9 +307,9 @@ def test_the_lists_are_those_of_the_run_unless_others_are_named(tiny_run, make_v
     assert Path(calibration[0].image_path).is_relative_to(other)
     assert "--test-split" in refused(tiny_run.final, "--int8", "--data", other)
     make_voc(tmp_path / "none", {"train": 1, "val": 1, "test": 1}, empty_every=1)
-    half = (tiny_run.final, "--half", "--data")
-    assert "no object of the model's classes" in refused(*half, tmp_path / "none")
-    assert "no folder" in refused(*half, tmp_path / "nowhere")
+    int8 = (tiny_run.final, "--int8", "--data")
+    assert "no object of the model's classes" in refused(*int8, tmp_path / "none")
+    assert "no folder" in refused(*int8, tmp_path / "nowhere")
 
 
 def test_batch_norm_is_folded(tiny_run, onnx_file):
