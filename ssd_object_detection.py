@@ -2862,6 +2862,12 @@ class Settings:
         return self.pretrained and self.init_from is None
 
     @property
+    def backbone_factor(self) -> float:
+        """The rate of VGG's blocks as a factor on lr: 1 if their weights are random and have to learn."""
+        is_trained = self.init_from is not None or self.pretrained
+        return self.backbone_lr if is_trained else 1.0
+
+    @property
     def frozen_blocks(self) -> int:
         """How many blocks are frozen: none unless they hold trained weights of this width."""
         is_trained = self.init_from is not None or (self.pretrained and self.width == 1)
@@ -2892,7 +2898,7 @@ def make_optimizer(model: SSD300, settings: Settings) -> torch.optim.Optimizer:
 
     VGG's blocks are groups of their own, "is_backbone", if they have a rate of their own.
     """
-    backbone = set(model.blocks.parameters()) if settings.backbone_lr != 1 else set()
+    backbone = set(model.blocks.parameters()) if settings.backbone_factor != 1 else set()
     trained = [p for p in model.parameters() if p.requires_grad]
     new = [p for p in trained if p not in backbone]
     pretrained = [p for p in trained if p in backbone]
@@ -2931,9 +2937,9 @@ def backbone_rate(step: int, settings: Settings, steps_per_epoch: int) -> float:
     A pretrained backbone is held while the new layers warm up, and warms up as long after them: gradients
     through layers that are still random would change what it knows.
     """
-    rate = settings.backbone_lr * learning_rate(step, settings, steps_per_epoch)
+    rate = settings.backbone_factor * learning_rate(step, settings, steps_per_epoch)
     warmup = round(settings.warmup_epochs * steps_per_epoch)
-    if settings.backbone_lr == 1 or warmup == 0:
+    if settings.backbone_factor == 1 or warmup == 0:
         return rate
     return rate * min(1.0, max(0.0, (step - warmup) / warmup))
 
