@@ -40,7 +40,8 @@ def own_step(
     )
     state.model.train()
     step = functools.partial(ssd.train_step, state, batch, ssd.detection_loss)
-    return functools.partial(step, lr=settings.lr, clip_grad=settings.clip_grad, amp_dtype=amp_dtype)
+    rates = {"lr": settings.lr, "backbone_lr": settings.lr * settings.backbone_lr}
+    return functools.partial(step, **rates, clip_grad=settings.clip_grad, amp_dtype=amp_dtype)
 
 
 def make_cases(args: argparse.Namespace, batch: dict, truth: common.Truth, num_classes: int) -> common.Cases:
