@@ -3016,14 +3016,14 @@ def train_step(
     loss: Callable,
     *,
     lr: float,
-    backbone_lr: float = 0.0,
+    backbone_lr: float | None = None,
     clip_grad: float,
     amp_dtype: torch.dtype | None,
 ) -> dict[str, float] | None:
     """Take one optimizer step on a batch of the loader; returns its losses, or None if it was skipped.
 
     A step whose gradient is not finite leaves all as it was. clip_grad: the gradient's largest norm, 0: none.
-    backbone_lr: the rate of the optimizer's groups "is_backbone", see `make_optimizer`.
+    backbone_lr: the rate of the optimizer's groups "is_backbone", see `make_optimizer`; None: lr.
     """
     batch = to_device(batch, state.model.anchors.device)
     buffers = list(state.model.buffers())  # the forward pass changes batch norm's
@@ -3035,7 +3035,9 @@ def train_step(
     losses = loss(outputs, build_targets(batch, state.model.anchors), num_positive=num_positive)
 
     for group in state.optimizer.param_groups:
-        group["lr"] = backbone_lr if group["is_backbone"] else lr
+        group["lr"] = lr
+        if group["is_backbone"] and backbone_lr is not None:
+            group["lr"] = backbone_lr
     state.optimizer.zero_grad()
     state.scaler.scale(losses["loss"]).backward()
     state.scaler.unscale_(state.optimizer)

@@ -12,6 +12,7 @@ import ssd_object_detection as ssd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import start
+from start import BLOCKS
 
 
 def probe(flags_of, data, tmp_path, *more):
@@ -68,3 +69,27 @@ def test_a_block_that_stays_has_cosine_one_and_a_dead_channel_is_counted():
     row = changed.row("conv1")
     assert row["cosine"] < 0.99
     assert (row["zero_start"], row["zero"]) == (0, 0.25)
+
+
+def test_the_default_recipe_keeps_its_start(tiny_voc, tmp_path):
+    torch.manual_seed(0)
+    weights = {name: value.half() for name, value in ssd.vgg_tensors(ssd.SSD300(1)).items()}
+    torch.save(weights, tmp_path / "vgg16.pth")
+    flags = [
+        "--data",
+        str(tiny_voc),
+        "--recipe",
+        "voc",
+        "--width",
+        ".125",
+        "--epochs",
+        "30",
+        "--batch-size",
+        "4",
+    ]
+    flags += ["--backbone-weights", str(tmp_path / "vgg16.pth"), "--workers", "0", "--device", "cpu"]
+    result = start.probe([*flags, "--amp", "off"], steps=40, pictures=4)
+    conv5 = result["rows"][BLOCKS.index("conv5")]
+    assert conv5["cosine"] > 0.75  # .88; by one rate for all layers and larger heads .40
+    assert conv5["zero"] <= conv5["zero_start"]
+    assert result["loss_cls_last_16"] < 0.7 * result["loss_cls_first_8"]
