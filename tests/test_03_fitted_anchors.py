@@ -143,6 +143,6 @@ def test_fitted_anchors_are_trained_with_resumed_refined_and_evaluated(
     assert ssd.main(["--init-from", str(final), *more]) == 0
     assert "kept the heads of: cat" in capsys.readouterr().out
     assert ssd.main(["--init-from", str(final), "--anchors", "paper", *more]) == 0
-    assert "other anchors, so new heads" in capsys.readouterr().out
+    assert "new heads, because the anchors differ" in capsys.readouterr().out
     assert ssd.main(["--evaluate", str(final), "--test-split", "train", "--output-dir", str(tmp_path)]) == 0
     assert "Test mAP@.5" in capsys.readouterr().out
