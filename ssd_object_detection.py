@@ -190,12 +190,17 @@ class Machine:
         return str(self.amp_dtype or torch.float32).removeprefix("torch.")
 
 
+def _processes_here() -> int:
+    """Return how many processes torchrun runs on this machine, which share its memory; alone 1."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def usable_cores() -> int:
     """Return how many cores this process may use, shared by torchrun's processes on this machine."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         cores = len(os.sched_getaffinity(0))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // _processes_here())
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -1291,11 +1296,6 @@ def load_data(
 
 
 # -- samples and batches
-
-
-def _processes_here() -> int:
-    """Return how many processes torchrun runs on this machine, which share its memory; alone 1."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def decode_all(records: list[Record]) -> list[np.ndarray] | None:
@@ -2395,6 +2395,7 @@ def write_json_lines(path: PathLike, rows: Iterable[Any]) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+@functools.cache  # it asks git, and a run needs it three times
 def program_version() -> str:
     """Return the program's version and, in a checkout, the commit that last changed this file."""
     folder, name = os.path.split(os.path.abspath(__file__))
@@ -3900,7 +3901,6 @@ def _add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = functools.partial(add_flag, parser.add_argument_group("training"))
     switch = argparse.BooleanOptionalAction
-    parser.add_argument_group("training")
     add(
         "--recipe",
         choices=RECIPES,
