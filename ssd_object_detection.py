@@ -2459,11 +2459,37 @@ class CheckpointWriter:
         self.flushed_at = time.monotonic()
 
 
-def upgrade_checkpoint(checkpoint: dict[str, Any], path: PathLike) -> dict[str, Any]:
+def complete_checkpoint(checkpoint: Any, path: PathLike) -> dict[str, Any]:
+    """Return a checkpoint with the defaults of what it lacks; InputError if it is none of this program."""
+    problem = ""
+    if isinstance(checkpoint, dict):
+        missing = {"format_version", "config", "classes"} - checkpoint.keys()
+        if missing:
+            problem = f"it lacks {', '.join(sorted(missing))}"
+    else:
+        problem = f"it holds a {type(checkpoint).__name__}"
+    if problem:
+        raise InputError(f"{path}: not a checkpoint of this program ({problem})")
+    classes = checkpoint["classes"]
+    if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) for name in classes):
+        raise InputError(f"{path}: not a checkpoint of this program (its classes are no list of names)")
+
+    config = {"num_classes": len(classes), "width": 1.0, "batch_norm": "none", "anchor_sizes": ANCHOR_SIZES}
+    parts: dict[str, Any] = {"config": config, "args": {}, "score_thresh": {}}
+    for name, default in parts.items():
+        given = checkpoint.get(name)
+        parts[name] = {**default, **given} if isinstance(given, dict) else default
+    if parts["config"]["num_classes"] != len(classes):
+        raise InputError(f"{path}: its network is not of its {len(classes)} classes")
+    return {"version": "0.1.0", **checkpoint, **parts}
+
+
+def upgrade_checkpoint(checkpoint: Any, path: PathLike) -> dict[str, Any]:
     """Return a checkpoint of format 4 or later in today's format; InputError for any other."""
+    checkpoint = complete_checkpoint(checkpoint, path)
     found = checkpoint["format_version"]
     if found not in range(OLDEST_FORMAT_VERSION, FORMAT_VERSION + 1):
-        written_by = f"version {checkpoint.get('version', 'unknown')}"
+        written_by = f"version {checkpoint['version']}"
         readable = f"{OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}"
         raise InputError(
             f"{path}: of format {found}, written by {written_by}; this program reads formats {readable}"
@@ -2480,13 +2506,9 @@ def upgrade_checkpoint(checkpoint: dict[str, Any], path: PathLike) -> dict[str, 
 
 def load_checkpoint(path: PathLike, *, resumable: bool = False) -> dict[str, Any]:
     """Return a checkpoint's dict; InputError if it is missing, damaged, of another format, not resumable."""
-    checkpoint = load_tensors(path, "a checkpoint")
-    needed = {"format_version", "model", "config", "classes"}
-    missing = needed - set(checkpoint)
-    if missing:
-        listed = ", ".join(sorted(missing))
-        raise InputError(f"{path}: not a checkpoint of this program (it lacks {listed})")
-    checkpoint = upgrade_checkpoint(checkpoint, path)
+    checkpoint = upgrade_checkpoint(load_tensors(path, "a checkpoint"), path)
+    if not isinstance(checkpoint.get("model"), dict):
+        raise InputError(f"{path}: not a checkpoint of this program (it lacks model)")
     if resumable and "train_state" not in checkpoint:
         raise InputError(f"{path}: holds weights but no training state; resume from a last.pth")
     return checkpoint
@@ -2499,7 +2521,7 @@ def model_from_checkpoint(
     try:
         model = SSD300(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         problem = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: the weights do not fit the network: {problem}") from None
     return model.to(device).to(memory_format=torch.channels_last).eval()
@@ -2998,13 +3020,14 @@ class TrainState:
                 if state[name]:  # a scaler that is off has no state
                     getattr(self, name).load_state_dict(state[name])
             self.ema.model.load_state_dict(averaged)
-        except (KeyError, ValueError, RuntimeError) as error:
+            plain = {name: state[name] for name in self.plain}
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             problem = " ".join(str(error).split())[:300]
             raise InputError(f"the run to resume is of another network or optimizer: {problem}") from None
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)  # a flag beats the saved run
-        for name in self.plain:
-            setattr(self, name, state[name])
+        for name, value in plain.items():
+            setattr(self, name, value)
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
                 if value.shape == parameter.shape:  # a fused step needs the memory order of the parameter
@@ -3463,9 +3486,9 @@ def resume_state(state: TrainState, saved: dict[str, Any], base: dict[str, Any],
 
 def start_from(state: TrainState, saved: dict[str, Any], path: PathLike, classes: Sequence[str]) -> None:
     """Copy a checkpoint's weights; of its heads those of classes that both know, none of other anchors."""
-    weights = saved["model"]
-    names = ["background", *saved["classes"]]
-    own_names = ["background", *classes]
+    weights = model_from_checkpoint(saved, path).state_dict()
+    names = [None, *saved["classes"]]  # None is the background, whatever a class is called
+    own_names = [None, *classes]
     known = [name for name in own_names if name in names]
     rows = [names.index(name) for name in known]
     own_rows = [own_names.index(name) for name in known]
@@ -3970,9 +3993,16 @@ def saved_settings(source: dict[str, Any] | None, given: dict[str, Any]) -> dict
         return {}
     known = {field.name for field in fields(Settings)}
     saved = {name: value for name, value in source["args"].items() if name in known}
+    if saved.get("recipe") not in RECIPES:
+        saved.pop("recipe", None)
     if "data" in given and "resume" not in given:
         saved = {name: value for name, value in saved.items() if name not in DATA_FLAGS}
-    return saved | {"anchors": source["config"].get("anchor_sizes", ANCHOR_SIZES)}
+    config = source["config"]
+    return saved | {
+        "width": config["width"],
+        "batch_norm": config["batch_norm"],
+        "anchors": config["anchor_sizes"],
+    }
 
 
 def check_settings(settings: Settings, given: dict[str, Any]) -> None:

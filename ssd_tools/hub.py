@@ -93,7 +93,7 @@ def model_in_words(run: report.Run) -> str:
         start = "its start not recorded"
     elif flags.get("init_from"):
         start = f"trained further from {Path(flags['init_from']).name}"
-    elif flags["pretrained"]:
+    elif flags.get("pretrained"):
         start = "from ImageNet weights"
     return (
         f"SSD300 with a VGG16 backbone, width {config['width']:g}, {BATCH_NORM_TEXTS[config['batch_norm']]}, "
@@ -105,9 +105,9 @@ def choice_in_words(flags: dict[str, Any]) -> str:
     """Return in words what chose the epoch that was kept."""
     if not flags:
         return "what chose the epoch was not recorded"
-    if flags["val_split"]:
+    if flags.get("val_split"):
         return f"list {flags['val_split']} chose the epoch"
-    if flags["val_fraction"]:
+    if flags.get("val_fraction"):
         return f"a held-out {flags['val_fraction']:.0%} of the training list chose the epoch"
     return "the last epoch was kept"
 

@@ -67,6 +67,18 @@ FEW_OBJECTS = 50  # a class with fewer of them is called uncertain
 MAX_IMAGE_WIDTH = 1600  # pixels of an embedded image
 
 EXTRA = ("coco", "confusion", "analysis", "mistakes")  # what the tools add to evaluation.json
+# What a measurement says of a model; one that lacks some of it is not shown.
+MEASURED = {
+    "map_area",
+    "map11",
+    "map75",
+    "per_class",
+    "data",
+    "split",
+    "num_images",
+    "precision",
+    "detection",
+}
 
 Run = dict[str, Any]  # what `read_run` returns
 Row = tuple[str, ...]  # of a table of text
@@ -130,7 +142,7 @@ def read_measurement(
     """
     extra = {key: evaluation[key] for key in EXTRA if key in evaluation}
     test = checkpoint.get("test")
-    if test:
+    if isinstance(test, dict) and test.keys() >= MEASURED:
         is_same = evaluation.get("map_area") == test["map_area"]
         return test, extra if is_same else {}
     if Path(str(evaluation.get("checkpoint"))).name != source.name:

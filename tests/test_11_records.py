@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -165,7 +166,17 @@ def test_a_foreign_file_is_one_line_that_names_the_file(tmp_path, content):
 
 @pytest.mark.parametrize(
     "content",
-    [{"state_dict": {}}, [1, 2], torch.zeros(3), {"format_version": ssd.FORMAT_VERSION, "model": {}}],
+    [
+        {"state_dict": {}},
+        {"blocks.0.0.weight": torch.zeros(3)},
+        [1, 2],
+        torch.zeros(3),
+        {"format_version": ssd.FORMAT_VERSION, "model": {}},
+        {"format_version": ssd.FORMAT_VERSION, "config": {}, "classes": ["cat"]},
+        {"format_version": ssd.FORMAT_VERSION, "config": {}, "classes": ["cat"], "model": None},
+        {"format_version": ssd.FORMAT_VERSION, "config": {}, "classes": None, "model": {}},
+        {"format_version": ssd.FORMAT_VERSION, "config": {}, "classes": [1, 2], "model": {}},
+    ],
 )
 def test_a_torch_file_that_is_no_checkpoint_is_one_line_that_names_the_file(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
@@ -191,6 +202,54 @@ def test_a_checkpoint_of_another_format_is_one_line_that_names_file_and_format(t
     message = input_error(ssd.load_checkpoint, path)
     assert f"other.pth: of format {version}, written by version 9.9" in message
     assert f"formats {ssd.OLDEST_FORMAT_VERSION} to {ssd.FORMAT_VERSION}" in message
+
+
+@pytest.mark.parametrize("name", ["num_classes", "width", "batch_norm", "anchor_sizes"])
+def test_a_network_without_an_entry_has_the_default_or_is_one_line(name, tmp_path):
+    config = {"num_classes": 2, "width": 0.01, "batch_norm": "new", "anchor_sizes": ssd.ANCHOR_SIZES}
+    model = ssd.SSD300(**config).state_dict()
+    del config[name]
+    path = tmp_path / "part.pth"
+    ssd.save_checkpoint(path, {"model": model, "config": config, "classes": ["cat", "dog"]})
+    if name in ("num_classes", "anchor_sizes"):
+        assert ssd.load_detector(path, "cpu").classes == ("cat", "dog")
+    else:
+        assert "part.pth: the weights do not fit the network" in input_error(ssd.load_detector, path, "cpu")
+
+
+def test_a_training_state_that_lacks_something_is_one_line(tiny_run, tmp_path, fails):
+    shutil.copytree(tiny_run.output, tmp_path / "out")
+    path = tmp_path / "out" / "checkpoints" / "last.pth"
+    for name in ("log", "optimizer", "step"):
+        last = torch.load(tiny_run.output / "checkpoints" / "last.pth", weights_only=True)
+        del last["train_state"][name]
+        torch.save(last, path)
+        line = fails(
+            [
+                "--resume",
+                "--epochs",
+                "3",
+                "--output-dir",
+                tmp_path / "out",
+                "--device",
+                "cpu",
+                "--workers",
+                "0",
+            ]
+        )
+        assert f"the run to resume is of another network or optimizer: '{name}'" in line
+
+
+def test_class_names_of_a_checkpoint_are_those_of_the_data_today(tmp_path, checkpoint):
+    checkpoint |= {"classes": ["cafe\u0301", "dog"], "score_thresh": {"cafe\u0301": 0.3}}
+    checkpoint["config"]["num_classes"] = 2
+    ssd.save_checkpoint(tmp_path / "old.pth", checkpoint)
+    saved = ssd.load_checkpoint(tmp_path / "old.pth")
+    assert saved["classes"] == ["caf\u00e9", "dog"]
+    assert saved["score_thresh"] == {"caf\u00e9": 0.3}
+    checkpoint["classes"] = ["cafe\u0301", "caf\u00e9"]  # two outputs stay two classes
+    ssd.save_checkpoint(tmp_path / "old.pth", checkpoint)
+    assert ssd.load_checkpoint(tmp_path / "old.pth")["classes"] == checkpoint["classes"]
 
 
 def test_weights_alone_cannot_be_resumed(tmp_path, checkpoint):

@@ -967,6 +967,19 @@ def test_heads_of_shared_classes_are_kept_and_others_begin_anew(
         assert torch.equal(state.model.state_dict()[name], saved[name])
 
 
+def test_a_class_called_background_keeps_its_head(make_voc, tmp_path, capsys, no_pictures, flags_of):
+    root = make_voc(tmp_path / "named")
+    for path in (root / "Annotations").glob("*.xml"):
+        path.write_text(path.read_text().replace("<name>angular</name>", "<name>background</name>"))
+    assert ssd.main(flags_of(root, tmp_path / "first", "--epochs", "1")) == 0
+    source = tmp_path / "first" / "checkpoints" / "ssd_named_final.pth"
+    state = start_of(tmp_path / "second", "--init-from", source)
+    assert "kept the heads of: background, round" in capsys.readouterr().out
+    saved = ssd.load_checkpoint(source)["model"]
+    for name, value in state.model.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+
+
 def test_other_anchors_get_new_heads(tiny_run, tmp_path, capsys, monkeypatch, no_pictures):
     sizes = [[[0.1 * (k + 1), 0.1] for k, _ in enumerate(pairs)] for pairs in ssd.ANCHOR_SIZES]
     monkeypatch.setattr(ssd, "fit_anchor_sizes", lambda boxes: sizes)
