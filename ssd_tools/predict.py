@@ -13,6 +13,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import re
 import sys
@@ -41,10 +42,28 @@ ByImage = Mapping[Path, tuple[Size, ssd.Detections]]  # what was found in image 
 # ---- what is written of an image ----
 
 
-def write_crops(picture: Image.Image, found: ssd.Detections, target: Path) -> None:
-    """Write each object of an image as crops/CLASS/*.png beside the drawn copy `target`."""
+def name_folders(classes: Sequence[str]) -> dict[str, str]:
+    """Return a folder's name for each class, numbered where two would share one: a/b, a_b, A_B."""
+    folders: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in classes:
+        base = re.sub(r"\W", "_", name)[:60]
+        folder = base
+        for number in itertools.count(2):
+            if folder.casefold() not in taken:
+                break
+            folder = f"{base}_{number}"
+        taken.add(folder.casefold())
+        folders[name] = folder
+    return folders
+
+
+def write_crops(
+    picture: Image.Image, found: ssd.Detections, target: Path, folders: Mapping[str, str]
+) -> None:
+    """Write each object of an image as crops/CLASS/*.png beside the drawn copy; folders: {class: CLASS}."""
     for number, (box, name) in enumerate(zip(found.boxes_px, found.names, strict=True)):
-        folder = target.parent / "crops" / re.sub(r"\W", "_", name)
+        folder = target.parent / "crops" / folders[name]
         folder.mkdir(parents=True, exist_ok=True)
         x1, y1 = np.floor(box[:2]).tolist()
         x2, y2 = np.ceil(box[2:]).tolist()
@@ -189,6 +208,7 @@ def predict_images(
     **settings: Any,
 ) -> Iterator[tuple[Path, tuple[Size, ssd.Detections] | ssd.InputError]]:
     """Detect in image files, write drawn copies; yields (path, ((W, H), Detections) or InputError)."""
+    folders = name_folders(detector.classes)
 
     def write(
         pair: tuple[Path, tuple[Image.Image, ssd.Detections] | ssd.InputError],
@@ -199,7 +219,7 @@ def predict_images(
         picture, found = result
         found.draw(picture).save(targets[path], quality=92, compress_level=2)
         if save_crops:
-            write_crops(picture, found, targets[path])
+            write_crops(picture, found, targets[path], folders)
         if save_xml:
             write_xml(path, picture, found, targets[path])
         text = describe(detector, picture, found, **settings)

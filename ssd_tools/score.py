@@ -30,6 +30,21 @@ def devkit_path(folder: ssd.PathLike, split: str, class_name: str) -> Path:
     return Path(folder) / f"comp4_det_{split}_{class_name.replace('/', '_')}.txt"
 
 
+def refuse_shared_files(split: str, classes: Sequence[str]) -> None:
+    """Raise InputError if two classes have the same devkit file, or one that a file system cannot hold."""
+    taken: dict[str, str] = {}
+    for name in classes:
+        file_name = devkit_path("", split, name).name
+        if len(file_name.encode()) > 255 or "\0" in file_name:
+            raise ssd.InputError(f"the class {name[:60]!r} is too long for the name of its file: rename it")
+        key = file_name
+        if sys.platform in ("win32", "darwin"):  # "Cat" and "cat" are one file there
+            key = file_name.casefold()
+        if key in taken:
+            raise ssd.InputError(f"the classes {taken[key]} and {name} would share {file_name}: rename one")
+        taken[key] = name
+
+
 def write_devkit_files(
     folder: ssd.PathLike,
     split: str,
@@ -37,7 +52,11 @@ def write_devkit_files(
     records: Sequence[ssd.Record],
     classes: Sequence[str],
 ) -> None:
-    """Write detections, of `ssd.measure` on the records, as devkit files; a missing folder is made."""
+    """Write detections, of `ssd.measure` on the records, as devkit files; a missing folder is made.
+
+    InputError for classes whose files would be the same.
+    """
+    refuse_shared_files(split, classes)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for label, name in enumerate(classes, start=1):
         lines = []
@@ -63,9 +82,10 @@ def read_devkit_files(
 ) -> Arrays:
     """Return detections, image ids as positions in records, in the form that `ssd.evaluate_voc` takes.
 
-    Raises InputError for a class without a file (an empty one is legal), and for a line that is not an image
-    of the list and five finite numbers.
+    Raises InputError for a class without a file (an empty one is legal), for two that share one, and for a
+    line that is not an image of the list and five finite numbers.
     """
+    refuse_shared_files(split, classes)
     position = {record.image_id: index for index, record in enumerate(records)}
     image_ids: list[int] = []
     labels: list[int] = []
@@ -117,6 +137,7 @@ def parse_args(
 
 def write_checkpoint(folder: str, settings: ssd.Settings, checkpoint: dict[str, Any]) -> None:
     """Measure a checkpoint on the test list and write its detections into the folder."""
+    refuse_shared_files("LIST", checkpoint["classes"])  # before the measurement
     evaluation = evaluate_again(settings, checkpoint)
     detections = evaluation.result["detections"]
     split = evaluation.numbers["split"]

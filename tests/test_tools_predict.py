@@ -99,6 +99,11 @@ def test_annotations_of_a_prediction_are_read_by_the_data_section(pointer, tmp_p
     np.testing.assert_allclose(record.boxes_px, [box], atol=2)
 
 
+def test_crops_of_two_classes_never_share_a_folder():
+    folders = predict.name_folders(("a/b", "a_b", "A b", "cat", "x" * 300))
+    assert list(folders.values()) == ["a_b", "a_b_2", "A_b_3", "cat", "x" * 60]
+
+
 def test_crops_are_the_objects_at_full_resolution(pointer, tmp_path):
     pointer.classes = ("blue", "red/brown")
     pointer.score_thresh = dict.fromkeys(pointer.classes, 0.5)

@@ -55,6 +55,32 @@ def test_files_come_back_as_they_were(records, tmp_path):
     np.testing.assert_allclose(back["boxes_voc"], detections["boxes_voc"], rtol=1e-8)
 
 
+def test_two_classes_with_one_file_are_refused_before_anything_is_written(records, tmp_path):
+    for read_or_write in (
+        lambda: score.write_devkit_files(tmp_path / "out", "test", NOTHING, records, ("a/b", "cat", "a_b")),
+        lambda: score.read_devkit_files(tmp_path / "out", "test", records, ("a/b", "cat", "a_b")),
+    ):
+        with pytest.raises(ssd.InputError) as error:
+            read_or_write()
+        assert str(error.value) == "the classes a/b and a_b would share comp4_det_test_a_b.txt: rename one"
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(ssd.InputError, match="too long for the name of its file"):
+        score.write_devkit_files(tmp_path / "out", "test", NOTHING, records, ("x" * 240,))
+
+
+@pytest.mark.parametrize(("platform", "is_one_file"), [("linux", False), ("win32", True), ("darwin", True)])
+def test_classes_that_differ_by_case_share_a_file_where_the_system_sees_none(
+    platform, is_one_file, records, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sys.platform", platform)
+    if is_one_file:
+        with pytest.raises(ssd.InputError, match="the classes Cat and cat would share"):
+            score.refuse_shared_files("test", ("Cat", "cat"))
+    else:
+        score.write_devkit_files(tmp_path, "test", NOTHING, records, ("Cat", "cat"))
+        assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_names_of_images_may_have_blanks(tmp_path):
     records = [
         ssd.Record("my image 2", "", 9, 9, np.array([[0, 0, 5, 5.0]]), np.array([1]), np.array([False]))
