@@ -610,12 +610,72 @@ class Annotation:
     objects: tuple[VocObject, ...]
 
 
+# Characters that nobody sees: control, soft hyphen, joiners (but between letters of the scripts that are
+# written with them), marks of direction, byte order, variation. Blanks of all kinds are no matter of this.
+_JOINING = "\u0600-\u0fff\u1000-\u109f\u1780-\u18af"  # Arabic to Tibetan, Burmese, Khmer, Mongolian
+_INVISIBLE = re.compile(
+    "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b"
+    "\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"
+    f"|(?<![{_JOINING}])[\u200c\u200d]|[\u200c\u200d](?![{_JOINING}])"
+)
+
+
+def clean_name(text: str) -> str:
+    """Return a class name as it is compared: NFC, single blanks, without characters that nobody sees."""
+    if text.isascii() and text.isprintable():  # nearly all
+        return " ".join(text.split())
+    return unicodedata.normalize("NFC", " ".join(_INVISIBLE.sub("", text).split()))
+
+
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+VOC_HINT = "VOC has an <object> with <name> and <bndbox> for each"
+# What holds the boxes of other formats.
+SHAPE_TAGS = re.compile(
+    r"box|polygon|polyline|^rect|^ellipse|^mask$|^points?$|^pt$|^(obj|item|shape|region|instance|object)s?$|"
+    r"^[xy]_?(min|max|tl|br|[012])?$"
+)
+
+
 def _decode_xml(content: bytes) -> bytes | str:
     """Return XML in a form that Python's parser reads; it knows no GBK, Big5, Shift-JIS ..."""
+    content = content.lstrip()
     declared = re.match(rb"<\?xml[^>]*encoding=[\"']([\w.-]+)", content)
-    if declared is None or declared[1].lower().startswith(b"utf"):
+    if declared is None or declared[1].lower() in (b"utf-8", b"utf8"):
         return content
+    if declared[1].lower().startswith((b"utf-16", b"utf16", b"utf-32")):  # these bytes would be others
+        return content.decode("utf-8")
     return content.decode(declared[1].decode())
+
+
+def _foreign_text(content: bytes) -> str:
+    """Return what an annotation is that is no XML, and the mend; the empty string if it may be XML."""
+    text = content[:400].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not text.strip(b"\0"):
+        return "an empty file: write it anew, or delete it (see --unlabelled)"
+    if re.search(rb"<!doctype html|<html[\s>]", text):
+        return "a web page: download it again"
+    if text.startswith((b"{", b"[")) or re.match(rb"\d+( +[\d.e-]+){4}", text):
+        return "JSON or YOLO's numbers: see python -m ssd_tools.convert"
+    return ""
+
+
+def _read_xml(path: PathLike) -> ElementTree.Element:
+    """Return the root of an XML file, its tags in lower case, without namespaces; InputError for another."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such annotation file (see --unlabelled)") from None
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({error.strerror})") from None
+    try:
+        root = ElementTree.fromstring(_decode_xml(content))
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # or an unknown encoding
+        foreign = _foreign_text(content)
+        what = f"no VOC annotation, but {foreign}" if foreign else f"not readable as XML ({error})"
+        raise InputError(f"{path}: {what}") from None
+    for node in root.iter():
+        node.tag = node.tag.rpartition("}")[2].lower()
+    return root
 
 
 def _parse_side(root: ElementTree.Element, side: str) -> int:
@@ -627,45 +687,109 @@ def _parse_side(root: ElementTree.Element, side: str) -> int:
     return pixels if 0 < pixels <= MAX_SIDE else 0
 
 
-def _parse_box(node: ElementTree.Element | None) -> Box | None:
-    """Return the corners in a <bndbox>, None unless it has four finite numbers."""
-    if node is None:
-        return None
+def _tags_of(nodes: Iterable[ElementTree.Element]) -> str:
+    """Return the first tags of some nodes as text."""
+    tags = list(dict.fromkeys(f"<{node.tag}>" for node in nodes))
+    return ", ".join(tags[:8]) or "nothing"
+
+
+def _parse_corner(text: str | None, tag: str, place: str) -> float:
+    """Return a coordinate; InputError with its text unless it is a finite number."""
     try:
-        xmin = float(node.findtext("xmin", ""))
-        ymin = float(node.findtext("ymin", ""))
-        xmax = float(node.findtext("xmax", ""))
-        ymax = float(node.findtext("ymax", ""))
+        value = float(text or "")
     except ValueError:
-        return None
-    box_voc = (xmin, ymin, xmax, ymax)
-    return box_voc if all(map(math.isfinite, box_voc)) else None
+        value = math.nan
+    if math.isfinite(value):
+        return value
+    written = (text or "").strip()
+    hint = "no number"
+    if re.fullmatch(r"[+-]?\d+,\d+", written):
+        hint = "no number: write a point for the decimal comma"
+    raise InputError(f'{place}: {tag} is "{written[:40]}", {hint}')
 
 
-def _parse_object(node: ElementTree.Element, place: str) -> VocObject:
-    """Return an <object>; InputError, which begins with its place, if its name or box is missing."""
-    name = " ".join(node.findtext("name", "").split())
-    box_voc = _parse_box(node.find("bndbox"))
-    if box_voc is None or not name:
-        tags = ", ".join(child.tag for child in node)
-        raise InputError(f"{place} ({name}) has no full <name> and <bndbox>, but {tags}")
-    difficult = node.findtext("difficult", "").strip().lower()
-    return VocObject(name, box_voc, difficult in ("1", "1.0", "true", "yes"))
+def _parse_box(node: ElementTree.Element, place: str) -> Box:
+    """Return the corners in a <bndbox>; InputError, which begins with place, unless it has each once."""
+    texts = {child.tag: child.text for child in node}
+    if len(texts) < len(node) and sum(child.tag in CORNERS for child in node) > 4:
+        raise InputError(f"{place}: its <bndbox> has more than four corners: write one for each box")
+    if not texts.keys() >= set(CORNERS):
+        there = ", ".join([*texts, *(f"attribute {name}" for name in node.attrib)]) or "nothing"
+        raise InputError(f"{place}: its <bndbox> has {there}, not {', '.join(CORNERS)}")
+    return (
+        _parse_corner(texts["xmin"], "xmin", place),
+        _parse_corner(texts["ymin"], "ymin", place),
+        _parse_corner(texts["xmax"], "xmax", place),
+        _parse_corner(texts["ymax"], "ymax", place),
+    )
+
+
+def _parse_object(node: ElementTree.Element, place: str) -> list[VocObject]:
+    """Return an <object>, or one for each of its boxes; InputError, which begins with its place."""
+    boxes = node.findall("bndbox")
+    names = [clean_name(child.text or "") for child in node.findall("name")]
+    names = [name for name in names if name]
+    if names:
+        place = f"{place} ({names[0]})"
+    if not names or not boxes:
+        tags = ", ".join(child.tag for child in node) or "nothing"
+        lacking = "<bndbox>" if names else "<name>"
+        raise InputError(f"{place} has no {lacking}, but {tags}: it needs a <name> and a <bndbox>")
+    if len(boxes) != len(names):  # several boxes may share a name
+        if len(set(names)) > 1:
+            raise InputError(
+                f"{place} has the names {', '.join(names)} and {len(boxes)} <bndbox>: keep one name"
+            )
+        names = names[:1] * len(boxes)
+    difficult = node.findtext("difficult", "").strip().lower() in ("1", "1.0", "true", "yes")
+    pairs = zip(names, boxes, strict=True)
+    return [VocObject(name, _parse_box(box, place), difficult) for name, box in pairs]
+
+
+def _find_image(root: ElementTree.Element, path: PathLike) -> ElementTree.Element:
+    """Return the node of an XML file that describes its one image; InputError for none and for several."""
+    parts = ("size", "filename", "object")
+    images = [node for node in root.iter("annotation") if any(node.find(tag) is not None for tag in parts)]
+    if not images and root.tag != "annotation":
+        if next(root.iter("object"), None) is None:
+            shapes = [node for node in root.iter() if SHAPE_TAGS.search(node.tag)]
+            there = _tags_of(shapes or root)
+            raise InputError(
+                f"{path}: no VOC annotation (its root is <{root.tag}>, with {there}): {VOC_HINT}"
+            )
+        images = max((root.findall(f".//{tag}") for tag in ("image", "filename", "size")), key=len)
+    if len(images) > 1:
+        raise InputError(f"{path}: it describes {len(images)} images: write an annotation for each")
+    return images[0] if images and images[0].tag == "annotation" else root
+
+
+def _refuse_unread(root: ElementTree.Element, path: PathLike) -> None:
+    """Raise InputError if an XML file has boxes that are not in an <object>."""
+    objects = list(root.iter("object"))
+    strays = []
+    if objects:
+        inside = {box for node in objects for box in node.iter("bndbox")}
+        strays = [box for box in root.iter("bndbox") if box not in inside]
+    else:
+        for node in root.iter():
+            is_shape = any(SHAPE_TAGS.search(name) for name in (node.tag, *node.attrib))
+            texts = (node.text or "", *node.attrib.values())
+            if is_shape and (len(node) or any(re.search("[1-9]", text) for text in texts)):
+                strays.append(node)
+    if strays:
+        raise InputError(f"{path}: {_tags_of(strays)} outside of any <object>: {VOC_HINT}")
 
 
 def parse_annotation(path: PathLike) -> Annotation:
-    """Return what a VOC XML file says. InputError names the file, and the object that is not complete."""
-    try:
-        root = ElementTree.fromstring(_decode_xml(Path(path).read_bytes()))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such annotation file (see --unlabelled)") from None
-    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # or an unknown encoding
-        raise InputError(f"{path}: not readable as XML ({error})") from None
-    for node in root.iter():
-        node.tag = node.tag.rpartition("}")[2]  # without a namespace
-    nodes = enumerate(root.iter("object"), start=1)
-    objects = tuple(_parse_object(node, f"{path}: object {number}") for number, node in nodes)
-    return Annotation(_parse_side(root, "width"), _parse_side(root, "height"), objects)
+    """Return what a VOC XML file says. InputError names the file, and the object that is not understood."""
+    root = _read_xml(path)
+    image = _find_image(root, path)
+    objects: list[VocObject] = []
+    for number, node in enumerate(root.iter("object"), start=1):
+        objects += _parse_object(node, f"{path}: object {number}")
+    if not objects or sum(1 for _ in root.iter("bndbox")) > len(objects):
+        _refuse_unread(root, path)
+    return Annotation(_parse_side(image, "width"), _parse_side(image, "height"), tuple(objects))
 
 
 def name_object(path: PathLike, number: int, one: VocObject) -> str:
@@ -884,7 +1008,8 @@ def are_similar_names(name: str, other: str, count: int, other_count: int) -> bo
 
     They differ by case or a plural's s alone; or one is ten times rarer, and three letters of four are equal.
     """
-    if name.casefold().removesuffix("s") == other.casefold().removesuffix("s"):
+    folded = [unicodedata.normalize("NFKC", text).casefold().removesuffix("s") for text in (name, other)]
+    if folded[0] == folded[1]:  # also of letters in full width
         return True
     is_rare = max(count, other_count) >= 10 * min(count, other_count)
     is_numbered = re.search(r"\d", name + other) is not None  # "type 1" and "type 2" are two classes
@@ -1178,10 +1303,14 @@ def choose_classes(
     findings: list[Finding] = []
     if not is_voc(data):
         known, findings = annotated_classes(annotations)
-    absent = [name for name in given or () if name not in known]
-    if absent:
-        raise InputError(f"--classes: the training list has {', '.join(known)}, not {', '.join(absent)}")
-    return tuple(given or known), findings
+    if given is None:
+        return known, findings
+    classes = tuple(dict.fromkeys(map(clean_name, given)))
+    absent = [name for name in classes if name not in known]
+    if absent or not classes:
+        missing = ", ".join(absent) or "none at all"
+        raise InputError(f"--classes: the training list has {', '.join(known)}, not {missing}")
+    return classes, findings
 
 
 def name_data(data: str, root: Path) -> str:
@@ -2494,8 +2623,11 @@ def upgrade_checkpoint(checkpoint: Any, path: PathLike) -> dict[str, Any]:
         raise InputError(
             f"{path}: of format {found}, written by {written_by}; this program reads formats {readable}"
         )
-    defaults: dict[str, Any] = {"version": "0.1.0", "args": {}, "score_thresh": {}}
-    checkpoint = {**defaults, **checkpoint}
+    cleaned = {name: clean_name(name) for name in checkpoint["classes"]}
+    if len(set(cleaned.values())) == len(checkpoint["classes"]):  # else two of its outputs are one class
+        thresholds = checkpoint["score_thresh"].items()
+        checkpoint["score_thresh"] = {cleaned.get(name, name): value for name, value in thresholds}
+        checkpoint["classes"] = list(cleaned.values())
     if found == 4:  # one learning rate for all layers
         checkpoint["args"] = {"backbone_lr": 1.0, **checkpoint["args"]}
         if "train_state" in checkpoint:
@@ -3507,7 +3639,7 @@ def start_from(state: TrainState, saved: dict[str, Any], path: PathLike, classes
 
     kept = "new heads, because the anchors differ"
     if has_same_anchors:
-        kept = f"kept the heads of: {', '.join(known[1:]) or 'no class'}"
+        kept = f"kept the heads of: {', '.join(filter(None, known)) or 'no class'}"
     print(f"start    {path}: {kept}")
 
 
@@ -3852,11 +3984,23 @@ unit_interval = _number(float, 0, 1)
 
 
 def class_list(text: str) -> tuple[str, ...]:
-    """argparse type: class names parted by commas, or a file of a name a line; each once."""
+    """argparse type: class names parted by commas, or a text file of a name a line; each once."""
     names = text.split(",")
+    of = ""
     if os.path.isfile(text):
-        names = Path(text).read_text("utf-8-sig").split("\n")
-    return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
+        of = f' (the file {text} was read; "{text}," is the class)'
+        content = Path(text).read_bytes()
+        encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        try:
+            names = content.decode(encoding).splitlines()
+        except UnicodeDecodeError:
+            names = ["\0"]
+        if "\0" in "".join(names):
+            raise argparse.ArgumentTypeError(f"no UTF-8 text{of}")
+    classes = tuple(dict.fromkeys(filter(None, map(clean_name, names))))
+    if not classes:
+        raise argparse.ArgumentTypeError(f"names no class{of}")
+    return classes
 
 
 def add_flag(group: argparse._ArgumentGroup, flag: str, **options: Any) -> None:

@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,18 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in paths if path.suffix.lower() in ssd.IMAGE_SUFFIXES and path.is_file())
 
 
+def class_names(path: Path, names: Mapping[Any, Any]) -> dict[Any, str]:
+    """Return {class id: name} of a file, names as training reads them; InputError for one that is no text."""
+    cleaned = {}
+    for number, name in names.items():
+        if not isinstance(name, (str, int, float)):
+            raise ssd.InputError(f"{path}: the name of class {number} is no text, but {str(name)[:60]}")
+        cleaned[number] = ssd.clean_name(str(name))
+        if not cleaned[number] or re.search(r"[\0-\x1f]", str(name)):
+            raise ssd.InputError(f"{path}: class {number} has no name of a class: {name!r}")
+    return cleaned
+
+
 def first_of(items: Sequence[object]) -> str:
     """Return the first of some items and how many follow, as text."""
     if len(items) == 1:
@@ -133,7 +145,7 @@ def read_coco(path: Path, images: Path, split: str | None) -> tuple[Lists, list[
         raise ssd.InputError(f"--list: the name of a list is letters and digits, not {split!r}")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-        names = {row["id"]: str(row["name"]) for row in content["categories"]}
+        names = class_names(path, {row["id"]: row["name"] for row in content["categories"]})
         pictures = {row["id"]: coco_picture(row, images) for row in content["images"]}
         rows = content["annotations"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -161,9 +173,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[int, str]]:
         if "train" not in content:
             raise KeyError("train")
         names = content.get("names") or [f"class_{number}" for number in range(int(content["nc"]))]
+        if isinstance(names, str):
+            raise ssd.InputError(f"{path}: names is text ({names[:60]}), not a list: write [cat, dog]")
         if not isinstance(names, dict):
             names = dict(enumerate(names))
-        return content, {int(number): name for number, name in names.items()}
+        return content, class_names(path, {int(number): name for number, name in names.items()})
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise ssd.InputError(f"{path}: not a data.yaml with train and names ({problem})") from None
@@ -339,9 +353,6 @@ def check(lists: Lists, faults: Sequence[str], out: Path, source: Path) -> None:
         raise ssd.InputError(f"{len(faults)} of {total} objects are faulty: {first_of(faults)}")
     if not pictures:
         raise ssd.InputError(f"{source}: no picture")
-    for name in {one.name for picture in pictures for one in picture.objects}:
-        if not name.strip() or re.search(r"[\0-\x1f]", name):
-            raise ssd.InputError(f"{source}: no name of a class: {name!r}")
     paths = [picture.path for picture in pictures]
     missing = [path for path in paths if not path.is_file()]
     if missing:

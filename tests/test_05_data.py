@@ -312,6 +312,104 @@ def test_an_image_without_an_annotation_is_an_error_or_negative(tmp_path):
     assert (record.image_id, record.width, record.height, len(record.labels)) == ("b", *SIZE, 0)
 
 
+BOX = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>20</xmax><ymax>15</ymax></bndbox>"
+ONE = f"<object><name>cat</name>{BOX}</object>"
+SIZED = "<size><width>40</width><height>30</height></size>"
+READ = {
+    "upper-case tags": (f"<annotation>{SIZED}{ONE}</annotation>".upper(), ["CAT"]),
+    "a wrapper": (f"<annotation>{SIZED}<objects>{ONE}{ONE}</objects></annotation>", ["cat", "cat"]),
+    "another root": (f"<doc>{SIZED}{ONE}</doc>", ["cat"]),
+    "an annotation inside": (f"<annotations><annotation>{SIZED}{ONE}</annotation></annotations>", ["cat"]),
+    "boxes of one name": (
+        f"<annotation>{SIZED}<object><name>cat</name>{BOX * 3}</object></annotation>",
+        ["cat"] * 3,
+    ),
+    "names and boxes": (
+        f"<annotation>{SIZED}<object><name>a</name>{BOX}<name>b</name>{BOX}</object></annotation>",
+        ["a", "b"],
+    ),
+    "a part": (
+        f"<annotation>{SIZED}<object><name>a</name>{BOX}<part>{BOX}</part></object></annotation>",
+        ["a"],
+    ),
+    "blank lines first": (f'\n\n<?xml version="1.0"?><annotation>{SIZED}{ONE}</annotation>', ["cat"]),
+    "an encoding it has not": (
+        f'<?xml version="1.0" encoding="utf-16"?><annotation>{SIZED}{ONE}</annotation>',
+        ["cat"],
+    ),
+    "no object": (
+        f"<annotation><filename>a.jpg</filename><source><annotation>x</annotation><image>flickr</image>"
+        f"</source>{SIZED}<segmented>0</segmented><objects/><checked by='me'>yes</checked></annotation>",
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_an_annotation_written_otherwise_is_read(tmp_path, kind):
+    text, names = READ[kind]
+    (tmp_path / "a.xml").write_text(text)
+    found = ssd.parse_annotation(tmp_path / "a.xml")
+    assert [one.name for one in found.objects] == names
+    assert {one.box_voc for one in found.objects} <= {(1, 2, 20, 15)}
+    assert (found.width, found.height) == SIZE
+
+
+def of_cat(inner):
+    return f"<annotation><object><name>cat</name>{inner}</object></annotation>"
+
+
+REFUSED = {
+    "CVAT's root": (
+        '<annotations><image name="a.jpg"><box label="cat" xtl="1"/></image></annotations>',
+        "no VOC annotation (its root is <annotations>, with <box>)",
+    ),
+    "another root": (f"<doc>{SIZED}</doc>", "its root is <doc>, with <size>"),
+    "two images": (
+        f"<annotations><annotation>{SIZED}{ONE}</annotation><annotation>{SIZED}</annotation></annotations>",
+        "it describes 2 images",
+    ),
+    "two files": (f"<data>{'<image>' + ONE + '</image>'}<image>x</image></data>", "it describes 2 images"),
+    "a box": ("<annotation><box><xmin>1</xmin></box></annotation>", "<box>, <xmin> outside of any <object>"),
+    "a polygon": ("<annotation><polygon><pt>1 2</pt></polygon></annotation>", "<polygon>, <pt> outside"),
+    "an item": (f"<annotation><item><name>cat</name>{BOX}</item></annotation>", "<item>, <bndbox>"),
+    "attributes": ('<annotation><cat x="3" y="4"/></annotation>', "<cat> outside"),
+    "a box beside": (f"<annotation>{ONE}{BOX}</annotation>", "<bndbox> outside of any <object>"),
+    "a rotated box": (of_cat("<robndbox/>"), "object 1 (cat) has no <bndbox>, but name, robndbox"),
+    "a label": (ONE.replace("name>", "label>"), "object 1 has no <name>, but label, bndbox"),
+    "two names": (of_cat(f"<name>dog</name>{BOX}"), "object 1 (cat) has the names cat, dog and 1 <bndbox>"),
+    "eight corners": (
+        of_cat(BOX.replace("</bndbox>", "") + BOX.replace("<bndbox>", "")),
+        "object 1 (cat): its <bndbox> has more than four corners",
+    ),
+    "a size": (
+        of_cat("<bndbox><x>1</x><y>2</y><w>3</w><h>4</h></bndbox>"),
+        "object 1 (cat): its <bndbox> has x, y, w, h, not xmin, ymin, xmax, ymax",
+    ),
+    "corners as attributes": (of_cat('<bndbox xmin="1"/>'), "its <bndbox> has attribute xmin, not xmin"),
+    "a comma": (of_cat(BOX.replace("20", "5,5")), 'object 1 (cat): xmax is "5,5", no number: write a point'),
+    "a unit": (of_cat(BOX.replace("20", "5px")), 'xmax is "5px", no number'),
+    "nothing": (of_cat(BOX.replace("20", "")), 'xmax is "", no number'),
+    "an invisible name": (of_cat(BOX).replace("cat", "\u200b"), "object 1 has no <name>"),
+    "a web page": ("<!DOCTYPE html><html><meta charset=utf-8></html>", "but a web page: download it again"),
+    "a web page in XML": ("<html><body>404</body></html>", "its root is <html>, with <body>"),
+    "JSON": ('{"shapes": []}', "but JSON"),
+    "YOLO": ("0 .5 .5 .1 .1\n", "YOLO's numbers: see python -m ssd_tools.convert"),
+    "an empty file": (" \n", "but an empty file"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_annotation_that_is_not_understood_is_never_an_image_without_objects(tmp_path, kind):
+    root = write_voc(tmp_path, {"a": [CAT], "b": [CAT]})
+    text, problem = REFUSED[kind]
+    (root / "Annotations" / "b.xml").write_text(text)
+    for unlabelled in ("error", "negative"):
+        message = input_error(load, root, unlabelled=unlabelled)
+        assert "b.xml: " in message
+        assert problem in message
+
+
 @pytest.mark.parametrize("tag", ["polygon", "robndbox"])
 def test_a_shape_that_is_no_box_is_named(tmp_path, tag):
     root = write_voc(tmp_path, {"a": [CAT]})
@@ -488,12 +586,53 @@ def test_names_that_differ_by_a_slip_are_one_warning(tmp_path):
         ("car", "cart", 10, 1, True),
         ("car", "bus", 10, 1, False),
         ("type 1", "type 2", 10, 1, False),
+        ("cat", "\uff43\uff41\uff54", 5, 5, True),  # letters in full width
     ],
 )
 def test_names_are_similar_by_case_a_plural_or_a_letter_of_a_rare_one(
     name, other, count, other_count, expected
 ):
     assert ssd.are_similar_names(name, other, count, other_count) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("cafe\u0301", "caf\u00e9"),
+        ("\ufeffcat", "cat"),
+        ("c\u200ba\u00adt\u200d", "cat"),
+        ("\u200ecat\u2060", "cat"),
+        (" my\u00a0big \u200b cat\t", "my big cat"),
+        ("ca\x7ft\x85", "cat"),
+        (
+            "\u06af\u0631\u0628\u0647\u200c\u0647\u0627",
+            "\u06af\u0631\u0628\u0647\u200c\u0647\u0627",
+        ),  # a joiner of Persian
+        ("\u06af\u0631\u0628\u0647\u200c", "\u06af\u0631\u0628\u0647"),  # at the end it does nothing
+        ("\u200b", ""),
+        ("\u732b \u2460", "\u732b \u2460"),
+    ],
+)
+def test_a_class_is_what_one_sees_of_its_name(written, name):
+    assert ssd.clean_name(written) == name
+    assert ssd.clean_name(name) == name
+
+
+def test_one_class_written_in_several_ways_is_one_class(tmp_path):
+    ways = ("caf\u00e9", "cafe\u0301", "\ufeffcaf\u00e9", "ca\u00adf\u00e9")
+    root = write_voc(tmp_path, {"a": []})
+    objects = [(name, (1 + n, 1, 9 + n, 9), False) for n, name in enumerate(ways)]
+    (root / "Annotations" / "a.xml").write_text(annotation(objects), encoding="utf-8")
+    for classes in (None, ["cafe\u0301\u200b", "caf\u00e9"]):
+        data = load(root, classes=classes)
+        assert data.classes == ("caf\u00e9",)
+        assert data.train[0].labels.tolist() == [1, 1, 1, 1]
+        assert data.findings == ()
+
+
+def test_no_class_at_all_is_an_input_error(tmp_path):
+    message = input_error(load, write_voc(tmp_path, {"a": [CAT]}), classes=())
+    assert message == "--classes: the training list has cat, not none at all"
 
 
 def test_a_missing_list_is_an_input_error_that_names_those_there(tmp_path):

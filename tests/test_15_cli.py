@@ -680,6 +680,36 @@ def test_classes_may_stand_in_a_file(tmp_path):
     (tmp_path / "names.txt").write_text("\ufeffred, ripe\n\ncat\ncat\n", encoding="utf-8")
     assert ssd.class_list(str(tmp_path / "names.txt")) == ("red, ripe", "cat")
     assert ssd.class_list("red, ripe,cat") == ("red", "ripe", "cat")
+    (tmp_path / "names.txt").write_text("caf\u00e9\n", encoding="utf-16")
+    assert ssd.class_list(str(tmp_path / "names.txt")) == ("caf\u00e9",)
+    assert ssd.class_list("cafe\u0301,\u200bcaf\u00e9,") == ("caf\u00e9",)
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "\u200b"])
+def test_classes_that_name_none_are_one_line(text, capsys):
+    with pytest.raises(SystemExit):
+        ssd.main(["--classes", text])
+    assert capsys.readouterr().err == "error: argument --classes: names no class (see --help)\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "names no class"),
+        (b"\n \n", "names no class"),
+        (b"\xff\xd8\xff\xe0", "no UTF-8"),
+        (b"a\0b", "no UTF-8"),
+    ],
+)
+def test_a_file_that_is_called_as_a_class_is_told(content, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cat").write_bytes(content)
+    with pytest.raises(SystemExit):
+        ssd.main(["--classes", "cat"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"argument --classes: {problem}" in line
+    assert 'the file cat was read; "cat," is the class' in line
+    assert ssd.class_list("cat,") == ("cat",)
 
 
 def test_flags_beat_how_a_run_was_measured(tiny_run, tmp_path, monkeypatch, no_pictures):

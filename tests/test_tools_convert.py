@@ -440,6 +440,35 @@ def test_a_faulty_line_of_labels_is_left_out_and_named(tmp_path, capsys, bad, me
     assert f"2 of 3 objects are faulty: {label_file}: line 2" in fails(capsys, "yolo", path, tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        ("cat, dog", "names is text (cat, dog), not a list"),
+        ("{0: {name: cat}}", "the name of class 0 is no text, but {'name': 'cat'}"),
+        ("[[cat], [dog]]", "the name of class 0 is no text, but ['cat']"),
+        ("[cat, '']", "class 1 has no name of a class: ''"),
+        ("3", "names is text (3), not a list"),
+        ("{cat: dog}", "not a data.yaml with train and names"),
+    ],
+)
+def test_names_of_yolo_that_are_no_list_of_text_are_one_line(names, problem, tmp_path, capsys):
+    write_yolo(tmp_path, {"a.jpg": "0 .5 .5 .2 .2"}, f"train: images\nnames: {names}\n")
+    line = fails(capsys, "yolo", tmp_path / "data.yaml", tmp_path / "out")
+    assert f"data.yaml: {problem}" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_categories_are_read_as_training_reads_them(tmp_path, capsys):
+    picture(tmp_path / "in" / "a.jpg")
+    objects = [(1, 10, [1, 1, 20, 20]), (1, 20, [30, 30, 20, 20])]
+    write_coco(tmp_path / "a.json", {1: "a.jpg"}, objects, ("cafe\u0301", "\ufeffcaf\u00e9"))
+    assert run("coco", tmp_path / "a.json", tmp_path / "in", tmp_path / "out") == 0
+    assert ssd.load_data(str(tmp_path / "out"), train_split="a", val_fraction=0).classes == ("caf\u00e9",)
+    write_coco(tmp_path / "b.json", {1: "a.jpg"}, objects, ({"en": "cat"}, "dog"))
+    line = fails(capsys, "coco", tmp_path / "b.json", tmp_path / "in", tmp_path / "other")
+    assert "b.json: the name of class 10 is no text" in line
+
+
 def test_a_missing_picture_is_an_error(tmp_path, capsys):
     picture(tmp_path / "in" / "a.png")
     path = write_coco(tmp_path / "train.json", {1: "a.png", 2: "b.png", 3: "c.png"}, [(1, 10, [1, 1, 9, 9])])
