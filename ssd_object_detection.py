@@ -2615,14 +2615,14 @@ def complete_checkpoint(checkpoint: Any, path: PathLike) -> dict[str, Any]:
 
 def upgrade_checkpoint(checkpoint: Any, path: PathLike) -> dict[str, Any]:
     """Return a checkpoint of format 4 or later in today's format; InputError for any other."""
-    checkpoint = complete_checkpoint(checkpoint, path)
-    found = checkpoint["format_version"]
-    if found not in range(OLDEST_FORMAT_VERSION, FORMAT_VERSION + 1):
-        written_by = f"version {checkpoint['version']}"
+    found = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
+    if found is not None and found not in range(OLDEST_FORMAT_VERSION, FORMAT_VERSION + 1):
+        written_by = f"version {checkpoint.get('version', 'unknown')}"
         readable = f"{OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}"
         raise InputError(
             f"{path}: of format {found}, written by {written_by}; this program reads formats {readable}"
         )
+    checkpoint = complete_checkpoint(checkpoint, path)
     cleaned = {name: clean_name(name) for name in checkpoint["classes"]}
     if len(set(cleaned.values())) == len(checkpoint["classes"]):  # else two of its outputs are one class
         thresholds = checkpoint["score_thresh"].items()

@@ -29,6 +29,8 @@ def load_published(source: ssd.PathLike) -> dict[str, Any]:
     reader = optional_import("safetensors.torch", f"{source}: reading model.safetensors")
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "format_version" not in content:
+            raise KeyError("format_version")
         content["args"] = content.get("flags", {})
         saved = ssd.upgrade_checkpoint(content, source)
         names = ("format_version", "version", "config", "classes", "score_thresh", "args")
