@@ -2921,6 +2921,13 @@ RECIPES["small"] = RECIPES["scratch"] | {  # minutes on two CPU cores for a few 
     "zoom_out": 0.2,
     "crop": 0.6,
 }
+RECIPES["rover"] = RECIPES["scratch"] | {  # a network that a small computer can run
+    "pretrained": True,
+    "width": 0.25,
+    "batch_size": 8,
+    "zoom_out": 0.2,
+    "crop": 0.6,
+}
 RECIPES["shapes"] = RECIPES["small"] | {  # the default of --data shapes
     "pretrained": False,
     "width": 0.0625,

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch.utils.flop_counter import FlopCounterMode
 
 import ssd_object_detection as ssd
 
@@ -157,6 +158,33 @@ def test_a_narrow_network_s_first_layer_has_the_largest_imagenet_filters(imagene
     largest = filters[:, 0, 0, 0].topk(len(own)).indices.sort().values
     ratio = own / filters[largest]
     torch.testing.assert_close(ratio, torch.full_like(ratio, ratio.mean().item()))  # scaled as a whole
+
+
+def multiply_adds(model):
+    """Return how many multiplications and additions a network takes for one image."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, 3, ssd.IMAGE_SIZE, ssd.IMAGE_SIZE))
+    return counter.get_total_flops() // 2
+
+
+def test_the_rover_s_network_is_a_tenth_of_the_full_one_and_starts_from_imagenet(imagenet):
+    settings, _ = ssd.load_settings(["--data", "voc2007", "--recipe", "rover"])
+    machine = ssd.Machine(CPU, amp_dtype=None, workers=0, compiled=False)
+    model = ssd.build_state(settings, machine, 20)[0].model
+    assert 10 * multiply_adds(model) < multiply_adds(ssd.SSD300(20))
+    filters = imagenet[False]["features.0.weight"]
+    largest = filters[:, 0, 0, 0].topk(model.blocks[0][0].out_channels).indices.sort().values
+    ratio = model.blocks[0][0].weight.detach() / filters[largest]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, ratio.mean().item()))
+
+
+def test_the_rover_s_recipe_trains_on_one_s_own_folder(tiny_voc, tmp_path, capsys, no_pictures):
+    flags = ["--data", tiny_voc, "--recipe", "rover", "--epochs", "1", "--no-pretrained", "--workers", "0"]
+    assert ssd.main([*map(str, flags), "--device", "cpu", "--output-dir", str(tmp_path)]) == 0
+    assert "recipe   rover: 1 epochs" in capsys.readouterr().out
+    final = ssd.load_checkpoint(tmp_path / "checkpoints" / "ssd_tiny_set_final.pth")
+    assert final["classes"] == ["angular", "round"]
+    assert final["config"]["width"] < 0.5
 
 
 # ---- learning rate ----
