@@ -121,6 +121,25 @@ MAX_SIDE = 2**24  # pixels: float32 skips whole numbers beyond it
 
 IMAGE_SIZE = 300
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+ENDINGS = {
+    "JPEGImages": IMAGE_SUFFIXES,
+    "Annotations": (".xml",),
+}  # of the files in the folders of a data set
+FILE_ENDINGS = (*IMAGE_SUFFIXES, ".xml", ".txt", ".heic", ".heif", ".avif", ".jp2", ".ppm", ".pgm", ".dng")
+FOLDER_NAMES = {  # other names of the two folders, whatever case
+    "JPEGImages": ("jpegimages", "images", "image", "imgs", "img"),
+    "Annotations": ("annotations", "annotation", "xmls", "xml", "labels"),
+}
+LIST_NAMES = {  # lists that are known outside ImageSets/Main, whatever case, and what they are for
+    "train": "train",
+    "training": "train",
+    "trainval": "trainval",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 FEATURE_MAPS = (37, 18, 18, 9, 5, 2)  # cells along each side of the six maps
 STRIDES = (8, 16, 16, 32, 64, 128)  # pixels between neighbouring cells of each map
 # SSD section 2.2 with s_min = .2, s_max = .88 in five steps, and .1 for the first map as in section 3.1. The
@@ -851,66 +870,275 @@ def judge_box(box_voc: Box, width: int, height: int) -> Verdict:
     return Verdict(box_px, tuple(faults))
 
 
-# -- lists
+# -- files, folders and lists
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file's name is one of those that macOS writes beside each file on foreign disks."""
+    return name.startswith("._")
+
+
+def without_ending(name: str) -> str:
+    """Return a name without the ending of a picture or annotation; another dot belongs to the name."""
+    stem, end = os.path.splitext(name)
+    return stem if end.lower() in FILE_ENDINGS else name
 
 
 @functools.lru_cache(maxsize=64)
-def _files_of(folder: str, changed: int) -> dict[tuple[str, str], str]:
-    """Return {(stem, ending): path} of a folder, whatever case and Unicode form; `changed` is its time."""
-    files = {}
-    for name in os.listdir(folder):
-        stem, end = os.path.splitext(name)
-        files[unicodedata.normalize("NFC", stem), end.lower()] = os.path.join(folder, name)
+def _files_of(folder: str, changed: int) -> dict[str, list[str]]:
+    """Return {stem: names} of the files in a folder, stems in Unicode's form NFC; `changed` is its time."""
+    files: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder)):
+        if not is_hidden(name):
+            files.setdefault(unicodedata.normalize("NFC", os.path.splitext(name)[0]), []).append(name)
     return files
+
+
+def _contains(folder: str, endings: Sequence[str]) -> bool:
+    """Whether a folder, or one inside it, has a file of some endings."""
+    for _, _, names in os.walk(folder):
+        if any(name.lower().endswith(tuple(endings)) and not is_hidden(name) for name in names):
+            return True
+    return False
+
+
+@functools.lru_cache(maxsize=64)
+def _choose_folder(root: str, kind: str, changed: int) -> str:
+    """Return the folder of a data set that holds its "JPEGImages" or "Annotations"; `changed` is its time."""
+    there = {name.casefold(): os.path.join(root, name) for name in sorted(os.listdir(root))}
+    folder = os.path.join(root, kind)
+    if not os.path.isdir(folder):
+        for name in FOLDER_NAMES[kind]:
+            if os.path.isdir(there.get(name, "")) and _contains(there[name], ENDINGS[kind]):
+                folder = there[name]
+                break
+    inner = os.path.join(folder, "xmls")  # Oxford-IIIT Pet has annotations/xmls
+    if kind == "Annotations" and os.path.isdir(inner) and _contains(inner, ENDINGS[kind]):
+        return inner
+    return folder
+
+
+def find_folder(root: PathLike, kind: str) -> str:
+    """Return ROOT/JPEGImages or ROOT/Annotations, or a folder of another usual name that takes its place."""
+    if not os.path.isdir(root):
+        return os.path.join(root, kind)
+    return _choose_folder(str(root), kind, os.stat(root).st_mtime_ns)
+
+
+def _same_stem(folder: str, stem: str, endings: Sequence[str]) -> list[str]:
+    """Return the paths of a stem's files with one of some endings, whatever case, in the endings' order."""
+    if not os.path.isdir(folder):
+        return []
+    names = _files_of(folder, os.stat(folder).st_mtime_ns).get(stem, [])
+    found = [name for name in names if os.path.splitext(name)[1].lower() in endings]
+    found.sort(key=lambda name: endings.index(os.path.splitext(name)[1].lower()))
+    return [os.path.join(folder, name) for name in found]
+
+
+def _split_id(root: PathLike, kind: str, image_id: str) -> tuple[str, str]:
+    """Return (folder, name) of an image id's file of a kind."""
+    return os.path.split(os.path.join(find_folder(root, kind), unicodedata.normalize("NFC", image_id)))
+
+
+def find_pictures(root: PathLike, image_id: str) -> list[str]:
+    """Return the paths of all pictures whose name without its ending is the image id's."""
+    folder, name = _split_id(root, "JPEGImages", image_id)
+    return _same_stem(folder, name, IMAGE_SUFFIXES)
+
+
+def has_name(path: PathLike, name: str) -> bool:
+    """Whether a file has a name, whatever Unicode form and case."""
+    own = unicodedata.normalize("NFC", os.path.basename(path)).casefold()
+    return own == unicodedata.normalize("NFC", name).casefold()
+
+
+def named_picture(annotation_path: PathLike) -> str:
+    """Return the file name in <filename> of a VOC XML, "" without."""
+    try:
+        root = ElementTree.fromstring(_decode_xml(Path(annotation_path).read_bytes()))
+    except (ElementTree.ParseError, ValueError, LookupError, OSError):  # told when it is read for its boxes
+        return ""
+    written = root.findtext("filename", "").strip().replace("\\", "/")
+    return os.path.basename(written)
+
+
+def _find_annotation(root: PathLike, image_id: str) -> str | None:
+    """Return the path of an image's annotation.
+
+    Of an id with an ending, as pictures of one stem have, it is NAME.ENDING.xml, or NAME.xml unless that is
+    by its <filename> another picture's.
+    """
+    folder, name = _split_id(root, "Annotations", image_id)
+    found = _same_stem(folder, name, ENDINGS["Annotations"])
+    if found:
+        return found[0]
+    shared = _same_stem(folder, without_ending(name), ENDINGS["Annotations"])
+    if shared and without_ending(name) != name:
+        rivals = find_pictures(root, without_ending(image_id))
+        owner = named_picture(shared[0])
+        if has_name(name, owner) or not any(has_name(path, owner) for path in rivals):
+            return shared[0]
+    if os.path.isabs(image_id):  # a picture elsewhere, whose annotation may still be here
+        return _find_annotation(root, os.path.basename(image_id))
+    return None
 
 
 def find_file(root: PathLike, kind: str, image_id: str) -> str | None:
     """Return the path of an image ("JPEGImages") or annotation ("Annotations"), None if it is missing."""
-    folder, stem = os.path.split(os.path.join(root, kind, unicodedata.normalize("NFC", image_id)))
-    if not os.path.isdir(folder):
-        return None
-    files = _files_of(folder, os.stat(folder).st_mtime_ns)
-    ends = IMAGE_SUFFIXES if kind == "JPEGImages" else (".xml",)
-    for end in ends:  # of several files the first ending counts
-        if (stem, end) in files:
-            return files[stem, end]
-    return None
+    if kind == "Annotations":
+        return _find_annotation(root, image_id)
+    pictures = find_pictures(root, image_id)
+    if not pictures:  # an id with its ending, see `_resolve_name`
+        pictures = find_pictures(root, without_ending(image_id))
+        pictures = [path for path in pictures if has_name(path, os.path.basename(image_id))]
+    return pictures[0] if pictures else None
 
 
 def locate_file(root: PathLike, kind: str, image_id: str) -> str:
     """Return the path of `find_file`, or where a missing file is expected."""
-    ending = ".jpg" if kind == "JPEGImages" else ".xml"
-    return find_file(root, kind, image_id) or os.path.join(root, kind, f"{image_id}{ending}")
+    path = find_file(root, kind, image_id)
+    if path is None:
+        path = os.path.join(find_folder(root, kind), f"{image_id}{ENDINGS[kind][0]}")
+    return path
+
+
+def _subfolder(folder: Path, name: str) -> Path | None:
+    """Return the folder of a name, whatever case, inside another; None without."""
+    if (folder / name).is_dir():
+        return folder / name
+    if not folder.is_dir():
+        return None
+    for path in sorted(folder.iterdir()):
+        if path.name.casefold() == name.casefold() and path.is_dir():
+            return path
+    return None
+
+
+def list_files(root: PathLike) -> dict[str, Path]:
+    """Return {name: path} of the lists of a data set, sorted.
+
+    They are all text files of ImageSets/Main. Without: train.txt, val.txt and so on of ImageSets, of the
+    data set's own folder or of annotations.
+    """
+    folder = Path(root)
+    sets = _subfolder(folder, "ImageSets")
+    main = _subfolder(sets, "Main") if sets else None
+    for place in (main, sets, folder, _subfolder(folder, "annotations")):
+        if place is None or not place.is_dir():
+            continue
+        paths = [path for path in sorted(place.iterdir()) if path.suffix.lower() == ".txt"]
+        lists = {path.stem: path for path in paths if not is_hidden(path.name) and path.is_file()}
+        if place != main:
+            lists = {name: path for name, path in lists.items() if name.casefold() in LIST_NAMES}
+        if lists:
+            return lists
+    return {}
 
 
 def names_of_lists(root: PathLike) -> list[str]:
-    """Return the sorted names of the lists in ROOT/ImageSets/Main."""
-    return sorted(path.stem for path in Path(root, "ImageSets", "Main").glob("*.txt"))
+    """Return the sorted names of the lists of a data set, see `list_files`."""
+    return list(list_files(root))
 
 
 def annotated_ids(root: PathLike) -> list[str]:
-    """Return the sorted image ids of all files in ROOT/Annotations."""
-    return sorted(path.stem for path in Path(root, "Annotations").glob("*.xml"))
+    """Return the sorted image ids of all annotations; of those in inner folders, if their image is there."""
+    folder = find_folder(root, "Annotations")
+    ids = []
+    for path, _, names in os.walk(folder):
+        inner = os.path.relpath(path, folder).replace(os.sep, "/")
+        for name in names:
+            stem, end = os.path.splitext(name)
+            if end.lower() not in ENDINGS["Annotations"] or is_hidden(name):
+                continue
+            if inner == ".":
+                ids.append(stem)
+            elif find_file(root, "JPEGImages", f"{inner}/{stem}"):
+                ids.append(f"{inner}/{stem}")
+    return sorted(set(ids))
 
 
 def is_unlisted(root: PathLike, split: str) -> bool:
     """Whether a list is "train" of a folder that has annotations and no list at all."""
-    return split == "train" and not names_of_lists(root) and bool(annotated_ids(root))
+    return split == "train" and not list_files(root) and bool(annotated_ids(root))
+
+
+def _refuse_stray_lists(root: PathLike) -> None:
+    """Raise InputError if a folder without lists has some where they are not looked for."""
+    folder = Path(root)
+    for path in sorted([*folder.glob("*/*.txt"), *folder.glob("*/*/*.txt")]):
+        if path.stem.casefold() in LIST_NAMES and not is_hidden(path.name):
+            main = folder / "ImageSets" / "Main"
+            raise InputError(f"{path}: image lists are read in {main}; move those of object detection there")
+
+
+def has_voc_layout(root: PathLike) -> bool:
+    """Whether a folder has pictures and annotations where they are looked for."""
+    pictures = find_folder(root, "JPEGImages")
+    annotations = find_folder(root, "Annotations")
+    return os.path.isdir(pictures) and os.path.isdir(annotations)
+
+
+def _is_beside(folder: Path) -> bool:
+    """Whether a folder itself has both pictures and XML."""
+    if not folder.is_dir():
+        return False
+    ends = {path.suffix.lower() for path in folder.iterdir() if not is_hidden(path.name)}
+    return ".xml" in ends and not ends.isdisjoint(IMAGE_SUFFIXES)
+
+
+def _coco_images(path: Path) -> Path:
+    """Return the folder in which the pictures of a COCO JSON usually are."""
+    above = path.parent.parent
+    name = path.stem.removeprefix("instances_")
+    for folder in (above / name, above / "images" / name, above / "images", path.parent / "images"):
+        if folder.is_dir():
+            return folder
+    return path.parent
+
+
+def convert_command(source: PathLike) -> str | None:
+    """Return the command that makes VOC layout of a file or folder in another known format, None if none."""
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent
+    out = f"{folder.resolve()}_voc"
+    files = [path]
+    if path.is_dir():
+        files = sorted([*path.glob("*"), *path.glob("*/*.json")], key=lambda file: "train" not in str(file))
+    files = [file for file in files if file.is_file() and not is_hidden(file.name)]
+    endings = {file.suffix.lower(): file for file in reversed(files)}  # the first of each
+
+    words = None
+    if ".yaml" in endings or ".yml" in endings:
+        words = ["yolo", str(endings.get(".yaml") or endings[".yml"]), out]
+    elif _is_beside(folder) or _is_beside(folder / "train"):
+        words = ["flat", str(folder), out]
+    elif ".json" in endings:
+        words = ["coco", str(endings[".json"]), str(_coco_images(endings[".json"])), out]
+    return f"python -m ssd_tools.convert {shlex.join(words)}" if words else None
+
+
+def layout_hint(root: PathLike) -> str:
+    """Return what a message can say of a folder that is not in VOC layout: what helps, or what is there."""
+    inner = [path for path in sorted(Path(root).glob("*/")) if has_voc_layout(path)]
+    command = convert_command(root)
+    if inner:
+        return f"try --data {inner[0]}"
+    if command:
+        return f"try {command}"
+    folders = [path.name for path in sorted(Path(root).glob("*/"))]
+    return (
+        "VOC layout is JPEGImages, Annotations, ImageSets/Main; "
+        f"folders there: {', '.join(folders[:12]) or 'none'}; "
+        "python -m ssd_tools.convert reads other formats"
+    )
 
 
 def _missing_list(root: PathLike, split: str) -> InputError:
     """Return the error for a list that is not there."""
+    hint = layout_hint(root)
     there = names_of_lists(root)
-    inner = sorted(Path(root).glob("*/ImageSets"))
     if there:
         hint = f"lists there: {', '.join(there[:12])}"
-    elif inner:
-        hint = f"try --data {inner[0].parent}"
-    else:
-        hint = (
-            "VOC layout is JPEGImages, Annotations, ImageSets/Main; "
-            "python -m ssd_tools.convert makes it of other formats"
-        )
     path = Path(root, "ImageSets", "Main", f"{split}.txt")
     return InputError(f"no image list {path}; {hint} (see --train-split, --val-split, --test-split)")
 
@@ -924,25 +1152,90 @@ def _guess_encoding(root: PathLike, content: bytes) -> str:
     return "other"
 
 
-def _resolve_id(root: PathLike, line: str) -> str:
-    """Return the image id of a line: an id or a file's name, with blanks in it or more words behind it."""
-    first = line.split()[0]
-    for reading in (line, os.path.splitext(line)[0], first, os.path.splitext(first)[0]):
-        if find_file(root, "JPEGImages", reading):
-            return reading
-    return first
+def _resolve_name(root: PathLike, name: str) -> str | None:
+    """Return the image id of a name with or without its ending, None if there is no such image.
 
-
-def read_split(root: PathLike, split: str) -> list[str]:
-    """Return the image ids of ROOT/ImageSets/Main/SPLIT.txt, one a line, each once; see `is_unlisted`.
-
-    InputError for a list that is missing, empty, of one class (id and -1, 0 or 1) or not Unicode text.
+    The id has an ending only where pictures differ by nothing else. Then the name, or the annotation's
+    <filename>, must say which one is meant, else InputError.
     """
-    if is_unlisted(root, split):
-        return annotated_ids(root)
-    path = Path(root, "ImageSets", "Main", f"{split}.txt")
-    if not path.is_file():
-        raise _missing_list(root, split)
+    for reading in dict.fromkeys((name, without_ending(name))):
+        pictures = find_pictures(root, reading)
+        if len(pictures) == 1:
+            return reading
+        if not pictures:
+            continue
+        meant = os.path.basename(name)
+        xml = find_file(root, "Annotations", reading)
+        if reading == name and xml is not None:
+            meant = named_picture(xml)
+        for path in pictures:
+            if has_name(path, meant):
+                return reading + os.path.splitext(path)[1]
+        others = os.path.basename(pictures[1])
+        raise InputError(
+            f"{pictures[0]} and {others} share a name: write the ending of the one meant into the list"
+        )
+    return None
+
+
+def _inside_folder(root: PathLike, path: str) -> str:
+    """Return the part of a path behind the folder of pictures, the whole path if that is not in it."""
+    folder = find_folder(root, "JPEGImages")
+    parts = path.split("/")
+    for number in range(len(parts) - 2, -1, -1):
+        if parts[number].casefold() in (os.path.basename(folder).casefold(), "jpegimages", "images"):
+            return "/".join(parts[number + 1 :])
+    return path
+
+
+def _resolve_path(root: PathLike, path: str) -> str | None:
+    """Return the image id of a line of a list that is a path, see `_resolve_name`.
+
+    An absolute path may name a picture elsewhere. Of one that leads nowhere the name is looked for here.
+    """
+    is_absolute = os.path.isabs(path) or re.match("[A-Za-z]:/", path) is not None
+    is_outside = is_absolute or path.startswith(("./", "../"))
+    inside = _inside_folder(root, path)
+    here = _resolve_name(root, inside) if inside != path else None
+    if here is not None and is_absolute and os.path.exists(path):
+        found = find_file(root, "JPEGImages", here)
+        if found is not None and not os.path.samefile(found, path):
+            here = None  # another picture of the same name
+    if here is None and not (is_outside and not is_absolute):
+        here = _resolve_name(root, path)
+    if here is None and is_outside:
+        here = _resolve_name(root, os.path.basename(path))
+    return here
+
+
+def _resolve_id(root: PathLike, line: str, *, has_more_words: bool) -> str:
+    """Return the image id of a line: an id, a file's name or path, maybe in quotes.
+
+    has_more_words: whether the id may be followed by other words, as in lists of one class.
+    """
+    readings = [line, line.strip(",; ").strip("\"'").strip()]
+    if has_more_words:
+        readings.append(line.split()[0].strip(",;\"'"))
+    for reading in readings:
+        found = None
+        if reading:
+            found = _resolve_path(root, reading) if "/" in reading else _resolve_name(root, reading)
+        if found is not None:
+            return found
+    return without_ending(readings[1] or line)
+
+
+def _refuse_shared_names(path: Path, ids: Mapping[str, str]) -> None:
+    """Raise InputError if two lines of a list, in different folders, came to the same image id."""
+    first: dict[str, str] = {}
+    for line, image_id in ids.items():
+        other = first.setdefault(image_id, line)
+        if os.path.dirname(other) != os.path.dirname(line) and "/" in other and "/" in line:
+            raise InputError(f"{path}: {other} and {line} both name the image {image_id}")
+
+
+def _read_lines(root: PathLike, path: Path) -> list[str]:
+    """Return the lines of a list that are not empty. InputError if it has none or is not Unicode text."""
     content = path.read_bytes()
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     encoding = "utf-16" if is_utf16 else "utf-8-sig"
@@ -952,18 +1245,73 @@ def read_split(root: PathLike, split: str) -> list[str]:
         guess = _guess_encoding(root, content)
         raise InputError(f"{path}: not UTF-8 but {guess} text: save it as UTF-8") from None
     lines = [line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not is_hidden(os.path.basename(line))]
     if not lines:
         raise InputError(f"the image list {path} is empty")
-    if all(re.search(r"\s(-1|0|1)$", line) for line in lines):
+    return lines
+
+
+def read_split(root: PathLike, split: str) -> list[str]:
+    """Return the image ids of a list, one a line, each once; see `list_files` and `is_unlisted`.
+
+    InputError for a list that is missing, empty, of one class (id and -1, 0 or 1) or not Unicode text.
+    """
+    path = list_files(root).get(split)
+    if path is None and is_unlisted(root, split):
+        _refuse_stray_lists(root)
+        return [_resolve_id(root, image_id, has_more_words=False) for image_id in annotated_ids(root)]
+    if path is None:
+        raise _missing_list(root, split)
+    lines = _read_lines(root, path)
+    has_blanks = any(" " in line and find_pictures(root, without_ending(line)) for line in lines)
+    if not has_blanks and all(re.search(r"\s(-1|0|1)$", line) for line in lines):
         raise InputError(f"{path} is a list of one class (-1, 0 or 1): name one of image ids, and --classes")
-    return list(dict.fromkeys(_resolve_id(root, line) for line in lines))
+    ids = {line: _resolve_id(root, line, has_more_words=not has_blanks) for line in lines}
+    _refuse_shared_names(path, ids)
+    return list(dict.fromkeys(ids.values()))
+
+
+def _missing_image(root: PathLike, image_id: str, split: str) -> InputError:
+    """Return the error for an image of a list that is not there, or not in a format that is read."""
+    path = locate_file(root, "JPEGImages", image_id)
+    folder, name = os.path.split(path)
+    if not os.path.isdir(folder):
+        return InputError(f"{path}: no such image, but list {split} names it; {layout_hint(root)}")
+    stem = unicodedata.normalize("NFC", os.path.splitext(name)[0])
+    others = _files_of(folder, os.stat(folder).st_mtime_ns).get(stem)
+    if others:
+        endings = ", ".join(IMAGE_SUFFIXES)
+        return InputError(f"{os.path.join(folder, others[0])}: convert it; images are read as {endings}")
+    return InputError(f"{path}: no such image, but list {split} names it")
 
 
 def _read_annotation(root: PathLike, image_id: str, unlabelled: str) -> Annotation:
     """Return the annotation of an image; unlabelled "negative": one without objects if there is no file."""
-    if unlabelled == "negative" and find_file(root, "Annotations", image_id) is None:
+    path = find_file(root, "Annotations", image_id)
+    if path is not None:
+        return parse_annotation(path)
+    if unlabelled == "negative":
         return Annotation(0, 0, ())
-    return parse_annotation(locate_file(root, "Annotations", image_id))
+    if not os.path.isdir(find_folder(root, "Annotations")):
+        raise InputError(f"{root} has no folder Annotations with XML files; {layout_hint(root)}")
+    expected = locate_file(root, "Annotations", image_id)
+    raise InputError(f"{expected}: no such annotation file (see --unlabelled)")
+
+
+def describe_layout(root: PathLike, split: str) -> list[Finding]:
+    """Return a finding for each folder or list that is not where the VOC layout has it."""
+    findings = []
+    for kind in ("JPEGImages", "Annotations"):
+        folder = find_folder(root, kind)
+        if os.path.isdir(folder) and os.path.basename(folder) != kind:
+            findings.append(Finding("folder of another name", f"{folder} is read as {kind}"))
+    path = list_files(root).get(split)
+    if path is not None and path.parent != Path(root, "ImageSets", "Main"):
+        findings.append(Finding("list in another folder", f"list {split} is read from {path}"))
+    if is_unlisted(root, split):
+        text = f"{root} has no lists: all its annotated images are trained on"
+        findings.append(Finding("no lists", text))
+    return findings
 
 
 def read_annotations(
@@ -979,8 +1327,7 @@ def read_annotations(
     for image_id in read_split(root, split):
         image_path = find_file(root, "JPEGImages", image_id)
         if image_path is None:
-            missing = locate_file(root, "JPEGImages", image_id)
-            raise InputError(f"{missing}: no such image, but list {split} names it")
+            raise _missing_image(root, image_id, split)
         annotation = _read_annotation(root, image_id, unlabelled)
         width, height = annotation.width, annotation.height
         if annotation.objects and is_turn_ambiguous(read_orientation(image_path), width, height):
@@ -990,10 +1337,7 @@ def read_annotations(
             annotation = Annotation(width, height, annotation.objects)
         annotations[image_id] = annotation
 
-    findings = []
-    if is_unlisted(root, split):
-        text = f"{root} has no lists: all its annotated images are trained on"
-        findings.append(Finding("no lists", text))
+    findings = describe_layout(root, split)
     if ambiguous:
         text = (
             f"{where}: {len(ambiguous)} rotated photos (e.g. {ambiguous[0]}): cannot tell whether boxes were "
@@ -1252,22 +1596,30 @@ def _find_folder(data: str, data_root: PathLike) -> Path:
     if data == "shapes":
         root = Path(data_root) / "shapes"
         runpy.run_path(str(shapes_script()))["generate"](root)
+    if root.is_file():
+        command = convert_command(root)
+        hint = f"try {command}" if command else "unpack it if it is an archive"
+        raise InputError(f"--data: {root} is a file, not a folder in VOC layout; {hint}")
     if not root.is_dir():
         raise InputError(f"--data: no folder {root.absolute()}, and not voc2007, voc0712 or shapes")
-    inner = [folder.parent for folder in root.glob("*/ImageSets")]
-    if len(inner) == 1 and not (root / "JPEGImages").is_dir():  # VOCdevkit with VOC2007 alone
+    inner = [folder for folder in sorted(root.glob("*/")) if has_voc_layout(folder)]
+    if len(inner) == 1 and not has_voc_layout(root):  # VOCdevkit with VOC2007 alone
         return inner[0]
     return root
 
 
 def _choose_lists(root: Path, train_split: str | None, test_split: str | None) -> dict[str, str]:
     """Return the lists of a folder for what the user did not name: train, val and test, or trainval."""
-    there = names_of_lists(root)
-    lists = {"train": "train", "val": "", "test": "test" if "test" in there else ""}
+    there: dict[str, str] = {}  # what a list is for: its name
+    for name in names_of_lists(root):
+        purpose = LIST_NAMES.get(name.casefold())
+        if purpose is not None and there.get(purpose) != purpose:  # "val" goes before "valid"
+            there[purpose] = name
+    lists = {"train": there.get("train", "train"), "val": "", "test": there.get("test", "")}
     if "trainval" in there and "train" not in there:
-        lists["train"] = "trainval"
-    elif "val" in there and train_split is None and test_split != "val":
-        lists["val"] = "val"
+        lists["train"] = there["trainval"]
+    elif "val" in there and train_split is None and test_split != there["val"]:
+        lists["val"] = there["val"]
     return lists
 
 

@@ -16,12 +16,14 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import unicodedata
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -85,7 +87,8 @@ def open_picture(path: Path) -> Picture:
 
 def image_files(paths: Iterable[Path]) -> list[Path]:
     """Return those of some paths that training reads as images, sorted."""
-    return sorted(path for path in paths if path.suffix.lower() in ssd.IMAGE_SUFFIXES and path.is_file())
+    files = [path for path in paths if path.suffix.lower() in ssd.IMAGE_SUFFIXES and path.is_file()]
+    return sorted(path for path in files if not ssd.is_hidden(path.name))
 
 
 def class_names(path: Path, names: Mapping[Any, Any]) -> dict[Any, str]:
@@ -110,29 +113,47 @@ def first_of(items: Sequence[object]) -> str:
 # ---- COCO ----
 
 
+def id_text(value: object) -> str:
+    """Return an id of a COCO JSON as text: some programs write a number here and "number" there."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value)
+
+
+def coco_path(name: str, images: Path) -> Path:
+    """Return the absolute path of a file_name in the folder of images or beside it; %20 may mean a blank."""
+    name = name.replace("\\", "/")
+    plain = urllib.parse.unquote(name)
+    places = [images / name, images / plain, images.parent / plain, images / PurePosixPath(plain).name]
+    for place in places:
+        if place.is_file():
+            return Path(os.path.abspath(place))
+    return Path(os.path.abspath(places[0]))
+
+
 def coco_picture(row: dict[str, Any], images: Path) -> Picture:
     """Return the Picture of an image of a COCO JSON, without objects; images: the folder of its files."""
-    path = Path(os.path.abspath(images / row["file_name"].replace("\\", "/")))
+    path = coco_path(row["file_name"], images)
     if row.get("width") and row.get("height"):
         return Picture(path, int(row["width"]), int(row["height"]))
     return open_picture(path)
 
 
 def add_coco_object(
-    row: dict[str, Any], place: str, pictures: dict[Any, Picture], names: dict[Any, str], faults: list[str]
+    row: dict[str, Any], place: str, pictures: dict[str, Picture], names: dict[str, str], faults: list[str]
 ) -> None:
     """Add an annotation of a COCO JSON to its Picture, or to faults what is wrong with it."""
     try:
         x, y, width, height = map(float, row["bbox"])
-        picture = pictures.get(row.get("image_id"))
-        name = names.get(row.get("category_id"))
+        picture = pictures.get(id_text(row.get("image_id")))
+        name = names.get(id_text(row.get("category_id")))
     except (KeyError, TypeError, ValueError):
         faults.append(f"{place} has no bbox of four numbers")
         return
     if picture is None:
-        faults.append(f"{place}: no image has the id {row.get('image_id')}")
+        faults.append(f"{place}: no image has the id {row.get('image_id')!r}")
     elif name is None:
-        faults.append(f"{place}: no category has the id {row.get('category_id')}")
+        faults.append(f"{place}: no category has the id {row.get('category_id')!r}")
     else:
         edges_px = (x, y, x + width, y + height)
         picture.add(make_object(name, edges_px, row.get("iscrowd") == 1), place, faults)
@@ -140,13 +161,16 @@ def add_coco_object(
 
 def read_coco(path: Path, images: Path, split: str | None) -> tuple[Lists, list[str]]:
     """Return ({list: [Picture]}, faults) of a COCO JSON of instances and the folder of its images."""
-    split = path.stem.removeprefix("instances_") if split is None else split
+    if split is None:
+        split = path.stem.removeprefix("instances_")
+        if split.startswith("_annotations"):  # Roboflow: one in each of train, valid and test
+            split = path.resolve().parent.name
     if not re.fullmatch(r"\w[\w .-]*", split):
         raise ssd.InputError(f"--list: the name of a list is letters and digits, not {split!r}")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-        names = class_names(path, {row["id"]: row["name"] for row in content["categories"]})
-        pictures = {row["id"]: coco_picture(row, images) for row in content["images"]}
+        names = class_names(path, {id_text(row["id"]): row["name"] for row in content["categories"]})
+        pictures = {id_text(row["id"]): coco_picture(row, images) for row in content["images"]}
         rows = content["annotations"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
@@ -185,6 +209,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[int, str]]:
 
 def locate(name: str, folders: Iterable[Path]) -> Path:
     """Return the absolute path of a name in the first of some folders that has it; InputError: none has."""
+    name = name.replace("\\", "/")
     names = (name, name.removeprefix("../"))  # Roboflow writes ../train/images for a folder beside data.yaml
     tried = [Path(os.path.abspath(folder / one)) for one in names for folder in folders]
     for path in tried:
@@ -304,28 +329,58 @@ def read_pair(file: Path, annotation: Path, faults: list[str]) -> Picture:
     return picture
 
 
+def plain_stem(path: Path) -> str:
+    """Return the name of a file without its ending, in Unicode's form NFC."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
+def choose_owner(annotation: Path, files: Sequence[Path]) -> Path:
+    """Return the picture of an XML, of several of its name the one in its <filename>; else InputError."""
+    if len(files) == 1:
+        return files[0]
+    name = ssd.named_picture(annotation)
+    for file in files:
+        if ssd.has_name(file, name):
+            return file
+    listed = " and ".join(file.name for file in files)
+    raise ssd.InputError(f"{annotation}: is it of {listed}? Its <filename> must name one, not {name!r}")
+
+
 def read_pairs(folder: Path, faults: list[str]) -> list[Picture]:
     """Return the Pictures of a folder that have an XML of the same name; those without one are left out."""
     files = image_files(folder.iterdir())
-    annotations = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".xml"}
-    alone = sorted(annotations.keys() - {file.stem for file in files})
+    by_stem: dict[str, list[Path]] = {}
+    for file in files:
+        by_stem.setdefault(plain_stem(file), []).append(file)
+    annotations = [path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".xml"]
+    annotations = [path for path in annotations if not ssd.is_hidden(path.name)]
+    alone = [path for path in annotations if plain_stem(path) not in by_stem]
     if alone:
-        raise ssd.InputError(f"no picture beside {first_of([annotations[stem] for stem in alone])}")
-    bare = [file for file in files if file.stem not in annotations]
+        raise ssd.InputError(f"no picture beside {first_of(alone)}")
+    pairs = {choose_owner(path, by_stem[plain_stem(path)]): path for path in annotations}
+    bare = [file for file in files if file not in pairs]
     if bare:
-        print(f"warning: left out, without an XML beside it: {first_of(bare)}", file=sys.stderr)
-    annotated = [file for file in files if file.stem in annotations]
-    return [read_pair(file, annotations[file.stem], faults) for file in annotated]
+        print(f"warning: left out, without an XML of its own beside it: {first_of(bare)}", file=sys.stderr)
+    return [read_pair(file, pairs[file], faults) for file in files if file in pairs]
 
 
 def read_flat(folder: Path, test_fraction: float, seed: int) -> tuple[Lists, list[str]]:
     """Return ({list: [Picture]}, faults) of FOLDER/train, valid and test, or of FOLDER, split by a seed."""
+    if not folder.is_dir():
+        raise ssd.InputError(f"no folder {folder}")
+    if ssd.has_voc_layout(folder):
+        command = f"python ssd_object_detection.py --data {shlex.quote(str(folder))}"
+        raise ssd.InputError(f"{folder} has pictures and annotations in folders of their own: use {command}")
     faults: list[str] = []
     pictures = read_pairs(folder, faults)
     lists: Lists = {}
-    for split, name in (("train", "train"), ("val", "valid"), ("test", "test")):
-        if (folder / name).is_dir():
-            lists[split] = read_pairs(folder / name, faults)
+    for inner in sorted(folder.iterdir()):
+        split = ssd.LIST_NAMES.get(inner.name.casefold())
+        if split is None or not inner.is_dir():
+            continue
+        if split in lists:
+            raise ssd.InputError(f"{inner} is the second folder for the list {split}: move its files")
+        lists[split] = read_pairs(inner, faults)
     if lists and pictures:
         raise ssd.InputError(f"{folder} has pictures both in it and in {', '.join(lists)}: move those of it")
     if not lists:
@@ -437,7 +492,8 @@ def write_voc(out: Path, lists: Lists) -> None:
     stamp = read_stamp(out)
     for split in lists:
         if (main_folder / f"{split}.txt").exists():
-            raise ssd.InputError(f"{out} has a list {split} already: delete {out}, or write to another")
+            hint = "give this one another name with --list (coco), or write to a new folder"
+            raise ssd.InputError(f"{out} has a list {split} already: {hint}")
 
     # Each source gets an id; those of lists that an interrupted run left are given again.
     done = {source: entry for source, entry in stamp.items() if entry[0] not in lists}
@@ -473,7 +529,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     coco = kinds.add_parser("coco", help="a JSON of instances and the folder of its images")
     coco.add_argument("source", type=Path, metavar="INSTANCES.json")
     coco.add_argument("images", type=Path, metavar="IMAGES", help="the folder that the file names are in")
-    coco.add_argument("--list", metavar="NAME", help="of the list (default: the JSON's, without instances_)")
+    coco.add_argument(
+        "--list",
+        metavar="NAME",
+        help="of the list (default: the JSON's, without instances_; its folder's for _annotations.coco.json)",
+    )
     coco.set_defaults(read=lambda args: read_coco(args.source, args.images, args.list))
     yolo = kinds.add_parser("yolo", help="a data.yaml of Ultralytics, and label files")
     yolo.add_argument("source", type=Path, metavar="DATA.yaml")

@@ -390,7 +390,7 @@ COCO_FAULTS = [
     ((1, 10, [200, 5, 9, 9]), "box outside the image (xmin, ymin, xmax, ymax: 201, 6, 209, 14)"),
     ((1, 10, [5, 5, float("inf"), 9]), "box not finite (xmin, ymin, xmax, ymax: 6, 6, inf, 14)"),
     ((1, 10, [1, 1, 9]), "has no bbox of four numbers"),
-    (([1], 10, [1, 1, 9, 9]), "has no bbox of four numbers"),
+    (([1], 10, [1, 1, 9, 9]), "no image has the id [1]"),
 ]
 
 
@@ -495,7 +495,7 @@ def test_pictures_without_an_xml_are_not_taken_for_empty_ones(tmp_path, capsys):
     picture(tmp_path / "in" / "unlabelled.png")
     assert run("flat", tmp_path / "in", tmp_path / "out", "--test-fraction", "0") == 0
     assert capsys.readouterr().err == (
-        f"warning: left out, without an XML beside it: {tmp_path / 'in' / 'unlabelled.png'}\n"
+        f"warning: left out, without an XML of its own beside it: {tmp_path / 'in' / 'unlabelled.png'}\n"
     )
     assert {name: len(boxes) for name, boxes in boxes_of(tmp_path / "out").items()} == {
         "a": 1,
