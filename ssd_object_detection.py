@@ -955,8 +955,8 @@ def has_name(path: PathLike, name: str) -> bool:
 def named_picture(annotation_path: PathLike) -> str:
     """Return the file name in <filename> of a VOC XML, "" without."""
     try:
-        root = ElementTree.fromstring(_decode_xml(Path(annotation_path).read_bytes()))
-    except (ElementTree.ParseError, ValueError, LookupError, OSError):  # told when it is read for its boxes
+        root = _read_xml(annotation_path)
+    except InputError:  # told when it is read for its boxes
         return ""
     written = root.findtext("filename", "").strip().replace("\\", "/")
     return os.path.basename(written)
