@@ -40,7 +40,8 @@ SETS = {  # flags of all runs of a set
     "shapes": "--val-split= --val-fraction 0",
     "voc-small": "--recipe scratch --width .125 --epochs 12 --batch-size 8 "
     "--train-split train --test-split val --val-fraction 0",
-    "gpu": "--train-split train --test-split val --val-fraction 0 --eval-interval 100",  # see LADDER
+    "gpu": "--train-split train --test-split val --val-fraction 0 --eval-interval 100",  # see LADDERS
+    "rover": "--recipe rover --train-split train --test-split val --val-fraction 0 --eval-interval 100",
     "voc2007": "",  # this and the next: see voc.sh
     "voc0712": "",
 }
@@ -61,19 +62,24 @@ VARIANTS = {
     "rate 1e-4": "--lr 1e-4",
     "no frozen block": "--freeze-blocks 0",
     "300 epochs": "--epochs 300",
+    "width .5": "--width .5",
+    "width .125": "--width .125",
     "300 epochs, weight decay .1": "--epochs 300 --weight-decay .1",
 }
-LADDER = (  # the variants of the set gpu, what is to be known first before the rest
-    "base",
-    "batch 8",
-    "paper, batch 8",
-    "focal",
-    "rate 1e-4",
-    "no frozen block",
-    "300 epochs",
-    "300 epochs, weight decay .1",
-    "fitted anchors",
-)
+LADDERS = {  # the variants of a set, what is to be known first before the rest
+    "gpu": (
+        "base",
+        "batch 8",
+        "paper, batch 8",
+        "focal",
+        "rate 1e-4",
+        "no frozen block",
+        "300 epochs",
+        "300 epochs, weight decay .1",
+        "fitted anchors",
+    ),
+    "rover": ("base", "width .5", "width .125", "300 epochs", "multibox"),
+}
 FIGURES = (
     "map_area",
     "map11",
@@ -236,10 +242,10 @@ def estimate(flags: list[str], lines: list[dict], num_images: int) -> float:
 
 
 def variants_of(args: Namespace) -> Sequence[str]:
-    """Return the names of the variants to run: those of --only, else the ladder of the set gpu, or base."""
+    """Return the names of the variants to run: those of --only, else the ladder of the set, or base."""
     if args.only:
         return args.only
-    return LADDER if args.set == "gpu" else ["base"]
+    return LADDERS.get(args.set, ["base"])
 
 
 class Queue:

@@ -232,6 +232,16 @@ def test_every_variant_is_flags_that_the_command_knows():
     assert len(set(recipes.VARIANTS.values())) == len(recipes.VARIANTS)
 
 
+@pytest.mark.parametrize("name", recipes.LADDERS)
+def test_a_ladder_climbs_variants_that_differ_from_its_base(name):
+    settings = set()
+    for variant in recipes.LADDERS[name]:
+        argv = [*recipes.SETS[name].split(), *recipes.VARIANTS[variant].split()]
+        settings.add(repr(common.ssd.load_settings(argv)[0]))
+    assert recipes.LADDERS[name][0] == "base"
+    assert len(settings) == len(recipes.LADDERS[name]) > 1
+
+
 def test_the_lines_measured_so_far_can_be_tabled():
     for path in sorted((common.ROOT / "benchmarks" / "results" / "recipes").glob("*.jsonl")):
         rows = recipes.summarise(recipes.read_lines(path))
