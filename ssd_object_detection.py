@@ -31,6 +31,7 @@ import copy
 import ctypes
 import datetime
 import difflib
+import errno
 import functools
 import http.client
 import importlib.util
@@ -39,6 +40,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import random
 import re
@@ -54,6 +56,7 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
+import warnings
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
@@ -71,7 +74,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, features
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms, box_convert
@@ -117,15 +120,22 @@ VOC_URLS = (  # the second and third are copies, whose MD5 is checked
 )
 
 Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes a photo of 200 megapixels for an attack
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # and a long text in a PNG too
+PngImagePlugin.MAX_TEXT_MEMORY = 2**27
+LOCK_OFFSET = 2**20  # of the byte of run.lock that Windows locks
 MAX_SIDE = 2**24  # pixels: float32 skips whole numbers beyond it
 
 IMAGE_SIZE = 300
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+# What Pillow reads; HEIC needs its plug-in pillow-heif.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
+    *(".avif", ".jp2", ".j2k", ".ppm", ".pgm", ".pnm", ".tga", ".heic", ".heif"),
+)
 ENDINGS = {
     "JPEGImages": IMAGE_SUFFIXES,
     "Annotations": (".xml",),
 }  # of the files in the folders of a data set
-FILE_ENDINGS = (*IMAGE_SUFFIXES, ".xml", ".txt", ".heic", ".heif", ".avif", ".jp2", ".ppm", ".pgm", ".dng")
+FILE_ENDINGS = (*IMAGE_SUFFIXES, ".xml", ".txt", ".dng", ".raw", ".psd")
 FOLDER_NAMES = {  # other names of the two folders, whatever case
     "JPEGImages": ("jpegimages", "images", "image", "imgs", "img"),
     "Annotations": ("annotations", "annotation", "xmls", "xml", "labels"),
@@ -548,11 +558,29 @@ def _turn_upright(stored: Image.Image, size: tuple[int, int] | None) -> Image.Im
     return upright
 
 
+def _require_decoder(path: PathLike) -> None:
+    """Make Pillow read HEIC; InputError for a file that it cannot read as it is installed."""
+    end = os.path.splitext(path)[1].lower()
+    if end in (".heic", ".heif"):
+        try:
+            importlib.import_module("pillow_heif").register_heif_opener()
+        except ImportError:
+            hint = "pip install pillow-heif, or convert it to JPEG"
+            raise InputError(f"{path}: reading HEIC needs the package pillow-heif: {hint}") from None
+    feature = {".avif": "avif", ".webp": "webp", ".jp2": "jpg_2000", ".j2k": "jpg_2000"}.get(end)
+    if feature is not None and not features.check(feature):
+        hint = "pip install --upgrade pillow, or convert it to PNG"
+        raise InputError(f"{path}: this Pillow reads no {end.removeprefix('.').upper()}: {hint}")
+
+
 def _decode_image(source: PathLike | Image.Image, size: tuple[int, int] | None) -> Image.Image:
     """Return a decoded copy of an image in its own mode, see `_turn_upright`."""
+    if isinstance(source, Image.Image):
+        return _turn_upright(source, size)
+    if os.path.exists(source) and not os.path.isfile(source):  # reading a named pipe would never end
+        raise InputError(f"{source}: not an image, but a folder, a pipe or a device")
+    _require_decoder(source)
     try:
-        if isinstance(source, Image.Image):
-            return _turn_upright(source, size)
         with Image.open(source) as stored:
             return _turn_upright(stored, size)
     except Exception as error:  # whatever a broken file makes Pillow raise
@@ -593,9 +621,20 @@ def open_image(
 
 def read_orientation(path: PathLike) -> int:
     """Return the EXIF orientation of an image file: 1 is upright, as is one that has none or is broken."""
+    if not os.path.isfile(path):
+        return 1
     with contextlib.suppress(Exception), Image.open(path) as stored:
-        return stored.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = stored.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation if isinstance(orientation, int) else 1
     return 1
+
+
+def is_faint(path: PathLike) -> bool:
+    """Whether a grey image of 16 bits uses less than a tenth of its range, as 12-bit cameras write it."""
+    with contextlib.suppress(Exception), Image.open(path) as stored:
+        if stored.mode.startswith("I"):
+            return 0 < np.asarray(stored).max() < 6554
+    return False
 
 
 def is_turn_ambiguous(orientation: int, width: int, height: int) -> bool:
@@ -680,6 +719,8 @@ def _foreign_text(content: bytes) -> str:
 
 def _read_xml(path: PathLike) -> ElementTree.Element:
     """Return the root of an XML file, its tags in lower case, without namespaces; InputError for another."""
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a named pipe would never end
+        raise InputError(f"{path}: not an annotation, but a folder, a pipe or a device")
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:
@@ -1694,6 +1735,37 @@ def check_objects(train: list[Record], val: list[Record], lists: dict[str, str])
     return [Finding("no object to validate on", text, is_warning=True)]
 
 
+def require_known_objects(
+    where: str, annotations: Mapping[str, Annotation], records: list[Record], classes: Sequence[str]
+) -> None:
+    """Raise InputError if a list has objects, but none of the classes: there is nothing to measure."""
+    is_annotated = any(annotation.objects for annotation in annotations.values())
+    if is_annotated and not any(len(record.labels) for record in records):
+        raise InputError(f"{where}: nothing of {', '.join(classes)} (see --classes, --test-split, --data)")
+
+
+def check_images(records: list[Record]) -> None:
+    """Decode images once, so that a broken one stops a run before it trains; InputError names it."""
+    with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
+        checked = pool.map(lambda record: record.read().shape, records)
+        is_quiet = not sys.stderr.isatty()
+        for _ in tqdm(checked, "checking", len(records), leave=False, disable=is_quiet):
+            pass
+
+
+def describe_faint(records: list[Record]) -> list[Finding]:
+    """Return a warning if some images are nearly black; some sixteen of them are looked at."""
+    paths = [record.image_path for record in records[:: max(1, len(records) // 16)]]
+    faint = [path for path in paths if path.lower().endswith((".png", ".tif", ".tiff")) and is_faint(path)]
+    if not faint:
+        return []
+    text = (
+        f"images of 16 bits use less than a tenth of their range, e.g. {faint[0]}, and are nearly black: "
+        "scale 12-bit values to 16 bits"
+    )
+    return [Finding("grey values in a tenth of 16 bits", text, tuple(faint), is_warning=True)]
+
+
 def refuse_shared_images(*splits: list[Record]) -> None:
     """Raise InputError if an image is in two splits."""
     counts = collections.Counter(record.image_path for records in splits for record in records)
@@ -1764,13 +1836,20 @@ def load_data(
         findings += found
     val, found = read_records(roots[0], lists["val"], names, unlabelled=unlabelled)
     findings += found
-    test, found = read_records(roots[0], lists["test"], names, unlabelled=unlabelled)
-    findings += found
+    test: list[Record] = []
+    if lists["test"]:
+        tested, found = read_annotations(roots[0], lists["test"], unlabelled=unlabelled)
+        findings += found
+        test, found = make_records(roots[0], lists["test"], tested, names)
+        findings += found
+        require_known_objects(f"{roots[0]}, list {lists['test']}", tested, test, names)
     if not lists["val"]:
         train, val = hold_out(train, val_fraction, seed)
 
     findings += check_objects(train, val, lists)
     refuse_shared_images(train, val, test)
+    check_images([*val, *test])
+    findings += describe_faint(train)
     train, found = drop_measured_blanks(train, [*val, *test])
     findings += found
     return DataSplits(name_data(data, roots[0]), names, train, val, test, lists, tuple(findings))
@@ -2307,6 +2386,9 @@ def load_tensors(path: PathLike, what: str) -> dict:
             if damaged is not None:
                 raise ValueError(f"damaged: the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        problem = "it holds Python objects, which could run code, not only weights"
+        raise InputError(f"{path}: not readable as {what} ({problem})") from None
     except Exception as error:  # whatever the unpickler meets in a foreign file
         problem = (str(error) or "it is empty").splitlines()[0][:120]
         raise InputError(f"{path}: not readable as {what} ({problem})") from None
@@ -2823,6 +2905,14 @@ def class_table(result: dict[str, Any], class_names: Sequence[str]) -> str:
 # ---- Run records ----
 
 
+def prepare_process() -> None:
+    """Let a console of 8 bits print any letter; print Pillow's warnings about a damaged EXIF nowhere."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", module="PIL")  # they come at each reading of the file
+
+
 def error_line(error: BaseException) -> str:
     """Return an error's message as one line, its type if it has none."""
     text = str(error).strip() or type(error).__name__
@@ -3033,6 +3123,34 @@ def environment(device: str | torch.device) -> dict[str, Any]:
     }
 
 
+def lock_folder(folder: Path) -> None:
+    """Hold FOLDER/run.lock until this process ends, however it does; InputError if another one holds it.
+
+    The system frees the lock of a killed process. Where a file system has no locks there is none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # stays open: closing it would free the lock
+    try:
+        if os.name == "nt":
+            msvcrt = importlib.import_module("msvcrt")
+            os.lseek(descriptor, LOCK_OFFSET, os.SEEK_SET)  # a locked byte cannot be read by others
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl = importlib.import_module("fcntl")
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader processes
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return
+        holder = path.read_text(encoding="utf-8").strip() or "another process"
+        os.close(descriptor)
+        raise InputError(f"{folder}: a run goes on there ({holder}): choose another --output-dir") from None
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.truncate(descriptor, 0)
+    started = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
+    os.write(descriptor, f"process {os.getpid()} on {platform.node()}, since {started}".encode())
+
+
 def prepare_folders(checkpoints: Path, plots: Path, *, keep: bool) -> None:
     """Make a run's folders; unless keep is true an earlier run's RUN_FILES move to earlier-TIME in each."""
     name = f"earlier-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -3059,7 +3177,9 @@ def save_figure(figure: Figure, path: PathLike) -> None:
     options: dict[str, Any] = {"format": "png", "dpi": 100, "pil_kwargs": {"compress_level": 2}}
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: figure.savefig(temporary, **options))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # of a class name in another script
+            write_atomically(path, lambda temporary: figure.savefig(temporary, **options))
     except OSError as error:
         print(f"warning: {path} was not written: {error}", file=sys.stderr)
 
@@ -3114,11 +3234,13 @@ def color_of(label: int) -> str:
     return PALETTE[(label - 1) % len(PALETTE)]
 
 
+# Syriac to Burmese, Korean to Vedic, Chinese and all that follows.
+MISSING_GLYPHS = re.compile("[\u0700-\u109f\u1100-\u1dff\u2e80-\U0010ffff]")
+
+
 def printable(text: str) -> str:
     """Return text with escapes in place of letters that the default font has no glyphs for."""
-    if any(letter > "\u2e7f" for letter in text):
-        return ascii(text)[1:-1]
-    return text
+    return MISSING_GLYPHS.sub(lambda letter: ascii(letter[0])[1:-1], text)
 
 
 def overlaps_any(area: tuple[float, ...], others: list[tuple[float, ...]]) -> bool:
@@ -4032,10 +4154,7 @@ def read_test_list(
         findings += found
     records, found = make_records(roots[0], split, annotations, classes)
     print_findings(findings + found)
-    is_annotated = any(annotation.objects for annotation in annotations.values())
-    if is_annotated and not any(len(record.labels) for record in records):
-        listed = ", ".join(classes)
-        raise InputError(f"{settings.data}, list {split}: nothing of {listed} (see --data)")
+    require_known_objects(f"{settings.data}, list {split}", annotations, records, classes)
     return split, tuple(classes), records
 
 
@@ -4231,6 +4350,7 @@ def run_training(settings: Settings, source: dict[str, Any] | None, device: str)
     torch.manual_seed(settings.seed)  # order and augmentation have generators of their own, see VocDataset
     checkpoints = Path(settings.output_dir) / "checkpoints"
     plots = Path(settings.output_dir) / "plots"
+    from_first_process(lambda: lock_folder(checkpoints))
     if settings.resume and is_finished(checkpoints, settings.epochs):
         print(f"the run in {checkpoints} is finished: to train further see --epochs and --init-from")
         return 0
@@ -4585,6 +4705,7 @@ def run(settings: Settings, source: dict[str, Any] | None) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a mistake to mend, 130 or 143 if stopped."""
     settings = None
+    prepare_process()
     with contextlib.suppress(ValueError):  # only the main thread may have handlers
         signal.signal(signal.SIGINT, _stop)
         signal.signal(signal.SIGTERM, _stop)

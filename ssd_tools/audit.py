@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +27,7 @@ from tqdm import tqdm
 import ssd_object_detection as ssd
 from ssd_tools.common import run_program
 
-VERSION = 4  # of audit.json
+VERSION = 5  # of audit.json
 STOPS = (
     "image missing",
     "image unreadable",
@@ -43,6 +42,7 @@ LEAK = "same pixels in two lists"
 KINDS = dict.fromkeys(STOPS, "stops a training") | {  # what is found: what comes of it
     LEAK: "what is trained on is measured on",
     "image of several frames": "the first one is used",
+    "grey values in a tenth of 16 bits": "kept, nearly black; scale 12-bit values to 16 bits",
     "image turned by EXIF, annotated upright": "used upright",
     "image turned by EXIF, annotated as stored": "used as stored",
     "image turned by EXIF, both readings fit": "used upright; are its boxes upright too?",
@@ -123,6 +123,8 @@ def inspect_image(path: str, size: Size | None) -> tuple[list | None, list]:
         faults.append([turned_kind(orientation, size, upright), path])
     if num_frames > 1:
         faults.append(["image of several frames", path])
+    if ssd.is_faint(path):
+        faults.append(["grey values in a tenth of 16 bits", path])
     height, width, _ = pixels.shape
     digest = hashlib.sha1(pixels.tobytes(), usedforsecurity=False).hexdigest()
     return [width, height, digest], faults
@@ -311,7 +313,7 @@ def check_lists(
 
 def plain_label(name: str) -> str:
     """Return a class name as matplotlib's font can write it: no formula, codes for letters it lacks."""
-    text = re.sub(r"[^\0-\u2e7f]", lambda letter: ascii(letter[0])[1:-1], name)
+    text = ssd.printable(name)
     return text.replace("$", r"\$")  # matplotlib reads a formula between two of them
 
 

@@ -13,6 +13,7 @@ import ssd_object_detection as ssd
 
 def run_program(work: Callable[[], int | None]) -> int:
     """Call work() and return its exit code (None: 0); 2: a mistake to mend, told in one line; 130: Ctrl-C."""
+    ssd.prepare_process()
     try:
         return work() or 0
     except (ssd.InputError, OSError) as error:

@@ -88,6 +88,7 @@ def model_in_words(run: report.Run) -> str:
     flags = run["flags"]
     config = run["config"]
     classes = run["classes"]
+    names = ", ".join(report.plain_markdown(name) for name in classes)
     start = "trained from scratch"
     if not flags:
         start = "its start not recorded"
@@ -97,7 +98,7 @@ def model_in_words(run: report.Run) -> str:
         start = "from ImageNet weights"
     return (
         f"SSD300 with a VGG16 backbone, width {config['width']:g}, {BATCH_NORM_TEXTS[config['batch_norm']]}, "
-        f"{start}, for {len(classes)} classes: {', '.join(classes)}. Input: 300x300 pixels, RGB."
+        f"{start}, for {len(classes)} classes: {names}. Input: 300x300 pixels, RGB."
     )
 
 
@@ -189,6 +190,7 @@ def export_folder(
 
     def write(temporary: Path) -> None:
         safetensors.save_file(state, temporary, {"format": "pt"})
+        temporary.chmod(0o644)  # save_file lets its owner alone read it
 
     ssd.write_atomically(folder / "model.safetensors", write)
     write_config(folder / "config.json", checkpoint, run)

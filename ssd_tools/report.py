@@ -279,9 +279,14 @@ def table_rows(test: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def plain_markdown(text: str) -> str:
+    """Return text with escapes where Markdown or HTML would read a sign."""
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(text, quote=False))
+
+
 def markdown(table: Iterable[Row]) -> str:
     """Return rows of text, header first, as a Markdown table, empty without a row."""
-    head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
+    head, *rows = [[plain_markdown(cell) for cell in row] for row in table]
     if not rows:
         return ""
     lines = [head, ["---"] * len(head), *rows]

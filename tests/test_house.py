@@ -221,7 +221,12 @@ def unannotated(tree):
 
 
 # Settings of packages, where they are read; benchmarks are scripts in a folder of their own.
-MAY_ACT = ("os.environ.setdefault(", "Image.MAX_IMAGE_PIXELS =", "sys.path.insert(0, str(Path(__file__)")
+MAY_ACT = (
+    "os.environ.setdefault(",
+    "Image.MAX_IMAGE_PIXELS =",
+    "PngImagePlugin.MAX_TEXT",
+    "sys.path.insert(0, str(Path(__file__)",
+)
 
 
 def acts_at_import(tree):
