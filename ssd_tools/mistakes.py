@@ -164,7 +164,8 @@ def draw_error(record: ssd.Record, error: Mistake, found: Arrays, objects: Array
     reach = min(max(0.75 * (high - low).max(), 24.0), 0.52 * max(record.width, record.height))
     corner = (low + high) / 2 - reach
     border = math.ceil(reach)
-    picture = ImageOps.expand(Image.fromarray(record.read()), border, "gray")
+    whole = ssd.open_image(record.image_path, (record.width, record.height))
+    picture = ImageOps.expand(whole, border, "gray")
     x1, y1, x2, y2 = (np.concatenate((corner, corner + 2 * reach)) + border).tolist()
     picture = picture.resize((CELL_SIDE, CELL_SIDE), Image.Resampling.BICUBIC, (x1, y1, x2, y2))
     edges = (edges - np.tile(corner, 2)) * CELL_SIDE / (2 * reach)

@@ -258,13 +258,15 @@ def network_input(pixels: np.ndarray, dtype: str) -> np.ndarray:
     return ssd.resize_transform()(image=pixels)["image"].transpose(2, 0, 1)[None].astype(dtype)
 
 
-def find_objects(session: Any, pixels: np.ndarray) -> Columns:
-    """Return what an ONNX file finds in an image (H, W, 3): boxes_px (D, 4), labels (D,), scores (D,)."""
+def find_objects(session: Any, pixels: np.ndarray, full_size: tuple[int, int]) -> Columns:
+    """Return what an ONNX file finds in an image (H, W, 3): boxes_px (D, 4), labels (D,), scores (D,).
+
+    full_size: (width, height) that the boxes are in pixels of.
+    """
     dtype = "uint8" if "uint8" in session.get_inputs()[0].type else "float32"
     boxes, scores, labels = session.run(None, {"images": network_input(pixels, dtype)})
     is_real = labels[0] > 0  # (D,)
-    height, width = pixels.shape[:2]
-    boxes_px = boxes[0][is_real] * np.array([width, height] * 2)
+    boxes_px = boxes[0][is_real] * np.array(full_size * 2)
     return boxes_px, labels[0][is_real], scores[0][is_real]
 
 
@@ -279,10 +281,11 @@ def check_onnx(
     worst = np.zeros(3)  # detections alone, pixels, score
     count = 0
     for image in images:
-        picture = ssd.open_image(image)
-        (found,) = detector.detect_in([picture], **settings)
+        picture, full_size = ssd.open_small(image)
+        (found,) = detector.detect_in([picture], sizes=[full_size], **settings)
         ours = found.boxes_px, np.array(found.labels), np.array(found.scores)
-        worst = np.maximum(worst, largest_differences(ours, find_objects(session, np.asarray(picture))))
+        theirs = find_objects(session, np.asarray(picture), full_size)
+        worst = np.maximum(worst, largest_differences(ours, theirs))
         count += len(found)
     alone, pixels, score = worst.tolist()
     summary = f"{count} detections in {len(images)} images: "
@@ -296,7 +299,9 @@ def check_onnx(
 
 def onnx_map(session: Any, records: Sequence[ssd.Record], num_classes: int) -> float:
     """Return the mAP@.5 of an ONNX file on Records."""
-    found = [find_objects(session, record.read()) for record in records]
+    found = []
+    for record in records:
+        found.append(find_objects(session, record.read(), (record.width, record.height)))
     counts = [len(labels) for _, labels, _ in found]
     detections = {
         "image_ids": np.repeat(np.arange(len(records)), counts),

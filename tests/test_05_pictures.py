@@ -199,3 +199,70 @@ def test_a_pickle_is_refused_in_a_whole_sentence(tmp_path):
     torch.save({"model": os.getcwd}, tmp_path / "a.pth")
     message = refusal(ssd.load_checkpoint, tmp_path / "a.pth")
     assert "it holds Python objects, which could run code, not only weights" in message
+
+
+# ---- large pictures ----
+
+
+def photo(path, size, orientation=None, **options):
+    """Write a picture with a white rectangle at .25 to .5 of each side; returns its path."""
+    pixels = np.full((size[1], size[0], 3), 40, np.uint8)
+    pixels[size[1] // 4 : size[1] // 2, size[0] // 4 : size[0] // 2] = 255
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif, **options)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+@pytest.mark.parametrize("size", [(4000, 3000), (1700, 2300), (1024, 751)])
+def test_a_large_picture_is_kept_small_and_its_parts_stay_where_they_are(tmp_path, ending, size):
+    path = photo(tmp_path / f"a.{ending}", size)
+    image, full_size = ssd.open_small(path, size)
+    assert full_size == size
+    assert min(image.size) == ssd.LARGE_SIDE
+    assert np.asarray(image).nbytes <= 3_000_000
+    rows, columns = np.nonzero(np.asarray(image)[..., 0] > 150)
+    edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    np.testing.assert_allclose(np.array(edges) / (image.size * 2), [0.25, 0.25, 0.5, 0.5], atol=0.002)
+
+
+def test_a_small_picture_is_read_as_before(tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (750, 1000, 3), np.uint8)).save(tmp_path / "a.jpg")
+    small = ssd.open_small(tmp_path / "a.jpg").image
+    np.testing.assert_array_equal(np.asarray(small), np.asarray(Image.open(tmp_path / "a.jpg")))
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_a_large_turned_photo_is_read_as_its_annotation_means_it(tmp_path, orientation, is_stored):
+    path = photo(tmp_path / "a.jpg", (2000, 1600), orientation)
+    full = ssd.open_image(path, (2000, 1600) if is_stored else None)
+    small, full_size = ssd.open_small(path, full.size)
+    assert full_size == full.size
+    reduced = np.asarray(full.resize(small.size, Image.Resampling.BOX), dtype=float)
+    assert np.abs(reduced - np.asarray(small, dtype=float)).mean() < 1
+    with pytest.raises(ssd.InputError, match="2000x1601"):
+        ssd.open_small(path, (2000, 1601))
+
+
+def test_boxes_of_a_large_photo_are_in_its_own_pixels(tmp_path):
+    torch.manual_seed(0)
+    detector = ssd.Detector(ssd.SSD300(1, width=0.0625), ["cat"])
+    path = photo(tmp_path / "a.jpg", (2400, 1800))
+    found = detector.predict(str(path), score_thresh=0.0, max_detections=50)
+    assert found.boxes_px.max() > 1800
+    whole = detector.predict(Image.open(path), score_thresh=0.0, max_detections=50)
+    np.testing.assert_allclose(found.boxes_px[0], whole.boxes_px[0], atol=12)  # decoded otherwise
+    assert found.draw(str(path)).size == (2400, 1800)
+
+
+def test_a_record_knows_the_memory_of_its_decoded_image(tmp_path):
+    root = write(tmp_path, ["a.png"], {"train": ["a"]})
+    photo(root / "JPEGImages" / "a.png", (2000, 1500))
+    (root / "Annotations" / "a.xml").write_text(f"<annotation>{OBJECT.format('cat')}</annotation>")
+    (record,) = load(root).train
+    assert (record.width, record.height) == (2000, 1500)
+    assert record.num_bytes == record.read().nbytes == 3 * 750 * 1000

@@ -142,3 +142,13 @@ def test_a_damaged_file_of_the_data_is_named_and_mended_again(make_voc, flags_of
         "foretold by the audit": 2,
     }
     assert {path: path.read_bytes() for path in files} == before
+
+
+def test_pictures_of_every_size_are_timed(tiny_voc, tmp_path, monkeypatch):
+    photos = importlib.import_module("photos")
+    monkeypatch.setattr(photos, "SIZES", {"VOC": (50, 40), "photo": (1600, 1200)})
+    flags = ["--rounds", "1", "--images", "2", "--data", str(tiny_voc), "--json", str(tmp_path / "a.json")]
+    rows = {row["case"]: row for row in photos.main(flags)["rows"]}
+    assert {"VOC file", "photo file", "photo decoded", "photo open_small"} <= rows.keys()
+    assert rows["VOC decoded"]["times_peer"] == 1
+    assert rows["photo file"]["ms"] > 0
