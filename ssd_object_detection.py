@@ -3177,32 +3177,56 @@ def environment(device: str | torch.device) -> dict[str, Any]:
     }
 
 
-def lock_folder(folder: Path) -> None:
-    """Hold FOLDER/run.lock until this process ends, however it does; InputError if another one holds it.
+def _lock_file(path: Path) -> int | None:
+    """Return the descriptor of a file that this process now holds alone; None where there are no locks.
 
-    The system frees the lock of a killed process. Where a file system has no locks there is none.
+    The system frees the lock when the process ends, however it does. BlockingIOError if another one holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "run.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # stays open: closing it would free the lock
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if os.name == "nt":
             msvcrt = importlib.import_module("msvcrt")
-            os.lseek(descriptor, LOCK_OFFSET, os.SEEK_SET)  # a locked byte cannot be read by others
+            os.lseek(descriptor, LOCK_OFFSET, os.SEEK_SET)  # others can read what is before it
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            os.lseek(descriptor, 0, os.SEEK_SET)
         else:
             fcntl = importlib.import_module("fcntl")
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader processes
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes do not inherit it
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return
-        holder = path.read_text(encoding="utf-8").strip() or "another process"
         os.close(descriptor)
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise BlockingIOError from None
+        return None  # some network drives know no locks
+    return descriptor
+
+
+@contextlib.contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Hold FOLDER/run.lock, which a killed process leaves but no longer holds.
+
+    InputError names the process and the machine of another run that holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.lock"
+    try:
+        descriptor = _lock_file(path)
+    except BlockingIOError:
+        holder = path.read_text(encoding="utf-8").strip() or "another process"
         raise InputError(f"{folder}: a run goes on there ({holder}): choose another --output-dir") from None
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    os.truncate(descriptor, 0)
     started = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
-    os.write(descriptor, f"process {os.getpid()} on {platform.node()}, since {started}".encode())
+    about = f"process {os.getpid()} on {platform.node()}, since {started}\n"
+    if descriptor is None:
+        path.write_text(about, encoding="utf-8")
+    else:  # opening the file again, and closing it, would free the lock
+        os.truncate(descriptor, 0)
+        os.write(descriptor, about.encode())
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def prepare_folders(checkpoints: Path, plots: Path, *, keep: bool) -> None:
@@ -4414,7 +4438,6 @@ def run_training(settings: Settings, source: dict[str, Any] | None, device: str)
     torch.manual_seed(settings.seed)  # order and augmentation have generators of their own, see VocDataset
     checkpoints = Path(settings.output_dir) / "checkpoints"
     plots = Path(settings.output_dir) / "plots"
-    from_first_process(lambda: lock_folder(checkpoints))
     if settings.resume and is_finished(checkpoints, settings.epochs):
         print(f"the run in {checkpoints} is finished: to train further see --epochs and --init-from")
         return 0
@@ -4446,14 +4469,15 @@ def run_training(settings: Settings, source: dict[str, Any] | None, device: str)
     print_header(settings, machine, data, state.model)
 
     record = {"flags": run_flags, "environment": environment(machine.device), "classes": list(data.classes)}
-    if is_first:
-        prepare_folders(checkpoints, plots, keep=settings.resume)
-        write_json(checkpoints / "run.json", record)
-    test = train_and_test(settings, machine, data, state, CheckpointWriter(checkpoints, base))
-    if is_first:
-        seconds = round(time.perf_counter() - began)
-        write_json(checkpoints / "run.json", record | {"test": test, "wall_s": seconds})
-        print(f"wall time {datetime.timedelta(seconds=seconds)}")
+    with held_folder(checkpoints) if is_first else contextlib.nullcontext():
+        if is_first:
+            prepare_folders(checkpoints, plots, keep=settings.resume)
+            write_json(checkpoints / "run.json", record)
+        test = train_and_test(settings, machine, data, state, CheckpointWriter(checkpoints, base))
+        if is_first:
+            seconds = round(time.perf_counter() - began)
+            write_json(checkpoints / "run.json", record | {"test": test, "wall_s": seconds})
+            print(f"wall time {datetime.timedelta(seconds=seconds)}")
     return 0
 
 

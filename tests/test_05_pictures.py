@@ -153,9 +153,9 @@ import sys, time
 sys.path.insert(0, {folder!r})
 from pathlib import Path
 import ssd_object_detection as ssd
-ssd.lock_folder(Path({place!r}))
-print("held", flush=True)
-time.sleep(60)
+with ssd.held_folder(Path({place!r})):
+    print("held", flush=True)
+    time.sleep(60)
 """
 
 
@@ -163,13 +163,27 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path):
     code = HOLD.format(folder=str(FOLDER), place=str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        message = refusal(ssd.lock_folder, tmp_path)
-        assert f"process {holder.pid} on " in message
-        assert "--output-dir" in message
+        with pytest.raises(ssd.InputError) as error, ssd.held_folder(tmp_path):
+            pass
+        assert f"process {holder.pid} on " in str(error.value)
+        assert "--output-dir" in str(error.value)
         holder.kill()
         holder.wait()
-    ssd.lock_folder(tmp_path)  # a killed run leaves the file, not the lock
-    assert f"process {os.getpid()}" in (tmp_path / "run.lock").read_text()
+    assert (tmp_path / "run.lock").is_file()  # a killed run leaves the file, not the lock
+    with ssd.held_folder(tmp_path):
+        assert f"process {os.getpid()}" in (tmp_path / "run.lock").read_text()
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_second_training_in_a_folder_changes_nothing_there(tmp_path, tiny_voc, capsys):
+    code = HOLD.format(folder=str(FOLDER), place=str(tmp_path / "checkpoints"))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        flags = ["--data", str(tiny_voc), "--recipe", "scratch", "--width", ".0625", "--device", "cpu"]
+        assert ssd.main([*flags, "--workers", "0", "--output-dir", str(tmp_path)]) == 2
+        assert "a run goes on there" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["run.lock"]
+        holder.kill()
 
 
 # ---- consoles and fonts ----

@@ -365,7 +365,7 @@ def test_a_rare_name_that_is_like_a_frequent_one_is_a_slip(findings, tmp_path):
 
 
 def test_classes_given_leave_others_out(findings, tmp_path):
-    root = write_voc(tmp_path, {"a": [CAT, DOG], "b": [("walrus", CAT[1])]}, train="a", test="b")
+    root = write_voc(tmp_path, {"a": [CAT, DOG], "b": [("walrus", CAT[1]), CAT]}, train="a", test="b")
     code, found = findings(root, "--classes", "cat")
     assert code == 0
     assert [place.split("Annotations")[1][1:] for place in found["object of another class"]] == [
@@ -587,3 +587,9 @@ def test_what_a_training_tells_besides_is_told(tmp_path, capsys):
 def test_help_is_that_of_the_program(capsys):
     assert audit.main(["--help"]) == 0
     assert capsys.readouterr().out.strip() == audit.__doc__.strip()
+
+
+def test_a_test_list_without_the_classes_stops_a_training(tmp_path, capsys):
+    root = write_voc(tmp_path, {"a": [CAT], "b": [("walrus", CAT[1])]}, train="a", test="b")
+    assert audit.main(["--data", str(root), "--output-dir", str(tmp_path / "out")]) == 1
+    assert "list test: nothing of cat" in capsys.readouterr().out
