@@ -297,23 +297,31 @@ def measure(run: dict, splits: list[str]) -> dict[str, float]:
     return figures
 
 
-def time_in_turns(cases: Cases, rounds: int, device: torch.device, *, least: float = 0.05) -> Times:
+def time_in_turns(
+    cases: Cases,
+    rounds: int,
+    device: torch.device,
+    *,
+    least: float = 0.05,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Times:
     """Return {name: [seconds a call]} of cases {name: function}: `rounds` rounds of every case in turn.
 
     A case is called until `least` seconds are over, and a round before is not counted: it pays for set-up,
     allocation, compilation. Waits for the device after each call. Every time is printed as it comes.
+    clock: in seconds; `time.process_time` leaves out what other programs take of a busy machine.
     """
     times: Times = {name: [] for name in cases}
     for number in range(rounds + 1):
         for name, function in cases.items():
             calls, seconds = 0, 0.0
-            start = time.perf_counter()
+            start = clock()
             while calls == 0 or seconds < least:
                 function()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 calls += 1
-                seconds = time.perf_counter() - start
+                seconds = clock() - start
             times[name].append(seconds / calls)
             line = f"round {number}/{rounds}  {name}: {1e3 * seconds / calls:.1f} ms"
             print(line, file=sys.stderr, flush=True)
