@@ -5,6 +5,7 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import functools
 import glob
 import itertools
 import json
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 import ssd_object_detection as ssd
+from ssd_tools.common import run_program
 from ssd_tools.weights import load_weights
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
@@ -314,10 +316,11 @@ def results_folder(args: argparse.Namespace) -> Path:
     return Path(args.output_dir) / "plots" / "predictions"
 
 
-def end_on_sigterm() -> None:
-    """Let SIGTERM end the program as Ctrl-C does: a video is closed, not cut."""
+def run_predictions(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Call run(args) and return the exit code; SIGTERM ends it as Ctrl-C does: a video is closed, not cut."""
     with contextlib.suppress(ValueError):  # only the main thread may have handlers
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return run_program(functools.partial(run, args))
 
 
 def report_problems(problems: Sequence[str]) -> int:

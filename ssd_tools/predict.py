@@ -2,6 +2,7 @@
 
     python -m ssd_tools.predict photos/ holiday.mp4 --weights checkpoints/ssd_shapes_final.pth
     python -m ssd_tools.predict 'photos/**/*.jpg' --weights FILE --classes cat,dog --save-crops --save-xml
+    python -m ssd_tools.predict photos/ --weights FILE --save-voc mine      # to correct and train on
     python -m ssd_tools.predict val2017 --weights FILE --save-coco found.json --coco-ids instances.json
 
 The results are in plots/predictions: photos stay JPEG, other images become PNG. Videos, cameras and streams
@@ -12,7 +13,6 @@ the exit code is then 1.
 import argparse
 import collections
 import contextlib
-import functools
 import itertools
 import json
 import re
@@ -26,8 +26,7 @@ import torch
 from PIL import Image
 
 import ssd_object_detection as ssd
-from ssd_tools import inference, video
-from ssd_tools.common import run_program
+from ssd_tools import collect, inference, video
 from ssd_tools.inference import Found, Source, count_text
 from ssd_tools.shapes import write_annotation
 
@@ -74,8 +73,7 @@ def write_xml(path: Path, picture: Image.Image, found: ssd.Detections, target: P
     """Write the objects of an upright image as a VOC annotation: Annotations/*.xml beside `target`."""
     folder = target.parent / "Annotations"
     folder.mkdir(exist_ok=True)
-    boxes = ssd.to_voc_pixels(found.boxes_px).round().astype(int).tolist()
-    objects = list(zip(found.names, boxes, strict=True))
+    objects = collect.voc_objects(found)
     write_annotation(folder / f"{target.stem}.xml", path.name, (picture.height, picture.width, 3), objects)
 
 
@@ -205,9 +203,13 @@ def predict_images(
     *,
     save_crops: bool = False,
     save_xml: bool = False,
+    doubts: dict[Path, collect.Doubt] | None = None,
     **settings: Any,
 ) -> Iterator[tuple[Path, tuple[Size, ssd.Detections] | ssd.InputError]]:
-    """Detect in image files, write drawn copies; yields (path, ((W, H), Detections) or InputError)."""
+    """Detect in image files, write drawn copies; yields (path, ((W, H), Detections) or InputError).
+
+    doubts: a dict that gets the Doubt of each path, before it is yielded.
+    """
     folders = name_folders(detector.classes)
 
     def write(
@@ -222,6 +224,8 @@ def predict_images(
             write_crops(picture, found, targets[path], folders)
         if save_xml:
             write_xml(path, picture, found, targets[path])
+        if doubts is not None:
+            doubts[path] = collect.judge_doubt(detector, picture, **settings)
         text = describe(detector, picture, found, **settings)
         count = count_frames(path)
         if count > 1:
@@ -245,13 +249,14 @@ def predict_files(
     save_coco: ssd.PathLike | None = None,
     coco_ids: ssd.PathLike | None = None,
     save_csv: ssd.PathLike | None = None,
+    collection: collect.Collection | None = None,
     **settings: Any,
 ) -> list[str]:
     """Detect in files and streams; writes a drawn copy of each and predictions.json into a folder.
 
     settings: of `ssd.Detector.predict`; save_coco, save_csv: files to write; coco_ids: the COCO JSON whose
-    ids save_coco has. Returns a line for each input that could not be read; raises InputError for a file that
-    lies in the folder or is not in coco_ids.
+    ids save_coco has; collection: a data set that gets the images. Returns a line for each input that could
+    not be read; raises InputError for a file that lies in the folder or is not in coco_ids.
     """
     inference.prepare_folders(sources, folder, save_coco, save_csv)
     targets = inference.name_targets(sources, folder)
@@ -263,13 +268,18 @@ def predict_files(
         ids = read_coco_ids(coco_ids, images, asked)
 
     def results() -> Iterator[tuple[Source, Found | ssd.InputError]]:
-        saving = {"save_crops": save_crops, "save_xml": save_xml}
+        doubts: dict[Path, collect.Doubt] = {}
+        saving: dict[str, Any] = {"save_crops": save_crops, "save_xml": save_xml}
+        if collection is not None:
+            saving["doubts"] = doubts
         for path, result in predict_images(detector, images, targets, **saving, **settings):
             if isinstance(result, ssd.InputError):
                 yield path, result
-            else:
-                detections[path] = result
-                yield path, result[1].to_dict()
+                continue
+            detections[path] = result
+            if collection is not None:
+                collection.add(path, *result, doubts[path])
+            yield path, result[1].to_dict()
         yield from video.predict_sources(detector, videos, targets, **settings)
 
     try:
@@ -279,6 +289,8 @@ def predict_files(
             ssd.write_json(save_coco, coco_rows(detections, *ids))
         elif save_coco is not None:
             ssd.write_json(save_coco, coco_dataset(detections, detector.classes))
+        if collection is not None:
+            print(collection.close(detector.classes))
     written = [folder / name for name in ("crops", "Annotations") if (folder / name).is_dir()]
     files = [file for file in (save_coco, save_csv) if file is not None]
     print(folder / "predictions.json", *written, *files, sep="\n")
@@ -301,17 +313,41 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     inference.add_flags(parser)
     add("--save-crops", action="store_true", help="write each object to crops/CLASS, at full resolution")
     add("--save-xml", action="store_true", help="write VOC annotations of images, to correct and train on")
+    add(
+        "--save-voc",
+        metavar="DIR",
+        help="add the images to a data set to correct and train on; its list begins with the most doubtful: "
+        "those with a score nearest to its class's threshold",
+    )
+    add("--only-hits", action="store_true", help="--save-voc: only images in which something was found")
+    add("--empty", action="store_true", help="--save-voc: these show nothing of the classes, write no object")
     add("--save-coco", metavar="FILE", help="write the boxes of images as a COCO data set with scores")
     add("--coco-ids", metavar="INSTANCES.json", help="write --save-coco as COCO's results, with ids of this")
     args = parser.parse_args(argv)
     if args.coco_ids and not args.save_coco:
         parser.error("--coco-ids needs --save-coco")
+    if (args.only_hits or args.empty) and not args.save_voc:
+        parser.error("--only-hits and --empty need --save-voc")
     return args
+
+
+def refuse_videos(sources: Iterable[Source]) -> None:
+    """Raise InputError for a source that is no image file."""
+    for source in sources:
+        if inference.is_video(source):
+            name = inference.public_name(source)
+            raise ssd.InputError(
+                f"--save-voc takes images, not {name}: ffmpeg -i VIDEO -r 1 photos/%05d.jpg makes them"
+            )
 
 
 def run(args: argparse.Namespace) -> int:
     """Detect by the flags; returns the exit code: 0 done, 1 an input could not be read."""
     sources = inference.find_inputs(args.inputs, SUFFIXES, "image or video")
+    collection = None
+    if args.save_voc:
+        refuse_videos(sources)
+        collection = collect.Collection(args.save_voc, only_hits=args.only_hits, empty=args.empty)
     detector, settings = inference.make_detector(args)
     problems = predict_files(
         detector,
@@ -322,6 +358,7 @@ def run(args: argparse.Namespace) -> int:
         save_coco=args.save_coco,
         coco_ids=args.coco_ids,
         save_csv=args.save_csv,
+        collection=collection,
         **settings,
     )
     return inference.report_problems(problems)
@@ -329,9 +366,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 unreadable files, 2 a mistake, 130 stopped."""
-    args = parse_args(argv)
-    inference.end_on_sigterm()
-    return run_program(functools.partial(run, args))
+    return inference.run_predictions(run, parse_args(argv))
 
 
 if __name__ == "__main__":

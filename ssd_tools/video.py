@@ -12,7 +12,6 @@ listed at the end; the exit code is then 1.
 import argparse
 import collections
 import contextlib
-import functools
 import json
 import os
 import queue
@@ -30,7 +29,6 @@ from tqdm import tqdm
 
 import ssd_object_detection as ssd
 from ssd_tools import inference
-from ssd_tools.common import run_program
 from ssd_tools.inference import Found, Source, count_text, public_name
 
 RETRIES, RETRY_PAUSE = 30, 1.0  # of a stream that broke off; seconds
@@ -416,9 +414,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 unreadable sources, 2 a mistake, 130 stopped."""
-    args = parse_args(argv)
-    inference.end_on_sigterm()
-    return run_program(functools.partial(run, args))
+    return inference.run_predictions(run, parse_args(argv))
 
 
 if __name__ == "__main__":
