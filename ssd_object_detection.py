@@ -3477,6 +3477,7 @@ RECIPES["rover"] = RECIPES["scratch"] | {  # a network that a small computer can
     "pretrained": True,
     "width": 0.25,
     "batch_size": 8,
+    "lr": 1e-3,
     "zoom_out": 0.2,
     "crop": 0.6,
 }

@@ -60,6 +60,8 @@ VARIANTS = {
     "batch 8": "--batch-size 8",
     "paper, batch 8": "--recipe paper --batch-size 8",
     "rate 1e-4": "--lr 1e-4",
+    "rate 5e-4": "--lr 5e-4",
+    "rate 2e-3": "--lr 2e-3",
     "no frozen block": "--freeze-blocks 0",
     "300 epochs": "--epochs 300",
     "width .5": "--width .5",
@@ -78,7 +80,7 @@ LADDERS = {  # the variants of a set, what is to be known first before the rest
         "300 epochs, weight decay .1",
         "fitted anchors",
     ),
-    "rover": ("base", "width .5", "width .125", "300 epochs", "multibox"),
+    "rover": ("base", "width .5", "width .125", "300 epochs", "rate 2e-3", "rate 5e-4", "multibox"),
 }
 FIGURES = (
     "map_area",
