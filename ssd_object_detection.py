@@ -33,12 +33,14 @@ import datetime
 import difflib
 import errno
 import functools
+import hashlib
 import http.client
 import importlib.util
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -350,6 +352,20 @@ def joined_processes(name: str) -> Iterator[str]:
         with contextlib.redirect_stdout(stdout):
             yield name
     torch.distributed.destroy_process_group()
+
+
+def _end_worker(signum: int, frame: object) -> None:
+    os._exit(0)  # at once and without an error: torchrun's signal reaches loaders too
+
+
+def _init_worker(worker_id: int) -> None:
+    """Set up a loader process: the main process answers signals and reports errors."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process ends the run
+    signal.signal(signal.SIGTERM, _end_worker)
+    # Pipe errors after the main process exits are expected, and it reports all others itself.
+    sys.excepthook = lambda kind, error, traceback: None
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
 
 
 # ---- Boxes, anchors, matching ----
@@ -906,6 +922,151 @@ def name_object(path: PathLike, number: int, one: VocObject) -> str:
     return f"{path}: object {number} ({one.name}) [{corners}]"
 
 
+# -- annotations as columns
+
+
+class Texts(Sequence[str]):
+    """Texts in one array of bytes, so that a million of them are few bytes each and processes share them."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        parts = [text.encode("utf-8", "surrogateescape") for text in texts]
+        self.content = np.frombuffer(b"".join(parts), dtype=np.uint8)
+        self.ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+
+    @classmethod
+    def of_arrays(cls, content: np.ndarray, ends: np.ndarray) -> Texts:
+        """Return the Texts of the bytes of all (uint8), and where each ends in them."""
+        texts = cls(())
+        texts.content = content
+        texts.ends = ends
+        return texts
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        start = self.ends[index - 1] if index else 0
+        return self.content[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+    def take(self, rows: np.ndarray) -> Texts:
+        """Return some of the texts, of rows (m,), in their order."""
+        texts = list(self)
+        return Texts(texts[row] for row in rows.tolist())
+
+    def __iter__(self) -> Iterator[str]:
+        content = self.content.tobytes()
+        start = 0
+        for end in self.ends.tolist():
+            yield content[start:end].decode("utf-8", "surrogateescape")
+            start = end
+
+
+def _rows_of(counts: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Return the rows of the objects of some images (n,), where image i has counts[i] rows, in order."""
+    own = counts[images]
+    starts = np.cumsum(counts)[images] - own
+    return np.repeat(starts - (np.cumsum(own) - own), own) + np.arange(own.sum())
+
+
+class Columns(NamedTuple):
+    """Annotations of n images and their N objects as arrays."""
+
+    sizes: np.ndarray  # (n, 2) int32: width, height
+    is_ambiguous: np.ndarray  # (n,) bool, see `is_turn_ambiguous`
+    counts: np.ndarray  # (n,) int32: objects
+    names: tuple[str, ...]  # of classes; some may have no object
+    codes: np.ndarray  # (N,) int32: positions in names
+    boxes_voc: np.ndarray  # (N, 4) float64
+    difficult: np.ndarray  # (N,) bool
+
+    def annotation(self, index: int, row: int) -> Annotation:
+        """Return the Annotation of an image, whose first object is in a row."""
+        end = row + int(self.counts[index])
+        boxes = [cast(Box, tuple(box)) for box in self.boxes_voc[row:end].tolist()]
+        columns = (self.codes[row:end].tolist(), boxes, self.difficult[row:end].tolist())
+        objects = tuple(VocObject(self.names[code], *rest) for code, *rest in zip(*columns, strict=True))
+        width, height = self.sizes[index].tolist()
+        return Annotation(width, height, objects)
+
+    def take(self, images: np.ndarray) -> Columns:
+        """Return the Columns of some images (m,), in their order."""
+        rows = _rows_of(self.counts, images)
+        of_images = (self.sizes[images], self.is_ambiguous[images], self.counts[images])
+        return Columns(*of_images, self.names, self.codes[rows], self.boxes_voc[rows], self.difficult[rows])
+
+
+def make_columns(annotations: Iterable[tuple[Annotation, bool]]) -> Columns:
+    """Return the Columns of (Annotation, is ambiguous) of images."""
+    sizes: list[tuple[int, int]] = []
+    ambiguous: list[bool] = []
+    counts: list[int] = []
+    codes: list[int] = []
+    boxes: list[Box] = []
+    difficult: list[bool] = []
+    names: dict[str, int] = {}
+    for annotation, is_ambiguous in annotations:
+        sizes.append((annotation.width, annotation.height))
+        ambiguous.append(is_ambiguous)
+        counts.append(len(annotation.objects))
+        for one in annotation.objects:
+            codes.append(names.setdefault(one.name, len(names)))
+            boxes.append(one.box_voc)
+            difficult.append(one.difficult)
+    return Columns(
+        np.array(sizes, dtype=np.int32).reshape(-1, 2),
+        np.array(ambiguous, dtype=np.bool_),
+        np.array(counts, dtype=np.int32),
+        tuple(names),
+        np.array(codes, dtype=np.int32),
+        np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        np.array(difficult, dtype=np.bool_),
+    )
+
+
+def join_columns(parts: Sequence[Columns]) -> Columns:
+    """Return several Columns, one or more, as one, in order."""
+    names: dict[str, int] = {}
+    codes = []
+    for part in parts:
+        code_of = [names.setdefault(name, len(names)) for name in part.names]
+        codes.append(np.array(code_of, dtype=np.int32)[part.codes])
+    return Columns(
+        np.concatenate([part.sizes for part in parts]),
+        np.concatenate([part.is_ambiguous for part in parts]),
+        np.concatenate([part.counts for part in parts]),
+        tuple(names),
+        np.concatenate(codes),
+        np.concatenate([part.boxes_voc for part in parts]),
+        np.concatenate([part.difficult for part in parts]),
+    )
+
+
+class Annotations(Mapping[str, Annotation]):
+    """{image id: Annotation} of a list, kept as Columns; ids and image_paths are in their order."""
+
+    def __init__(self, ids: Texts, image_paths: Texts, columns: Columns) -> None:
+        self.ids = ids
+        self.image_paths = image_paths
+        self.columns = columns
+
+    @functools.cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        starts = (np.cumsum(self.columns.counts) - self.columns.counts).tolist()
+        return dict(zip(self.ids, enumerate(starts), strict=True))
+
+    def __getitem__(self, image_id: str) -> Annotation:
+        return self.columns.annotation(*self._places[image_id])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
 # -- which boxes are kept
 
 FLOAT32_BOX = struct.Struct("4f")
@@ -1374,17 +1535,12 @@ def _missing_image(root: PathLike, image_id: str, split: str) -> InputError:
     return InputError(f"{path}: no such image, but list {split} names it")
 
 
-def _read_annotation(root: PathLike, image_id: str, unlabelled: str) -> Annotation:
-    """Return the annotation of an image; unlabelled "negative": one without objects if there is no file."""
-    path = find_file(root, "Annotations", image_id)
-    if path is not None:
-        return parse_annotation(path)
-    if unlabelled == "negative":
-        return Annotation(0, 0, ())
+def _missing_annotation(root: PathLike, image_id: str) -> InputError:
+    """Return the error for an image without an annotation file."""
     if not os.path.isdir(find_folder(root, "Annotations")):
-        raise InputError(f"{root} has no folder Annotations with XML files; {layout_hint(root)}")
+        return InputError(f"{root} has no folder Annotations with XML files; {layout_hint(root)}")
     expected = locate_file(root, "Annotations", image_id)
-    raise InputError(f"{expected}: no such annotation file (see --unlabelled)")
+    return InputError(f"{expected}: no such annotation file (see --unlabelled)")
 
 
 def describe_layout(root: PathLike, split: str) -> list[Finding]:
@@ -1403,29 +1559,243 @@ def describe_layout(root: PathLike, split: str) -> list[Finding]:
     return findings
 
 
+# -- the index: what was parsed is kept until a file changes
+
+INDEX_LEAST = 1000  # images of a list; fewer are parsed at each start
+UNSETTLED = 2_000_000_000  # ns: a file as new as this may change again without a change of its time
+PARSE_CHUNK = 500  # images that a process parses at a time
+
+Stamp = tuple[int, int, int]  # ns of the last change of content, of the file's entry; bytes
+
+
+def write_atomically(path: PathLike, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), flush it to disk and rename it: readers see the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Pairs(NamedTuple):
+    """The images of a list and where their files are; an image without an annotation file has ""."""
+
+    ids: Texts
+    image_paths: Texts
+    xml_paths: Texts
+
+
+class Index(NamedTuple):
+    """What an earlier reading of a list kept."""
+
+    pairs: Pairs
+    is_whole: bool  # whether list and folders are unchanged, so that the pairs are those of today
+    stamps: np.ndarray  # (n, 2, 3) int64: Stamp of image and annotation
+    columns: Columns
+
+
+def stamp_file(path: PathLike) -> Stamp:
+    """Return the Stamp of a file or folder, (-1, -1, -1) if there is none."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return (-1, -1, -1)
+    return (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size)
+
+
+def _index_file(root: PathLike, split: str, unlabelled: str) -> Path:
+    """Return the path of the index of a list, in the user's folder for what can be made again."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    folder = Path(home) if home else Path(os.path.expanduser("~"), ".cache")
+    words = (os.path.abspath(root), os.path.join(root, ""), split, unlabelled)  # paths begin with the second
+    key = hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape")).hexdigest()
+    return folder / "ssd_object_detection" / f"{key[:32]}.npz"
+
+
+@functools.cache
+def _program_sum() -> int:
+    """Return the checksum of this file: another version of it may read annotations otherwise."""
+    return zlib.crc32(Path(__file__).read_bytes())
+
+
+def _stamp_places(root: PathLike, pairs: Pairs) -> dict[str, Stamp]:
+    """Return {path: Stamp} of a data set's lists, its folders and those of its files."""
+    paths = itertools.chain(pairs.image_paths, pairs.xml_paths)
+    folders = {path.rpartition(os.sep)[0] for path in paths if path}
+    folders.add(str(root))
+    for above in [str(root), os.path.join(root, "ImageSets")]:
+        with contextlib.suppress(OSError):
+            names = [
+                name for name in os.listdir(above) if name.casefold() in ("imagesets", "main", "annotations")
+            ]
+            folders.update(os.path.join(above, name) for name in names)
+    places = set(folders)
+    for folder in folders:
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            places.update(entry.path for entry in entries if entry.name.lower().endswith(".txt"))
+    return {path: stamp_file(path) for path in sorted(places)}
+
+
+def _stamp_pairs(pairs: Pairs) -> np.ndarray:
+    """Return the Stamps (n, 2, 3) of the files of pairs."""
+    both = itertools.chain.from_iterable(zip(pairs.image_paths, pairs.xml_paths, strict=True))
+    stamps = itertools.chain.from_iterable(map(stamp_file, both))
+    return np.fromiter(stamps, dtype=np.int64, count=6 * len(pairs.ids)).reshape(-1, 2, 3)
+
+
+def save_index(
+    path: Path, root: PathLike, pairs: Pairs, stamps: np.ndarray, columns: Columns, began: int
+) -> None:
+    """Write an index, whole or not at all; where that is impossible nothing happens.
+
+    stamps: of before the files were read; began: when reading began, ns. What had just changed then is not
+    trusted: it may have changed again without a change of its time.
+    """
+    newest = began - UNSETTLED
+    places = _stamp_places(root, pairs)
+    if any(max(stamp[:2]) > newest for stamp in places.values()):
+        places = {}
+    stamps = np.where((stamps[..., :2] > newest).any(axis=(1, 2), keepdims=True), -2, stamps)
+    about = {"program": _program_sum(), "root": str(root), "places": places, "names": columns.names}
+    text = json.dumps(about)
+    arrays: dict[str, Any] = {"about": np.frombuffer(text.encode(), dtype=np.uint8), "stamps": stamps}
+    for name, texts in pairs._asdict().items():
+        arrays |= {f"{name}_content": texts.content, f"{name}_ends": texts.ends}
+    arrays |= {name: value for name, value in columns._asdict().items() if name != "names"}
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+
+    with contextlib.suppress(OSError):  # no such home, a full disk: the files are parsed at each start
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, write)
+
+
+def load_index(path: Path, root: PathLike) -> Index | None:
+    """Return the index in a file; None if it is missing, damaged, or of another version of this program."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        about = json.loads(arrays["about"].tobytes())
+        texts = [(arrays[f"{name}_content"], arrays[f"{name}_ends"]) for name in Pairs._fields]
+        pairs = Pairs(*itertools.starmap(Texts.of_arrays, texts))
+        columns = Columns(**{name: arrays.get(name, ()) for name in Columns._fields})
+        columns = columns._replace(names=tuple(about["names"]))
+        count, total = len(pairs.ids), int(columns.counts.sum())
+        shapes = {"stamps": (count, 2, 3), "sizes": (count, 2), "is_ambiguous": (count,), "counts": (count,)}
+        shapes |= {"codes": (total,), "boxes_voc": (total, 4), "difficult": (total,)}
+        is_of_today = about["program"] == _program_sum() and about["root"] == str(root)
+        if not is_of_today or any(arrays[name].shape != shape for name, shape in shapes.items()):
+            return None
+        places = {name: tuple(stamp) for name, stamp in about["places"].items()}
+        is_whole = bool(places) and places == _stamp_places(root, pairs)
+    except Exception:  # whatever is wrong with a damaged file
+        return None
+    return Index(pairs, is_whole, arrays["stamps"], columns)
+
+
+def _find_pairs(root: PathLike, split: str, unlabelled: str) -> Pairs:
+    """Return the Pairs of a list; InputError for a missing image, and for a missing annotation.
+
+    unlabelled "negative": an image may have no annotation file.
+    """
+    ids: list[str] = []
+    image_paths: list[str] = []
+    xml_paths: list[str] = []
+    for image_id in read_split(root, split):
+        image_path = find_file(root, "JPEGImages", image_id)
+        if image_path is None:
+            raise _missing_image(root, image_id, split)
+        xml_path = find_file(root, "Annotations", image_id)
+        if xml_path is None and unlabelled != "negative":
+            raise _missing_annotation(root, image_id)
+        ids.append(image_id)
+        image_paths.append(image_path)
+        xml_paths.append(xml_path or "")
+    return Pairs(Texts(ids), Texts(image_paths), Texts(xml_paths))
+
+
+def _parse_pair(image_path: str, xml_path: str) -> tuple[Annotation, bool]:
+    """Return an image's annotation with a size, and what `is_turn_ambiguous` says of it."""
+    annotation = parse_annotation(xml_path) if xml_path else Annotation(0, 0, ())
+    width, height = annotation.width, annotation.height
+    orientation = read_orientation(image_path) if annotation.objects else 1
+    is_ambiguous = is_turn_ambiguous(orientation, width, height)
+    if not (width and height):
+        width, height = open_image(image_path).size
+    return Annotation(width, height, annotation.objects), is_ambiguous
+
+
+def _parse_chunk(pairs: Sequence[tuple[str, str]]) -> Columns:
+    """Return the Columns of (image path, annotation path or "") of images."""
+    return make_columns(itertools.starmap(_parse_pair, pairs))
+
+
+def parse_all(pairs: Sequence[tuple[str, str]]) -> Columns:
+    """Return `_parse_chunk` of all pairs; many are shared out to processes, one a core."""
+    chunks = [pairs[start : start + PARSE_CHUNK] for start in range(0, len(pairs), PARSE_CHUNK)]
+    cores = min(usable_cores(), len(chunks) // 2)
+    if cores < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        parts = list(map(_parse_chunk, chunks))
+    else:  # threads would wait for one another: parsing holds Python's lock
+        context = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(cores, context, _init_worker, (0,)) as pool:
+            parts = list(pool.map(_parse_chunk, chunks))
+    return join_columns([make_columns(()), *parts])
+
+
+def _read_columns(pairs: Pairs, stamps: np.ndarray, index: Index | None) -> Columns:
+    """Return the Columns of pairs; files are parsed that the index lacks, or that changed since."""
+    files = list(zip(pairs.image_paths, pairs.xml_paths, strict=True))
+    if index is None:
+        return parse_all(files)
+    rows = {pair: row for row, pair in enumerate(zip(*index.pairs[1:], strict=True))}
+    images = np.array([rows.get(pair, -1) for pair in files], dtype=np.int64)
+    is_same = images >= 0
+    is_same[is_same] = (index.stamps[images[is_same]] == stamps[is_same]).all(axis=(1, 2))
+    changed = np.flatnonzero(~is_same)
+    parsed = parse_all([files[i] for i in changed.tolist()])
+    images[changed] = len(index.pairs.ids) + np.arange(len(changed))
+    return join_columns([index.columns, parsed]).take(images)
+
+
+def index_annotations(root: PathLike, split: str, unlabelled: str) -> Annotations:
+    """Return the annotations of a list, from its index as far as files, folders and lists are unchanged."""
+    began = time.time_ns()
+    path = _index_file(root, split, unlabelled)
+    index = load_index(path, root)
+    is_whole = (
+        index is not None and index.is_whole and not is_unlisted(root, split)
+    )  # any folder may have more
+    if index is not None and is_whole and np.array_equal(_stamp_pairs(index.pairs), index.stamps):
+        return Annotations(index.pairs.ids, index.pairs.image_paths, index.columns)
+    pairs = _find_pairs(root, split, unlabelled)
+    if index is None and len(pairs.ids) < INDEX_LEAST:
+        files = list(zip(pairs.image_paths, pairs.xml_paths, strict=True))
+        return Annotations(pairs.ids, pairs.image_paths, parse_all(files))
+    stamps = _stamp_pairs(pairs)
+    columns = _read_columns(pairs, stamps, index)
+    save_index(path, root, pairs, stamps, columns, began)
+    return Annotations(pairs.ids, pairs.image_paths, columns)
+
+
 def read_annotations(
     root: PathLike, split: str, *, unlabelled: str = "error"
-) -> tuple[dict[str, Annotation], list[Finding]]:
+) -> tuple[Annotations, list[Finding]]:
     """Return {image id: Annotation} of a list, each with a size, and the findings.
 
     unlabelled: "negative" takes an image without annotation file as one without objects, else InputError.
     """
     where = f"{root}, list {split}"
-    annotations = {}
-    ambiguous = []
-    for image_id in read_split(root, split):
-        image_path = find_file(root, "JPEGImages", image_id)
-        if image_path is None:
-            raise _missing_image(root, image_id, split)
-        annotation = _read_annotation(root, image_id, unlabelled)
-        width, height = annotation.width, annotation.height
-        if annotation.objects and is_turn_ambiguous(read_orientation(image_path), width, height):
-            ambiguous.append(image_path)
-        if not (width and height):
-            width, height = open_image(image_path).size
-            annotation = Annotation(width, height, annotation.objects)
-        annotations[image_id] = annotation
-
+    annotations = index_annotations(root, split, unlabelled)
+    ambiguous = [annotations.image_paths[i] for i in np.flatnonzero(annotations.columns.is_ambiguous)]
     findings = describe_layout(root, split)
     if ambiguous:
         text = (
@@ -1453,9 +1823,14 @@ def are_similar_names(name: str, other: str, count: int, other_count: int) -> bo
 
 def annotated_classes(annotations: Mapping[str, Annotation]) -> tuple[tuple[str, ...], list[Finding]]:
     """Return the class names of annotations in alphabetical order, and the findings."""
-    counts = collections.Counter(
-        one.name for annotation in annotations.values() for one in annotation.objects
-    )
+    if isinstance(annotations, Annotations):
+        columns = annotations.columns
+        totals = np.bincount(columns.codes, minlength=len(columns.names)).tolist()
+        counts = collections.Counter({name: n for name, n in zip(columns.names, totals, strict=True) if n})
+    else:
+        counts = collections.Counter(
+            one.name for annotation in annotations.values() for one in annotation.objects
+        )
     pairs = []
     for name, other in itertools.combinations(sorted(counts), 2):
         if are_similar_names(name, other, counts[name], counts[other]):
@@ -1498,6 +1873,134 @@ class Record:
         return np.asarray(open_small(self.image_path, (self.width, self.height)).image)
 
 
+class Records(Sequence[Record]):
+    """The Records of a split in a few arrays, which loader processes share; each is made when asked for."""
+
+    def __init__(
+        self,
+        image_ids: Texts,
+        image_paths: Texts,
+        sizes: np.ndarray,  # (n, 2) int32: width, height
+        counts: np.ndarray,  # (n,) int32: objects
+        boxes_px: np.ndarray,  # (N, 4) float32, those of the first image first
+        labels: np.ndarray,  # (N,) int32
+        difficult: np.ndarray,  # (N,) bool
+    ) -> None:
+        self.image_ids = image_ids
+        self.image_paths = image_paths
+        self.sizes = sizes
+        self.counts = counts
+        self.ends = np.cumsum(counts, dtype=np.int64)
+        self.boxes_px = boxes_px
+        self.labels = labels
+        self.difficult = difficult
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether other is a sequence of Records of the same images and objects."""
+        if not isinstance(other, Sequence) or len(self) != len(other):
+            return False
+        pairs = zip(self, other, strict=True)
+        return all(
+            vars(one).keys() == vars(two).keys()
+            and all(np.array_equal(value, vars(two)[name]) for name, value in vars(one).items())
+            for one, two in pairs
+        )
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Records: ...
+
+    def __getitem__(self, index: int | slice) -> Record | Records:
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        index = range(len(self))[index]
+        end = int(self.ends[index])
+        start = end - int(self.counts[index])
+        width, height = self.sizes[index].tolist()
+        return Record(
+            self.image_ids[index],
+            self.image_paths[index],
+            width,
+            height,
+            self.boxes_px[start:end],
+            self.labels[start:end].astype(np.int64),
+            self.difficult[start:end],
+        )
+
+    def take(self, images: np.ndarray) -> Records:
+        """Return the Records of some images (m,), in their order."""
+        rows = _rows_of(self.counts, images)
+        return Records(
+            self.image_ids.take(images),
+            self.image_paths.take(images),
+            self.sizes[images],
+            self.counts[images],
+            self.boxes_px[rows],
+            self.labels[rows],
+            self.difficult[rows],
+        )
+
+
+def join_records(parts: Sequence[Records]) -> Records:
+    """Return several Records, one or more, as one, in order."""
+    return Records(
+        Texts(text for part in parts for text in part.image_ids),
+        Texts(text for part in parts for text in part.image_paths),
+        np.concatenate([part.sizes for part in parts]),
+        np.concatenate([part.counts for part in parts]),
+        np.concatenate([part.boxes_px for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.difficult for part in parts]),
+    )
+
+
+def count_objects(records: Sequence[Record]) -> np.ndarray:
+    """Return how many objects each record has, (n,)."""
+    if isinstance(records, Records):
+        return records.counts
+    return np.array([len(record.labels) for record in records], dtype=np.int32)
+
+
+def all_boxes(records: Sequence[Record]) -> np.ndarray:
+    """Return the boxes of all records, normalised xyxy (N, 4) float32."""
+    if not isinstance(records, Records):
+        return np.concatenate([record.boxes for record in records])
+    sides = np.tile(records.sizes, 2).astype(np.float32)  # (n, 4)
+    return records.boxes_px / np.repeat(sides, records.counts, axis=0)
+
+
+def keep_objects(
+    annotation: Annotation, classes: Sequence[str]
+) -> tuple[dict[tuple[Box, int], int], list[int]]:
+    """Return {(edges, label): number} of the objects of an image that are kept, and the numbers left out.
+
+    Numbers count from 0. An object of another class is passed over; the same box of the same class counts
+    once.
+    """
+    kept: dict[tuple[Box, int], int] = {}
+    dropped = []
+    for number, one in enumerate(annotation.objects):
+        if one.name not in classes:
+            continue
+        box_px = judge_box(one.box_voc, annotation.width, annotation.height).box_px
+        if box_px is None:
+            dropped.append(number)
+        else:
+            kept.setdefault((box_px, classes.index(one.name) + 1), number)
+    return kept, dropped
+
+
+def name_dropped(root: PathLike, image_id: str, annotation: Annotation, dropped: Sequence[int]) -> list[str]:
+    """Return the places of objects of an image that are left out, see `keep_objects`."""
+    path = locate_file(root, "Annotations", image_id)
+    return [name_object(path, number + 1, annotation.objects[number]) for number in dropped]
+
+
 def read_record(
     root: PathLike, image_id: str, annotation: Annotation, classes: Sequence[str]
 ) -> tuple[Record, list[str]]:
@@ -1505,58 +2008,100 @@ def read_record(
 
     An object of another class is passed over; the same box of the same class counts once.
     """
-    width, height = annotation.width, annotation.height
-    kept: dict[tuple[Box, int], bool] = {}  # (edges, label): difficult
-    dropped = []
-    for number, one in enumerate(annotation.objects, start=1):
-        if one.name not in classes:
-            continue
-        box_px = judge_box(one.box_voc, width, height).box_px
-        if box_px is None:
-            dropped.append(name_object(locate_file(root, "Annotations", image_id), number, one))
-        else:
-            kept.setdefault((box_px, classes.index(one.name) + 1), one.difficult)
+    kept, dropped = keep_objects(annotation, classes)
     record = Record(
         image_id,
         locate_file(root, "JPEGImages", image_id),
-        width,
-        height,
+        annotation.width,
+        annotation.height,
         boxes_px=np.array([box_px for box_px, _ in kept], dtype=np.float32).reshape(-1, 4),
         labels=np.array([label for _, label in kept], dtype=np.int64),
-        difficult=np.array(list(kept.values()), dtype=np.bool_),
+        difficult=np.array([annotation.objects[i].difficult for i in kept.values()], dtype=np.bool_),
     )
-    return record, dropped
+    return record, name_dropped(root, image_id, annotation, dropped) if dropped else []
+
+
+def _images_to_decide(columns: Columns, labels: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Return the images, in order, whose boxes `keep_objects` must look at one by one.
+
+    labels (N,): 0 for classes that are passed over; edges (N, 4) float32. All boxes of other images are kept:
+    they lie inside, two pixels wide and high at least, and no two have the same edges and class.
+    """
+    image_of = np.repeat(np.arange(len(columns.counts)), columns.counts)
+    edges_voc = columns.boxes_voc - np.array([1, 1, 0, 0])
+    sides = columns.sizes[image_of]
+    is_plain = (edges_voc[:, :2] >= 0).all(axis=1) & (edges_voc[:, 2:] <= sides).all(axis=1)
+    with np.errstate(over="ignore"):
+        is_plain &= (columns.boxes_voc[:, 2:] - columns.boxes_voc[:, :2] >= 1).all(axis=1)
+    is_plain &= (sides <= 2**16).all(axis=1)  # beyond that float32 fractions of a pixel might coincide
+    images = image_of[(labels > 0) & ~is_plain]
+
+    # Equal objects have equal sums; so may others, which costs a second look.
+    factors = np.random.default_rng(0).integers(1, 2**63, 6, dtype=np.uint64) | np.uint64(1)
+    words = np.column_stack((edges.view(np.uint32), labels, image_of)).astype(np.uint64)
+    sums = (words * factors).sum(axis=1)  # modulo 2**64
+    order = np.argsort(sums, kind="stable")
+    is_twice = sums[order][1:] == sums[order][:-1]
+    return np.union1d(images, image_of[order[1:][is_twice]])
+
+
+def _keep_columns(
+    root: PathLike, annotations: Annotations, classes: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Return labels (N,), 0: not kept; edges (N, 4) float32; difficult (N,); places of what is left out."""
+    columns = annotations.columns
+    label_of = [classes.index(name) + 1 if name in classes else 0 for name in columns.names]
+    labels = np.array(label_of, dtype=np.int32)[columns.codes]
+    with np.errstate(over="ignore"):  # numbers beyond float32 are outside any image
+        edges = (columns.boxes_voc - np.array([1, 1, 0, 0])).astype(np.float32)
+    starts = np.cumsum(columns.counts) - columns.counts
+    places = []
+    for image in _images_to_decide(columns, labels, edges).tolist():
+        start = int(starts[image])
+        annotation = columns.annotation(image, start)
+        kept, dropped = keep_objects(annotation, classes)
+        labels[start : start + len(annotation.objects)] = 0
+        for (box_px, label), number in kept.items():
+            labels[start + number] = label
+            edges[start + number] = box_px
+        if dropped:
+            places += name_dropped(root, annotations.ids[image], annotation, dropped)
+    return labels, edges, columns.difficult, places
 
 
 def make_records(
     root: PathLike, split: str, annotations: Mapping[str, Annotation], classes: Sequence[str]
-) -> tuple[list[Record], list[Finding]]:
+) -> tuple[Records, list[Finding]]:
     """Return the Records of a list's annotations, and the findings.
 
     InputError if more than a tenth of the boxes are left out, or all look like fractions of the image.
     """
+    if not isinstance(annotations, Annotations):
+        paths = Texts(locate_file(root, "JPEGImages", image_id) for image_id in annotations)
+        columns = make_columns((annotation, False) for annotation in annotations.values())
+        annotations = Annotations(Texts(annotations), paths, columns)
+    columns = annotations.columns
     where = f"{root}, list {split}"
     hint = "fractions, sizes or swapped corners? VOC boxes are xmin, ymin, xmax, ymax in pixels"
-    written = [one for annotation in annotations.values() for one in annotation.objects]
-    if written and max(max(one.box_voc) for one in written) <= 1:
+    if len(columns.codes) and columns.boxes_voc.max() <= 1:
         raise InputError(f"{where}: no coordinate is above 1; {hint}")
 
-    records = []
-    dropped = []
-    for image_id, annotation in annotations.items():
-        record, places = read_record(root, image_id, annotation, classes)
-        records.append(record)
-        dropped += places
+    labels, edges, difficult, dropped = _keep_columns(root, annotations, classes)
+    kept = labels > 0
+    ends = np.concatenate(([0], np.cumsum(kept, dtype=np.int64)))[np.cumsum(columns.counts, dtype=np.int64)]
+    counts = np.diff(ends, prepend=0).astype(np.int32)
+    objects = edges[kept], labels[kept], difficult[kept]
+    records = Records(annotations.ids, annotations.image_paths, columns.sizes, counts, *objects)
 
     findings = []
     if dropped:
-        total = len(dropped) + sum(len(record.labels) for record in records)
+        total = len(dropped) + len(records.labels)
         what = f"{where}: {len(dropped)} of {total} boxes have no area inside their image, as {dropped[0]}"
         if len(dropped) > max(1, total / 10):
             raise InputError(f"{what}; {hint}")
         text = f"{what}; left out (see python -m ssd_tools.audit)"
         findings.append(Finding("box without area", text, tuple(dropped), is_warning=True))
-    others = sorted({one.name for one in written} - set(classes))
+    others = sorted({columns.names[code] for code in np.unique(columns.codes)} - set(classes))
     if others:
         text = f"{where}: objects of other classes are left out: {', '.join(others)}"
         findings.append(Finding("object of another class", text, tuple(others)))
@@ -1565,10 +2110,10 @@ def make_records(
 
 def read_records(
     root: PathLike, split: str, classes: Sequence[str], *, unlabelled: str = "error"
-) -> tuple[list[Record], list[Finding]]:
+) -> tuple[Records, list[Finding]]:
     """Return the Records of a list, none of list "", and the findings; see `make_records`."""
     if not split:
-        return [], []
+        return make_records(root, split, {}, classes)
     annotations, findings = read_annotations(root, split, unlabelled=unlabelled)
     records, more = make_records(root, split, annotations, classes)
     return records, findings + more
@@ -1666,9 +2211,9 @@ class DataSplits:
 
     name: str  # for file names
     classes: tuple[str, ...]
-    train: list[Record]
-    val: list[Record]
-    test: list[Record]
+    train: Records
+    val: Records
+    test: Records
     lists: dict[str, str]  # the list in ImageSets/Main of each split, "" for none
     findings: tuple[Finding, ...] = ()
 
@@ -1767,38 +2312,38 @@ def name_data(data: str, root: Path) -> str:
     return re.sub(r"\W+", "_", root.resolve().name.lower()).strip("_") or "custom"
 
 
-def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+def hold_out(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
     """Return (those left, a random share of the records, at least one); both stay in order."""
     if fraction == 0:
-        return records, []
-    order = np.random.default_rng(seed).permutation(len(records)).tolist()
-    held_out = set(order[: max(1, round(fraction * len(records)))])
-    left = [record for i, record in enumerate(records) if i not in held_out]
-    return left, [record for i, record in enumerate(records) if i in held_out]
+        return records, records[:0]
+    order = np.random.default_rng(seed).permutation(len(records))
+    is_held_out = np.zeros(len(records), dtype=np.bool_)
+    is_held_out[order[: max(1, round(fraction * len(records)))]] = True
+    return records.take(np.flatnonzero(~is_held_out)), records.take(np.flatnonzero(is_held_out))
 
 
-def check_objects(train: list[Record], val: list[Record], lists: dict[str, str]) -> list[Finding]:
+def check_objects(train: Records, val: Records, lists: dict[str, str]) -> list[Finding]:
     """Return a finding if no validation image has an object. InputError if no training image has one."""
-    if not any(len(record.labels) for record in train):
+    if not train.counts.any():
         if val and not lists["val"]:
             raise InputError(f"list {lists['train']} has no objects left to train on; lower --val-fraction")
         raise InputError(f"list {lists['train']} has no objects to train on")
-    if not val or any(len(record.labels) for record in val):
+    if not val or val.counts.any():
         return []
     text = "the validation images have no objects: training keeps the last weights and does not stop early"
     return [Finding("no object to validate on", text, is_warning=True)]
 
 
 def require_known_objects(
-    where: str, annotations: Mapping[str, Annotation], records: list[Record], classes: Sequence[str]
+    where: str, annotations: Mapping[str, Annotation], records: Sequence[Record], classes: Sequence[str]
 ) -> None:
     """Raise InputError if a list has objects, but none of the classes: there is nothing to measure."""
     is_annotated = any(annotation.objects for annotation in annotations.values())
-    if is_annotated and not any(len(record.labels) for record in records):
+    if is_annotated and not count_objects(records).any():
         raise InputError(f"{where}: nothing of {', '.join(classes)} (see --classes, --test-split, --data)")
 
 
-def check_images(records: list[Record]) -> None:
+def check_images(records: Sequence[Record]) -> None:
     """Decode images once, so that a broken one stops a run before it trains; InputError names it."""
     with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
         checked = pool.map(lambda record: record.read().shape, records)
@@ -1807,7 +2352,7 @@ def check_images(records: list[Record]) -> None:
             pass
 
 
-def describe_faint(records: list[Record]) -> list[Finding]:
+def describe_faint(records: Sequence[Record]) -> list[Finding]:
     """Return a warning if some images are nearly black; some sixteen of them are looked at."""
     paths = [record.image_path for record in records[:: max(1, len(records) // 16)]]
     faint = [path for path in paths if path.lower().endswith((".png", ".tif", ".tiff")) and is_faint(path)]
@@ -1820,38 +2365,35 @@ def describe_faint(records: list[Record]) -> list[Finding]:
     return [Finding("grey values in a tenth of 16 bits", text, tuple(faint), is_warning=True)]
 
 
-def refuse_shared_images(*splits: list[Record]) -> None:
+def refuse_shared_images(*splits: Records) -> None:
     """Raise InputError if an image is in two splits."""
-    counts = collections.Counter(record.image_path for records in splits for record in records)
+    counts = collections.Counter(path for records in splits for path in records.image_paths)
     shared = [path for path, count in counts.items() if count > 1]
     if shared:
         more = f", as are {len(shared) - 1} more images" if len(shared) > 1 else ""
         raise InputError(f"{shared[0]} is in two of the lists{more}: see --val-split")
 
 
-def drop_measured_blanks(train: list[Record], measured: list[Record]) -> tuple[list[Record], list[Finding]]:
+def drop_measured_blanks(train: Records, measured: Sequence[Records]) -> tuple[Records, list[Finding]]:
     """Leave out training images without objects that are, byte for byte, measured on as well.
 
     A camera that sees nothing writes the same file again and again.
     """
 
-    def content(record: Record) -> int:
-        return hash(Path(record.image_path).read_bytes())
+    def contents(records: Records) -> dict[int, int]:
+        blanks = np.flatnonzero(records.counts == 0).tolist()
+        return {i: hash(Path(records.image_paths[i]).read_bytes()) for i in blanks}
 
-    measured_blanks = {content(record) for record in measured if not len(record.labels)}
+    measured_blanks = {content for records in measured for content in contents(records).values()}
     if not measured_blanks:  # so that training images need not be read
         return train, []
-    kept = []
-    dropped = []
-    for record in train:
-        if len(record.labels) == 0 and content(record) in measured_blanks:
-            dropped.append(record.image_path)
-        else:
-            kept.append(record)
+    dropped = [i for i, content in contents(train).items() if content in measured_blanks]
     if not dropped:
         return train, []
-    text = f"training images without objects that are measured on too, left out: {len(dropped)}"
-    return kept, [Finding("same pixels twice", text, tuple(dropped))]
+    paths = tuple(train.image_paths[i] for i in dropped)
+    text = f"training images without objects that are measured on too, left out: {len(paths)}"
+    kept = np.setdiff1d(np.arange(len(train)), dropped)
+    return train.take(kept), [Finding("same pixels twice", text, paths)]
 
 
 def load_data(
@@ -1883,14 +2425,15 @@ def load_data(
     names, found = choose_classes(data, classes, annotated[roots[0]])
     findings += found
 
-    train = []
+    parts = []
     for root in roots:
         records, found = make_records(root, lists["train"], annotated[root], names)
-        train += records
+        parts.append(records)
         findings += found
+    train = join_records(parts) if len(parts) > 1 else parts[0]
     val, found = read_records(roots[0], lists["val"], names, unlabelled=unlabelled)
     findings += found
-    test: list[Record] = []
+    test, _ = read_records(roots[0], "", names)  # empty
     if lists["test"]:
         tested, found = read_annotations(roots[0], lists["test"], unlabelled=unlabelled)
         findings += found
@@ -1902,9 +2445,10 @@ def load_data(
 
     findings += check_objects(train, val, lists)
     refuse_shared_images(train, val, test)
-    check_images([*val, *test])
+    check_images(val)
+    check_images(test)
     findings += describe_faint(train)
-    train, found = drop_measured_blanks(train, [*val, *test])
+    train, found = drop_measured_blanks(train, [val, test])
     findings += found
     return DataSplits(name_data(data, roots[0]), names, train, val, test, lists, tuple(findings))
 
@@ -1912,7 +2456,7 @@ def load_data(
 # -- samples and batches
 
 
-def decode_all(records: list[Record]) -> list[np.ndarray] | None:
+def decode_all(records: Sequence[Record]) -> list[np.ndarray] | None:
     """Return the decoded images of records, which forked loader processes share; None if memory is short."""
     if not hasattr(os, "sysconf"):  # Windows, where processes are not forked and could not share them
         return None
@@ -1935,7 +2479,7 @@ class VocDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        records: list[Record],
+        records: Sequence[Record],
         transform: A.Compose,
         anchors_cxcywh: Tensor,
         *,
@@ -1947,7 +2491,7 @@ class VocDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.pixels = pixels
         self.anchors_xyxy = box_convert(anchors_cxcywh, "cxcywh", "xyxy").numpy()
-        self.most_objects = max([1, *(len(record.labels) for record in records)])
+        self.most_objects = int(count_objects(records).max(initial=1))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -2011,20 +2555,6 @@ class EpochBatchSampler(torch.utils.data.Sampler):
             for number in range(self.steps_per_epoch):
                 batch = order[number * self.batch_size : (number + 1) * self.batch_size]
                 yield [(index, epoch) for index in batch[self.rank :: self.world]]
-
-
-def _end_worker(signum: int, frame: object) -> None:
-    os._exit(0)  # at once and without an error: torchrun's signal reaches loaders too
-
-
-def _init_worker(worker_id: int) -> None:
-    """Set up a loader process: the main process answers signals and reports errors."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process ends the run
-    signal.signal(signal.SIGTERM, _end_worker)
-    # Pipe errors after the main process exits are expected, and it reports all others itself.
-    sys.excepthook = lambda kind, error, traceback: None
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
 
 
 def fit_shared_memory(workers: int, batch_bytes: int) -> tuple[int, int]:
@@ -2858,10 +3388,10 @@ def best_thresholds(classes: dict[int, dict[str, Any]], class_names: Sequence[st
     return thresholds
 
 
-def truth_of(records: list[Record]) -> dict[str, np.ndarray]:
+def truth_of(records: Sequence[Record]) -> dict[str, np.ndarray]:
     """Return the ground truth of records as `evaluate_voc` takes it; image ids are positions."""
     return {
-        "image_ids": np.repeat(np.arange(len(records)), [len(r.labels) for r in records]),
+        "image_ids": np.repeat(np.arange(len(records)), count_objects(records)),
         "labels": np.concatenate([r.labels for r in records]),
         "boxes_voc": to_voc_pixels(np.concatenate([r.boxes_px for r in records])),
         "difficult": np.concatenate([r.difficult for r in records]),
@@ -2869,7 +3399,7 @@ def truth_of(records: list[Record]) -> dict[str, np.ndarray]:
 
 
 def score_detections(
-    detections: dict[str, np.ndarray], records: list[Record], num_classes: int
+    detections: dict[str, np.ndarray], records: Sequence[Record], num_classes: int
 ) -> dict[str, Any]:
     """Score detections, image ids are positions in records, by the VOC rules; see `measure`."""
     truth = truth_of(records)
@@ -2972,19 +3502,6 @@ def error_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     last = text.splitlines()[-1]  # of a loader process's error its traceback comes first
     return last.split("InputError: ")[-1]
-
-
-def write_atomically(path: PathLike, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), flush it to disk and rename it: readers see the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def without_nan(content: Any) -> Any:
@@ -3397,7 +3914,7 @@ def plot_augmentations(dataset: VocDataset, classes: Sequence[str], count: int =
 
 
 def plot_predictions(
-    records: list[Record], detections: dict[str, np.ndarray], classes: Sequence[str], title: str
+    records: Sequence[Record], detections: dict[str, np.ndarray], classes: Sequence[str], title: str
 ) -> Figure:
     """Return predictions.png: twelve records, evenly spread, with truth and with detections of `measure`.
 
@@ -4143,7 +4660,7 @@ def load_detector(path: PathLike, device: str = "auto", precision: str = "auto")
 # ---- Runs ----
 
 
-def plain_loader(records: list[Record], model: SSD300, *, batch_size: int, workers: int) -> DataLoader:
+def plain_loader(records: Sequence[Record], model: SSD300, *, batch_size: int, workers: int) -> DataLoader:
     """Return the loader of records as they are, resized only."""
     dataset = VocDataset(records, build_transform(train=False), model.anchors.cpu())
     return make_loader(dataset, batch_size=batch_size, workers=workers)
@@ -4217,7 +4734,7 @@ def start_from(state: TrainState, saved: dict[str, Any], path: PathLike, classes
 class Evaluation:
     """A model measured on a list: numbers is what evaluation.json holds, result what `measure` returned."""
 
-    records: list[Record]
+    records: Sequence[Record]
     classes: Sequence[str]
     numbers: dict[str, Any]
     result: dict[str, Any]
@@ -4225,7 +4742,7 @@ class Evaluation:
 
 def read_test_list(
     settings: Settings, classes: Sequence[str] | None = None
-) -> tuple[str, tuple[str, ...], list[Record]]:
+) -> tuple[str, tuple[str, ...], Records]:
     """Return the test list that settings name: its name, classes and Records.
 
     classes None: those of --classes, of VOC, or all that the list's annotations have. InputError if there is
@@ -4265,7 +4782,7 @@ def measure_checkpoint(
     checkpoint: dict[str, Any],
     path: PathLike,
     split: str,
-    records: list[Record],
+    records: Sequence[Record],
 ) -> Evaluation:
     """Measure a checkpoint, which is or will be at path, on a list; write evaluation.json and pictures."""
     plots = Path(settings.output_dir) / "plots"
@@ -4309,7 +4826,7 @@ def print_header(settings: Settings, machine: Machine, data: DataSplits, model: 
         images = len(getattr(data, kind))
         if images:
             counts.append(f"{images} {kind} images ({split or 'held out'})")
-    objects = sum(len(record.labels) for record in data.train)
+    objects = int(data.train.counts.sum())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     start = "random"
     if settings.init_from is not None:
@@ -4449,7 +4966,7 @@ def run_training(settings: Settings, source: dict[str, Any] | None, device: str)
     is_first = process_rank()[0] == 0
     if is_first:
         print_findings(data.findings)
-    boxes = np.concatenate([record.boxes for record in data.train])
+    boxes = all_boxes(data.train)
     sizes = choose_anchors(settings.anchors, boxes, data.classes)
     state, config = build_state(settings, machine, len(data.classes), sizes)
 

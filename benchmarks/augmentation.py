@@ -19,7 +19,7 @@ import common
 from common import ssd
 
 
-def make_cases(records: list[ssd.Record]) -> common.Cases:
+def make_cases(records: Sequence[ssd.Record]) -> common.Cases:
     """Return {case: a function that prepares all images once}, each time as in another epoch."""
 
     def dataset(**options: Any) -> ssd.VocDataset:

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def precisions(device: torch.device) -> dict[str, torch.dtype | None]:
     return {"fp32": None} if dtype is None else {"fp32": None, str(dtype).removeprefix("torch."): dtype}
 
 
-def make_batch(records: list[ssd.Record], device: torch.device, *, batch_size: int) -> tuple[dict, Truth]:
+def make_batch(records: Sequence[ssd.Record], device: torch.device, *, batch_size: int) -> tuple[dict, Truth]:
     """Return (batch on a device, [(boxes, labels)]): resized images, and their ground truth on the CPU.
 
     boxes (G, 4) float32 in [0, 1], labels (G,) int64. Records are repeated if there are too few.
@@ -109,7 +109,7 @@ def make_state(
 
 
 def own_loader(
-    records: list[ssd.Record],
+    records: Sequence[ssd.Record],
     device: torch.device,
     *,
     batch_size: int,
@@ -152,7 +152,7 @@ class PeerDataset(torch.utils.data.Dataset):
     crop, flip. Its transforms are faster on PIL images than on tensors, so images are decoded by PIL.
     """
 
-    def __init__(self, records: list[ssd.Record], *, train: bool = True) -> None:
+    def __init__(self, records: Sequence[ssd.Record], *, train: bool = True) -> None:
         self.records = records
         steps = []
         if train:
@@ -277,7 +277,7 @@ def measure(run: dict, splits: list[str]) -> dict[str, float]:
     root = ssd.find_data(used["data"], used["data_root"], *lists)[0][0]
     saved = ssd.load_checkpoint(run["checkpoint"])
     classes = saved["classes"]
-    records = []
+    records: list[ssd.Record] = []
     for split in splits:
         listed, findings = ssd.read_records(root, split, classes, unlabelled=used["unlabelled"])
         ssd.print_findings(findings)

@@ -19,7 +19,7 @@ from common import ssd
 
 def own_epoch(
     args: argparse.Namespace,
-    records: list[ssd.Record],
+    records: Sequence[ssd.Record],
     num_classes: int,
     device: torch.device,
     amp_dtype: torch.dtype | None,
@@ -41,7 +41,7 @@ def own_epoch(
 
 def peer_epoch(
     args: argparse.Namespace,
-    records: list[ssd.Record],
+    records: Sequence[ssd.Record],
     num_classes: int,
     device: torch.device,
     amp_dtype: torch.dtype | None,

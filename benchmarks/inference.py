@@ -120,7 +120,7 @@ def openvino_session(path: str, threads: int) -> OpenVinoSession:
     return OpenVinoSession(openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": threads}))
 
 
-def make_sessions(detector: ssd.Detector, records: list[ssd.Record], threads: int) -> dict:
+def make_sessions(detector: ssd.Detector, records: Sequence[ssd.Record], threads: int) -> dict:
     """Return {case: session} of the ONNX files of a Detector; their size is the attribute `megabytes`."""
     sessions = {}
     pictures = [onnx.network_input(record.read(), "uint8") for record in records]

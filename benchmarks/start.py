@@ -83,7 +83,7 @@ class BlockFeatures:
         return self.outputs
 
 
-def compare_features(start: ssd.SSD300, now: ssd.SSD300, records: list[ssd.Record]) -> list[dict]:
+def compare_features(start: ssd.SSD300, now: ssd.SSD300, records: Sequence[ssd.Record]) -> list[dict]:
     """Return the table's rows: the features of two networks in pictures. The networks are changed."""
     start_features = BlockFeatures(start.train())
     now_features = BlockFeatures(now.train())

@@ -348,7 +348,7 @@ def draw_lists(
     return ranges, np.round(maps, 5).tolist()
 
 
-def analyze(result: Mapping[str, Any], records: list[ssd.Record], class_names: Sequence[str]) -> Numbers:
+def analyze(result: Mapping[str, Any], records: Sequence[ssd.Record], class_names: Sequence[str]) -> Numbers:
     """Return what is added to evaluation.json; result: what `ssd.measure` returns for the records."""
     detections = result["detections"]
     truth = ssd.truth_of(records)

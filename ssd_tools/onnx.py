@@ -313,7 +313,12 @@ def onnx_map(session: Any, records: Sequence[ssd.Record], num_classes: int) -> f
 
 
 def check_map(
-    path: ssd.PathLike, detector: ssd.Detector, records: list[ssd.Record], *, max_drop: float, **settings: Any
+    path: ssd.PathLike,
+    detector: ssd.Detector,
+    records: Sequence[ssd.Record],
+    *,
+    max_drop: float,
+    **settings: Any,
 ) -> str:
     """Compare the mAP of an ONNX file with a Detector's on Records; returns what was measured as text.
 
@@ -347,19 +352,19 @@ def example_images(data: str, count: int = 16) -> list[Path]:
 
 def records_to_measure(
     settings: ssd.Settings, classes: Sequence[str], max_images: int | None = None
-) -> list[ssd.Record]:
+) -> Sequence[ssd.Record]:
     """Return the Records to measure on: the test list, or max_images of it, evenly spread.
 
     InputError without a test list or an object in it.
     """
-    split, _, records = ssd.read_test_list(settings, classes)
-    records = ssd.spread(records, max_images or len(records))
+    split, _, found = ssd.read_test_list(settings, classes)
+    records = ssd.spread(found, max_images or len(found))
     if not any(len(record.labels) for record in records):
         raise ssd.InputError(f"{settings.data}, list {split}: no object of the model's classes, so no mAP")
     return records
 
 
-def calibration_records(settings: ssd.Settings, classes: Sequence[str]) -> list[ssd.Record]:
+def calibration_records(settings: ssd.Settings, classes: Sequence[str]) -> Sequence[ssd.Record]:
     """Return the Records to calibrate with, of the validation list, without one of the training list."""
     named = (settings.train_split, settings.val_split, settings.test_split)
     roots, lists = ssd.find_data(settings.data, settings.data_root, *named)

@@ -20,6 +20,7 @@ FAST_FILES = (
     "test_03_fitted_anchors",
     "test_04_matching",
     "test_05_data",
+    "test_05_index",
     "test_06_augmentation",
     "test_08_losses",
     "test_09_detection",
@@ -33,6 +34,15 @@ FAST_FILES = (
 TRAINING = {"tiny_run", "flags_of", "same_run"}  # fixtures of tests that train
 TINY_SPLITS = {"train": 8, "val": 4, "test": 4}
 ROUND = ("circle", "ring")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep what programs write into the user's cache apart from the user's own; returns the folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,0 +1,124 @@
+"""How long the annotations of a large data set take at the first start of a training, and at the second.
+
+It makes up a folder of images of 64x48 pixels, each with seven objects of 80 classes, and reads it by
+`load_data` in new processes: `parsed` without an index, `first` where the index is written, `second` where it
+is used. Besides: what the records take in memory. With --folder the data set is kept for the next time.
+
+    python benchmarks/annotations.py --images 20000
+    python benchmarks/annotations.py --images 118000 --cores 16 --folder /tmp/made-up --json annotations.json
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from common import ssd
+from PIL import Image
+
+CLASSES = 80
+OBJECTS = 7  # of an image
+READ = """
+import json, os, resource, sys, time
+cores, least, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+import ssd_object_detection as ssd
+ssd.INDEX_LEAST = least
+before = os.times()
+began = time.perf_counter()
+data = ssd.load_data(folder, val_fraction=0)
+seconds = time.perf_counter() - began
+used = [after - start for after, start in zip(os.times()[:4], before[:4])]
+arrays = [value for value in vars(data.train).values() if hasattr(value, "nbytes")]
+for texts in (data.train.image_ids, data.train.image_paths):
+    arrays += vars(texts).values()
+size = sum(array.nbytes for array in arrays) / len(data.train)
+digest = hash(ssd.all_boxes(data.train).tobytes() + "".join(data.train.image_paths).encode())
+print(json.dumps({"seconds": seconds, "cpu": sum(used), "bytes": size, "digest": digest}))
+"""
+
+
+def make_folder(folder: Path, count: int) -> None:
+    """Write a made-up data set of so many images in VOC layout, unless it is there."""
+    if (folder / "ImageSets" / "Main" / "train.txt").is_file():
+        return
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), "grey").save(buffer, "JPEG")
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        (folder / "JPEGImages" / f"{number:012d}.jpg").write_bytes(buffer.getvalue())
+        corner = rng.integers(1, 40, (OBJECTS, 2))
+        edge = corner + rng.integers(2, 9, (OBJECTS, 2))
+        labels = rng.integers(CLASSES, size=(OBJECTS, 1))
+        nodes = [
+            f"<object><name>class {label}</name><difficult>0</difficult><bndbox><xmin>{x1}</xmin>"
+            f"<ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>\n"
+            for label, x1, y1, x2, y2 in np.hstack((labels, corner, edge)).tolist()
+        ]
+        size = "<size><width>64</width><height>48</height><depth>3</depth></size>\n"
+        text = f"<annotation>\n{size}{''.join(nodes)}</annotation>\n"
+        (folder / "Annotations" / f"{number:012d}.xml").write_text(text)
+    ids = "".join(f"{number:012d}\n" for number in range(count))
+    (folder / "ImageSets" / "Main" / "train.txt").write_text(ids)
+    time.sleep(ssd.UNSETTLED / 1e9 + 0.5)  # files that have just changed are not trusted
+
+
+def read(folder: Path, cache: Path, cores: int, least: int) -> dict[str, float]:
+    """Return seconds, CPU seconds of all processes, bytes an image and a digest of reading a folder once."""
+    command = [sys.executable, "-c", READ, str(cores), str(least), str(folder)]
+    paths = [str(Path(ssd.__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(cache),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONHASHSEED": "0",
+        "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", str(cache / "matplotlib")),
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Measure by the flags; returns what --json holds."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--images", type=ssd.positive_int, default=20000, help="images to make up (default: 20000)")
+    add("--cores", type=ssd.positive_int, default=1, help="that a start may use (default: 1)")
+    add("--rounds", type=ssd.positive_int, default=1, help="of all three (default: 1)")
+    add("--folder", type=Path, metavar="DIR", help="where the data set is or will be (default: not kept)")
+    add("--json", metavar="FILE", help="write the result")
+    args = parser.parse_args(argv)
+    rounds: list[dict[str, dict[str, float]]] = []
+    with contextlib.ExitStack() as stack:
+        made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = args.folder or made / "data"
+        make_folder(folder, args.images)
+        for number in range(args.rounds):
+            cache = made / f"cache {number}"
+            least = {"parsed": 10**12, "first": 1, "second": 1}
+            rounds.append({name: read(folder, cache, args.cores, least[name]) for name in least})
+    result = {"images": args.images, "cores": args.cores, "rounds": rounds}
+    print(f"{args.images} images, {args.images * OBJECTS} objects, {args.cores} cores")
+    for times in rounds:
+        assert len({one["digest"] for one in times.values()}) == 1, "the index changed the data"
+        for name, one in times.items():
+            share = one["seconds"] / times["parsed"]["seconds"]
+            print(f"{name:<7} {one['seconds']:7.2f} s  {one['cpu']:7.2f} s of CPU  {share:6.3f} of parsed")
+    print(f"records take {rounds[0]['second']['bytes']:.0f} bytes an image")
+    if args.json:
+        ssd.write_json(args.json, result | {"environment": ssd.environment("cpu")})
+    return result
+
+
+if __name__ == "__main__":
+    main()
