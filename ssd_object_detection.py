@@ -264,9 +264,7 @@ def pick_amp_dtype(device: torch.device, amp: str = "auto") -> torch.dtype | Non
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory: fresh pages cost about a quarter of a CPU training step."""
-    if not sys.platform.startswith("linux"):
-        return
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library; Windows has none
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
