@@ -1,10 +1,13 @@
 """Detect objects with an ONNX file of ssd_tools.onnx; needs numpy, pillow and onnxruntime 1.25 or newer.
 
-python detect_onnx.py model.onnx picture.jpg ...    # draws picture_detected.png beside each picture
-python detect_onnx.py model.onnx 0                  # camera 0, which needs OpenCV too; Ctrl-C ends it
+python detect_onnx.py model.onnx picture.jpg ...    # draws picture_detected.png where it is started
+python detect_onnx.py model.onnx picamera           # or 0: camera_onnx.py, a JSON line a frame, until Ctrl-C
+python detect_onnx.py model.onnx --check            # check_onnx.py: does it find the same on this machine?
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -38,49 +41,60 @@ def resize(picture: Image.Image, size: int) -> np.ndarray:
     return np.tensordot(columns, flat, (1, 1)).round().T  # (colour, y, x)
 
 
-def detect(
-    session: onnxruntime.InferenceSession, picture: Image.Image
-) -> list[tuple[str, float, list[float]]]:
+def detect(session: onnxruntime.InferenceSession, picture: Image.Image) -> list[tuple]:
     """Return [(class name, score, [x1, y1, x2, y2] in pixels)] of an RGB PIL image, best first."""
-    about = session.get_modelmeta().custom_metadata_map
-    names = json.loads(about["classes"])
-    score_thresh = json.loads(about["score_thresh"])
-    images = resize(picture, json.loads(about["image_size"]))[None]
+    about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    images = resize(picture, about["image_size"])[None]
     if "uint8" in session.get_inputs()[0].type:
         images = images.astype(np.uint8)
     boxes, scores, labels = session.run(None, {"images": images})
-    found = []
-    for box, score, label in zip(boxes[0] * (picture.size * 2), scores[0], labels[0], strict=True):
-        name = names[label - 1]
-        if label > 0 and score >= score_thresh[name]:  # rows of label 0 are empty
-            found.append((name, float(score), box.tolist()))
-    return found
-
-
-def watch_camera(session: onnxruntime.InferenceSession, number: int) -> None:
-    """Print what a camera sees until Ctrl-C."""
-    try:
-        import cv2
-    except ImportError:
-        sys.exit("error: a camera needs OpenCV: pip install opencv-python-headless")
-    camera = cv2.VideoCapture(number)
-    while (frame := camera.read()[1]) is not None:
-        print(detect(session, Image.fromarray(frame[..., ::-1])), flush=True)
-    sys.exit(f"error: no picture from camera {number}")
+    boxes_px = (boxes[0] * (picture.size * 2)).tolist()
+    names = [about["classes"][label - 1] for label in labels[0] if label > 0]  # rows of label 0 are empty
+    found = zip(names, scores[0].tolist(), boxes_px, strict=False)
+    return [row for row in found if row[1] >= about["score_thresh"][row[0]]]
 
 
 def draw_detected(session: onnxruntime.InferenceSession, path: Path) -> None:
-    """Print what is found in a picture and write a drawn copy beside it."""
+    """Print what is found in a picture and write a drawn copy into the current folder."""
     picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     for name, score, box in detect(session, picture):
         print(f"{path}: {name} {score:.3f} {[round(side, 1) for side in box]}")
         ImageDraw.Draw(picture).rectangle(box, outline="red", width=3)
-    picture.save(path.with_name(f"{path.stem}_detected.png"))
+    picture.save(f"{path.stem}_detected.png")
+
+
+def main(model: str, *names: str) -> int:
+    """Detect in pictures or a camera; returns the exit code: 0 done, 1 a picture could not be read."""
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    if "score_thresh" not in session.get_modelmeta().custom_metadata_map:
+        raise ValueError("not a file of ssd_tools.onnx")
+    if names[0] == "--check":
+        import check_onnx  # beside this file
+
+        return check_onnx.check(model)
+    if names[0] == "picamera" or names[0].isdigit():
+        import camera_onnx
+
+        camera_onnx.watch_camera(lambda picture: detect(session, picture), names[0])
+    code = 0
+    for path in map(Path, names):
+        try:
+            draw_detected(session, path)
+        except Exception as error:  # Pillow raises many
+            print(f"error: {path}: {error}", file=sys.stderr)
+            code = 1
+    return code
 
 
 if __name__ == "__main__":
-    session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-    if sys.argv[2].isdigit():
-        watch_camera(session, int(sys.argv[2]))
-    for path in map(Path, sys.argv[2:]):
-        draw_detected(session, path)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    if len(sys.argv) < 3:
+        sys.exit("usage: detect_onnx.py MODEL.onnx PICTURE... | picamera | 0 | --check")
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(0)
+    except Exception as error:  # another onnxruntime, a cut file, no camera, a lost one
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"error: {' '.join(sys.argv[1:])}: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)  # a lost picamera would never close

@@ -24,6 +24,7 @@ from ssd_tools.weights import load_weights
 HERE = Path(__file__).resolve().parent
 EXAMPLES = [folder / "examples" / "detect_onnx.py" for folder in (HERE, HERE.parent)]  # installed; a checkout
 EXAMPLE = EXAMPLES[0] if EXAMPLES[0].is_file() else EXAMPLES[1]
+EXAMPLE_PARTS = (EXAMPLE.name, "camera_onnx.py", "check_onnx.py")
 
 USE = """\
 ```python
@@ -202,7 +203,8 @@ def export_folder(
     if onnx_images:
         check = functools.partial(onnx.check_onnx, images=onnx_images)
         summary = onnx.export_onnx(checkpoint, model, folder / "model.onnx", check)
-        shutil.copyfile(EXAMPLE, folder / EXAMPLE.name)
+        for part in EXAMPLE_PARTS:
+            shutil.copyfile(EXAMPLE.with_name(part), folder / part)
     text = card(name, run, onnx_check=summary, **licences)
     ssd.write_atomically(folder / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

@@ -34,6 +34,7 @@ from ssd_tools.common import load_evaluation, optional_import, run_program
 
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3  # pixels of the image; how far ONNX and PyTorch may differ
 FAR = 5.0  # pixels from which two boxes are of different objects
+CHECK_IMAGES = 16
 CALIBRATION_IMAGES = 32  # whose activations give the ranges of 8-bit integers
 INT8_RUNTIME = (1, 25)  # onnxruntime that multiplies rightly on any CPU: microsoft/onnxruntime pull 27671
 
@@ -217,6 +218,7 @@ def to_onnx(
         "classes": detector.classes,
         "score_thresh": detector.score_thresh,
         "image_size": ssd.IMAGE_SIZE,
+        "int8": calibration is not None,
     }
     onnx.helper.set_model_props(whole, {name: json.dumps(value) for name, value in metadata.items()})
     del whole.opset_import[1:]  # the same again, which onnxruntime's tools refuse
@@ -336,7 +338,7 @@ def check_map(
     return summary
 
 
-def example_images(data: str, count: int = 16) -> list[Path]:
+def example_images(data: str, count: int = CHECK_IMAGES) -> list[Path]:
     """Return image files of the data that a checkpoint was trained on, evenly spread."""
     root = Path(data)
     if ssd.is_voc(data):
@@ -372,6 +374,50 @@ def calibration_records(settings: ssd.Settings, classes: Sequence[str]) -> Seque
     records, findings = ssd.read_records(roots[0], split, classes, unlabelled=settings.unlabelled)
     ssd.print_findings(findings)
     return ssd.spread(records, CALIBRATION_IMAGES)
+
+
+def check_images(settings: ssd.Settings, classes: Sequence[str]) -> list[Path]:
+    """Return CHECK_IMAGES image files of the test list, evenly spread; without such a list, of the folder."""
+    try:
+        _, _, records = ssd.read_test_list(settings, classes)
+    except ssd.InputError:
+        return example_images(settings.data)
+    return [Path(record.image_path) for record in ssd.spread(records, CHECK_IMAGES)]
+
+
+def check_set_path(path: Path) -> Path:
+    """Return where the check set of an ONNX file is: one for NAME.onnx and NAME_int8.onnx together."""
+    return path.with_name(f"{path.stem.removesuffix('_int8')}_check.npz")
+
+
+def write_check_set(
+    path: Path, detector: ssd.Detector, images: Sequence[ssd.PathLike], **settings: Any
+) -> None:
+    """Write what PyTorch finds in image files, for `detect_onnx.py --check` on another machine.
+
+    An .npz of images (N, 3, 300, 300) uint8, boxes (N, D, 4) normalised xyxy, scores (N, D) and labels
+    (N, D), as the ONNX file returns them; rows of label 0 are empty. settings: of `ssd.detect`.
+    """
+    pixels = [network_input(np.asarray(ssd.open_image(image)), "uint8") for image in images]
+    model = detector.model.eval()
+    rows = []
+    for picture in pixels:
+        with torch.inference_mode():
+            cls_logits, box_deltas = model(torch.from_numpy(picture).to(model.anchors.device))
+            (found,) = ssd.detect(cls_logits, box_deltas, model.anchors, **settings)
+        rows.append(found)
+    boxes, labels, scores = zip(*rows, strict=True)
+
+    def pad(values: Sequence[Tensor]) -> np.ndarray:
+        return nn.utils.rnn.pad_sequence(list(values), batch_first=True).cpu().numpy()  # (N, D) or (N, D, 4)
+
+    arrays: dict[str, Any] = {"boxes": pad(boxes), "scores": pad(scores), "labels": pad(labels)}
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, images=np.concatenate(pixels), **arrays)
+
+    ssd.write_atomically(path, write)
 
 
 def export_onnx(
@@ -435,9 +481,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=ssd.MAX_DETECTIONS,
         help=f"rows of the output (default: {ssd.MAX_DETECTIONS})",
     )
-    add("--images", nargs="+", metavar="FILE", help="images to check with (default: 16 of the run's data)")
+    add("--images", nargs="+", metavar="FILE", help="images to check with (default: 16 of the test list)")
     add("--int8", action="store_true", help="convolve in 8-bit integers")
-    measured = parser.add_argument_group("what --int8 is measured on, in place of --images")
+    measured = parser.add_argument_group("the images to check with, and what --int8 is measured on")
     add = measured.add_argument
     add("--data", metavar="PATH", help="a folder in VOC layout (default: the run's)")
     add("--test-split", metavar="LIST", help="default: the run's, or test")
@@ -470,11 +516,11 @@ def run(args: argparse.Namespace) -> None:
         "dtype": args.input,
     }
     check: Check
+    images = args.images or check_images(settings, classes)
     if args.int8:
         test = records_to_measure(settings, classes, args.max_images)
         check = functools.partial(check_map, records=test, max_drop=args.max_map_drop)
     else:
-        images = args.images or example_images(settings.data)
         check = functools.partial(check_onnx, images=images)
     ending = ".onnx"
     if args.int8:
@@ -482,8 +528,15 @@ def run(args: argparse.Namespace) -> None:
         calibration = calibration_records(settings, classes)
         options["calibration"] = (network_input(record.read(), args.input) for record in calibration)
     path = Path(args.output or source.with_name(source.stem + ending))
-    print(export_onnx(checkpoint, model, path, check, **options))
-    print(path)
+    check_path = check_set_path(path)
+
+    def check_and_keep(temporary: ssd.PathLike, detector: ssd.Detector, **detection: Any) -> str:
+        summary = check(temporary, detector, **detection)
+        write_check_set(check_path, detector, images, **detection)
+        return summary
+
+    print(export_onnx(checkpoint, model, path, check_and_keep, **options))
+    print(path, check_path, sep="\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

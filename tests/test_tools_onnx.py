@@ -252,10 +252,11 @@ def test_the_loss_of_map_is_measured_on_the_test_list(smaller, tiny_run, tiny_vo
     theirs = ssd.load_checkpoint(tiny_run.final)["test"]["map_area"]
     path, printed = smaller
     value = tool.onnx_map(session_of(path), test, 2)
-    line, written = printed.splitlines()
+    line, written, check_set = printed.splitlines()
     assert line.startswith(f"mAP@.5 {value:.4f} in 4 test images, ")
     assert line.endswith(f"from PyTorch's {theirs:.4f}")
     assert written == str(path)
+    assert Path(check_set) == path.with_name("tiny_check.npz")
 
 
 def test_the_map_of_a_file_is_what_evaluate_measures(onnx_file, model, tiny_voc):
@@ -281,7 +282,7 @@ def test_a_file_that_loses_map_is_refused_and_not_left(tiny_run, tmp_path, refus
     line = refused(*command, 0)
     assert f"mAP@.5 0.0000 in 4 test images, -{theirs:.4f} from PyTorch's {theirs:.4f}" in line
     assert "--max-map-drop allows 0" in line
-    assert {path.name for path in tmp_path.iterdir()} == {"blind.pth", "blind.onnx"}
+    assert {path.name for path in tmp_path.iterdir()} == {"blind.pth", "blind.onnx", "blind_check.npz"}
     assert tool.main([*map(str, command), "1"]) == 0
     assert (tmp_path / "int8.onnx").is_file()
 
