@@ -28,10 +28,11 @@ from ssd_tools.weights import load_weights
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
 TARGET_SUFFIXES = dict.fromkeys(VIDEO_SUFFIXES, ".mp4") | dict.fromkeys((".jpg", ".jpeg", ".jfif"), ".jpg")
+RIBBON = "picamera"  # the source that picamera2 reads
 FLIPS = {"off": (), "horizontal": ((3,),), "both": ((3,), (2,), (2, 3))}  # dimensions of (B, 3, H, W)
 BATCH_SIZE = 8
 
-Source = Path | str  # a file; or a camera's number, or an address
+Source = Path | str  # a file; or a camera's number, RIBBON, or an address
 Found = dict[str, Any]  # `ssd.Detections.to_dict` of an image; of a video {"fps", "frames": a dict each}
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -120,8 +121,8 @@ def detect_all(
 
 
 def is_stream(argument: str) -> bool:
-    """Whether an argument is a camera's number or an address, rather than files."""
-    is_camera = argument.isdigit() and not Path(argument).exists()
+    """Whether an argument is a camera's number, RIBBON or an address, rather than files."""
+    is_camera = (argument.isdigit() or argument == RIBBON) and not Path(argument).exists()
     return is_camera or re.match(r"\w+://", argument) is not None
 
 

@@ -516,11 +516,12 @@ def run(args: argparse.Namespace) -> None:
         "dtype": args.input,
     }
     check: Check
-    images = args.images or check_images(settings, classes)
     if args.int8:
         test = records_to_measure(settings, classes, args.max_images)
+        images = args.images or [record.image_path for record in ssd.spread(test, CHECK_IMAGES)]
         check = functools.partial(check_map, records=test, max_drop=args.max_map_drop)
     else:
+        images = args.images or check_images(settings, classes)
         check = functools.partial(check_onnx, images=images)
     ending = ".onnx"
     if args.int8:

@@ -3,6 +3,7 @@
     python -m ssd_tools.video holiday.mp4 --weights checkpoints/ssd_shapes_final.pth
     python -m ssd_tools.video 0 --weights FILE --show                # a camera, in a window, until q
     python -m ssd_tools.video rtsp://camera/stream --weights FILE    # written as MP4, until Ctrl-C
+    python -m ssd_tools.video picamera --weights FILE                # a Raspberry Pi's ribbon camera
 
 The results are in plots/predictions: MP4 without sound, and predictions.json. A live source leaves a line a
 frame in NAME.jsonl instead; frames that come while the network works are dropped. What cannot be read is
@@ -20,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -29,10 +30,11 @@ from tqdm import tqdm
 
 import ssd_object_detection as ssd
 from ssd_tools import inference
-from ssd_tools.inference import Found, Source, count_text, public_name
+from ssd_tools.inference import RIBBON, Found, Source, count_text, public_name
 
 RETRIES, RETRY_PAUSE = 30, 1.0  # of a stream that broke off; seconds
 TIMEOUT_MS = 10_000  # for a stream to open, or to deliver a frame
+RIBBON_SIZE, RIBBON_FPS = (640, 480), 30.0  # of a ribbon camera's frames
 MAX_FPS = 60.0  # of the video that a live source is written to
 
 Put = Callable[[Image.Image, int], bool]  # write or show a picture so many times; whether to go on
@@ -41,8 +43,47 @@ Put = Callable[[Image.Image, int], bool]  # write or show a picture so many time
 # ---- reading and writing ----
 
 
+class RibbonCamera:
+    """A Raspberry Pi's ribbon camera, by picamera2, with what is used of a cv2.VideoCapture.
+
+    InputError if it cannot be opened. A frame that does not come within TIMEOUT_MS counts as a break.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from picamera2 import Picamera2
+
+            self.camera = Picamera2()
+            main = {"size": RIBBON_SIZE, "format": "RGB888"}  # which is BGR in memory
+            self.camera.configure(self.camera.create_video_configuration(main=main))
+            self.camera.start()
+        except ImportError as error:
+            advice = "apt install python3-picamera2, and python3 -m venv --system-site-packages"
+            raise ssd.InputError(f"{RIBBON}: needs the package picamera2 ({error}): {advice}") from None
+        except Exception as error:  # libcamera's: none is there, or another program has it
+            raise ssd.InputError(f"{RIBBON}: no such camera ({ssd.error_line(error)})") from None
+
+    def get(self, name: int) -> float:
+        """Return the frame rate; 0 for all other properties."""
+        return RIBBON_FPS if name == cv2.CAP_PROP_FPS else 0.0
+
+    def read(self) -> tuple[bool, Any]:
+        """Return (True, the next BGR frame), or (False, None) if the camera is lost."""
+        try:
+            return True, self.camera.capture_array("main", wait=TIMEOUT_MS / 1000)
+        except Exception:  # TimeoutError, and what libcamera raises
+            return False, None
+
+    def release(self) -> None:
+        """Close the camera."""
+        with contextlib.suppress(Exception):
+            self.camera.close()
+
+
 def open_video(source: Source) -> cv2.VideoCapture:
     """Return a cv2.VideoCapture of a file, address or camera's number; InputError if it cannot be opened."""
+    if source == RIBBON:
+        return cast(cv2.VideoCapture, RibbonCamera())
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # no chatter about broken videos
     set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # OpenCV 4, and 5
     set_log_level(0)  # nor about missing cameras
@@ -384,7 +425,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "inputs",
         nargs="+",
         metavar="SOURCE",
-        help="videos, folders of them, globs in quotes, a camera's number, or a stream's address",
+        help="videos, folders of them, globs in quotes, a camera's number, picamera, or a stream's address",
     )
     parser.add_argument("--show", action="store_true", help="in a window, until q, not in a file")
     inference.add_flags(parser)

@@ -225,6 +225,68 @@ def test_a_stream_that_stays_away_is_a_problem(pointer, tmp_path, camera):
     assert kind.opened == 1 + video.RETRIES
 
 
+PICAMERA2 = """
+import numpy as np
+
+class Picamera2:
+    def create_video_configuration(self, main):
+        assert main["format"] == "RGB888"
+        return main
+    def configure(self, main):
+        self.frame = np.zeros((*main["size"][::-1], 3), np.uint8)
+        self.frame[100:300, 100:300, 2] = 255  # red, as BGR
+        self.left = {frames}
+    def start(self):
+        pass
+    def capture_array(self, name="main", wait=None):
+        self.left -= 1
+        if self.left < 0:
+            raise TimeoutError
+        return self.frame
+    def close(self):
+        pass
+"""
+
+
+@pytest.fixture
+def ribbon(monkeypatch, tmp_path_factory):
+    """A function that puts a stand-in of picamera2 on the path, which is lost after some frames."""
+
+    def put(frames):
+        folder = tmp_path_factory.mktemp("ribbon")
+        (folder / "picamera2.py").write_text(PICAMERA2.format(frames=frames))
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.delitem(sys.modules, "picamera2", raising=False)
+        monkeypatch.setattr(video, "RETRY_PAUSE", 0.0)
+
+    yield put
+    sys.modules.pop("picamera2", None)
+
+
+def test_a_ribbon_camera_is_a_live_source(pointer, tmp_path, ribbon, capsys):
+    ribbon(10**9)
+    interrupt_after(pointer, 3)
+    (source,) = inference.find_inputs(["picamera"], inference.VIDEO_SUFFIXES, "video")
+    assert video.predict_videos(pointer, [source], tmp_path) == []
+    rows = [json.loads(line) for line in (tmp_path / "picamera.jsonl").read_text().splitlines()]
+    assert [row["names"] for row in rows] == [["red"]] * 3
+    np.testing.assert_allclose(rows[0]["boxes_px"][0], (100, 100, 300, 300), atol=4)
+    assert capsys.readouterr().out.startswith("picamera: 3 of ")
+
+
+def test_a_lost_ribbon_camera_is_opened_again_and_one_that_is_not_there_is_a_line(
+    pointer, tmp_path, ribbon, capsys, monkeypatch
+):
+    ribbon(1)
+    interrupt_after(pointer, 3)
+    assert video.predict_videos(pointer, ["picamera"], tmp_path) == []
+    assert "picamera: broke off, trying again" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "picamera2", None)
+    (problem,) = video.predict_videos(pointer, ["picamera"], tmp_path)
+    assert problem.startswith("picamera: needs the package picamera2")
+    assert "apt install python3-picamera2" in problem
+
+
 def test_q_ends_a_window_and_nothing_is_written_into_a_video(pointer, tmp_path, camera, monkeypatch):
     camera(10**9)
     shown, keys = [], iter([-1, ord("x"), ord("q")])
