@@ -228,8 +228,8 @@ def test_a_smaller_file_is_smaller_and_finds_nearly_the_same(smaller, onnx_file,
     graph_size = 200_000  # what is no weight
     assert path.stat().st_size < 0.25 * size + 2 * graph_size
     picture = np.asarray(ssd.open_image(tiny_voc / "JPEGImages" / "test_0.jpg"))
-    _, _, scores = tool.find_objects(session_of(onnx_file), picture)
-    found = tool.find_objects(session_of(path), picture)
+    _, _, scores = tool.find_objects(session_of(onnx_file), picture, picture.shape[1::-1])
+    found = tool.find_objects(session_of(path), picture, picture.shape[1::-1])
     assert abs(found[2][:20] - scores[:20]).max() < 0.05
     assert len(found[1]) > 20
 
