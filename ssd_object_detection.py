@@ -411,13 +411,14 @@ def _box_area(boxes: np.ndarray, extra: float) -> np.ndarray:
 def box_iou(boxes: np.ndarray, others: np.ndarray, extra: float = 0.0) -> np.ndarray:
     """Return the IoU (...) of xyxy boxes (..., 4) and others (..., 4), whose leading shapes broadcast.
 
-    extra is added to every side: 1 for VOC's pixels, whose corners are included. At least one box of each
-    pair must have an area.
+    extra is added to every side: 1 for VOC's pixels, whose corners are included. Two boxes without area, as
+    rounding may leave them, have an IoU of 0.
     """
     width = np.minimum(boxes[..., 2], others[..., 2]) - np.maximum(boxes[..., 0], others[..., 0]) + extra
     height = np.minimum(boxes[..., 3], others[..., 3]) - np.maximum(boxes[..., 1], others[..., 1]) + extra
     shared = width.clip(min=0) * height.clip(min=0)
-    return shared / (_box_area(boxes, extra) + _box_area(others, extra) - shared)
+    union = _box_area(boxes, extra) + _box_area(others, extra) - shared
+    return shared / np.maximum(union, np.finfo(np.float32).tiny)
 
 
 def _anchor_sizes() -> tuple[tuple[tuple[float, float], ...], ...]:

@@ -14,7 +14,7 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -221,6 +221,25 @@ def test_any_box_that_is_kept_comes_out_of_the_augmentation(box, width, height, 
         assert torch.isfinite(sample["gt_boxes"]).all()
         labels, box_targets = ssd.build_targets(torch.utils.data.default_collate([sample]), ANCHORS)
         assert torch.isfinite(box_targets[labels > 0]).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(box=corners, other=corners, width=st.integers(1, 64), height=st.integers(1, 64))
+@example(box=(-5.0, 1.0, 1e-17, 10.0), other=(-5.0, 1.0, 2e-17, 10.0), width=10, height=10)  # rounds to 0
+def test_any_box_that_is_kept_is_measured(box, other, width, height):
+    objects = tuple(ssd.VocObject("cat", corner, difficult=False) for corner in (box, other))
+    record, _ = ssd.read_record("nowhere", "a", ssd.Annotation(width, height, objects), ("cat",))
+    count = len(record.labels)
+    detections = {
+        "image_ids": np.zeros(count, dtype=int),
+        "labels": np.ones(count, dtype=int),
+        "scores": np.linspace(0.9, 0.8, count),
+        "boxes_voc": ssd.to_voc_pixels(record.boxes_px),
+    }
+    with np.errstate(all="raise"):
+        result = ssd.score_detections(detections, [record], 1)
+    if count:
+        assert 0 <= result["map_area"] <= 1
 
 
 def numbered(count):
