@@ -20,6 +20,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
@@ -182,6 +183,12 @@ def measure_list(
     return maps
 
 
+def find_by_onnx(session: Any, pixels: np.ndarray) -> tuple:
+    """Return what an ONNX file finds in an image (H, W, 3), boxes in its pixels."""
+    height, width = pixels.shape[:2]
+    return onnx.find_objects(session, pixels, (width, height))
+
+
 def find_in_files(find: Callable[[np.ndarray], tuple], paths: list[str]) -> list[tuple]:
     """Return what a function of images (H, W, 3) finds in image files, read one by one."""
     return [find(np.asarray(ssd.open_image(path))) for path in paths]
@@ -225,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         peer_of = {name: name.replace("SSD300", "torchvision") for name in cases}
         for case, session in sessions.items():
             cases[case] = functools.partial(session.run, None, {"images": batch["images"].numpy()})
-            find = functools.partial(onnx.find_objects, session)
+            find = functools.partial(find_by_onnx, session)
             cases[f"{case} files"] = functools.partial(find_in_files, find, paths)
             peer_of |= {case: first, f"{case} files": f"{first} files"}
         for row in common.rows_of(common.time_in_turns(cases, args.rounds, device), peer_of, images=size):

@@ -1216,7 +1216,7 @@ def test_samples_of_decoded_images_read_no_file_and_leave_them_as_they_are(recor
     expected = [dataset[i, 1] for i in range(6)]
     pixels = ssd.decode_all(records)
     copies = [image.copy() for image in pixels]
-    monkeypatch.setattr(ssd, "open_image", lambda *key: pytest.fail("read again"))
+    monkeypatch.setattr(ssd, "open_small", lambda *key: pytest.fail("read again"))
     cached = dataset_of(records, seed=3, pixels=pixels)
     assert all(equal(cached[i, 1], expected[i]) for i in range(6))
     assert all((image == copy).all() for image, copy in zip(pixels, copies, strict=True))

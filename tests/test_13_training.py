@@ -1102,14 +1102,14 @@ def test_a_run_out_of_memory_advises_and_can_go_on_as_if_nothing_had_been(
 def test_a_loader_process_that_dies_ends_the_run_with_advice(
     tiny_run, flags_of, tmp_path, monkeypatch, capsys, no_pictures
 ):
-    read, main_process = ssd.open_image, os.getpid()
+    read, main_process = ssd.open_small, os.getpid()
 
     def die(path, size):
         if os.getpid() != main_process and "train" in str(path):
             os._exit(1)
         return read(path, size)
 
-    monkeypatch.setattr(ssd, "open_image", die)
+    monkeypatch.setattr(ssd, "open_small", die)
     assert ssd.main(flags_of(tiny_run.data, tmp_path, "--workers", "1", "--no-cache")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
