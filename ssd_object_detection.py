@@ -2339,7 +2339,7 @@ def require_known_objects(
     """Raise InputError if a list has objects, but none of the classes: there is nothing to measure."""
     is_annotated = any(annotation.objects for annotation in annotations.values())
     if is_annotated and not count_objects(records).any():
-        raise InputError(f"{where}: nothing of {', '.join(classes)} (see --classes, --test-split, --data)")
+        raise InputError(f"{where}: nothing of {', '.join(classes)} (see --data, --test-split)")
 
 
 def check_images(records: Sequence[Record]) -> None:

@@ -143,7 +143,7 @@ def test_a_picture_to_measure_on_that_is_cut_off_stops_before_training(tmp_path,
 def test_a_test_list_of_other_classes_stops_before_training(tmp_path):
     root = write(tmp_path, ["a.png"], {"train": ["a"], "test": ["b"]})
     write(root, ["b.png"], {}, label="horse")
-    assert "list test: nothing of cat (see --classes, --test-split" in refusal(load, root)
+    assert "list test: nothing of cat (see --data, --test-split)" in refusal(load, root)
 
 
 # ---- the lock of a run ----

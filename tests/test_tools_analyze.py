@@ -573,7 +573,7 @@ def test_command_s_errors_are_one_line(tiny_run, make_voc, tmp_path, capsys):
     for argv, message in (
         ([tmp_path / "no.pth"], "not readable as a checkpoint"),
         ([tmp_path / "none.pth"], "no such file"),
-        ([tiny_run.final, "--data", other], "nothing of angular, round (see --data)"),
+        ([tiny_run.final, "--data", other], "nothing of angular, round (see --data, --test-split)"),
         ([tiny_run.final, "--test-split", "nowhere"], "no image list"),
         ([tiny_run.final, "--device", "nowhere"], "--device nowhere"),
     ):
