@@ -434,17 +434,13 @@ def run(settings: ssd.Settings) -> int:
         return 1
 
     # The training's own reading, too, in case that stops at something else or finds what has no kind here.
-    try:
-        data = ssd.load_data(
-            settings.data,
-            classes=settings.classes,
-            val_fraction=settings.val_fraction,
-            unlabelled=settings.unlabelled,
-            **splits,
-        )
-    except ssd.InputError as error:
-        print(f"mend before a training: {error}")
-        return 1
+    data = ssd.load_data(
+        settings.data,
+        classes=settings.classes,
+        val_fraction=settings.val_fraction,
+        unlabelled=settings.unlabelled,
+        **splits,
+    )
     ssd.print_findings(finding for finding in data.findings if finding.kind not in KINDS)
     print("a training can start")
     return 0

@@ -591,5 +591,5 @@ def test_help_is_that_of_the_program(capsys):
 
 def test_a_test_list_without_the_classes_stops_a_training(tmp_path, capsys):
     root = write_voc(tmp_path, {"a": [CAT], "b": [("walrus", CAT[1])]}, train="a", test="b")
-    assert audit.main(["--data", str(root), "--output-dir", str(tmp_path / "out")]) == 1
-    assert "list test: nothing of cat" in capsys.readouterr().out
+    assert audit.main(["--data", str(root), "--output-dir", str(tmp_path / "out")]) == 2
+    assert "list test: nothing of cat" in capsys.readouterr().err

@@ -578,15 +578,15 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     write_pair(tmp_path / "both" / "valid", "b")
     write_yolo(tmp_path / "broken", {"a.png": "0 .5 .5 .5 .5"})
     (tmp_path / "broken" / "images" / "a.png").write_text("no image")
-    picture(tmp_path / "a.ppm")
-    write_coco(tmp_path / "ppm.json", {1: "a.ppm"}, [])
-    write_coco(tmp_path / "name.json", {1: "a.ppm"}, [(1, 10, [1, 1, 9, 9])], ["a\1"])
+    picture(tmp_path / "a.pcx")
+    write_coco(tmp_path / "ppm.json", {1: "a.pcx"}, [])
+    write_coco(tmp_path / "name.json", {1: "a.pcx"}, [(1, 10, [1, 1, 9, 9])], ["a\1"])
     for argv, message in (
         (("coco", tmp_path / "none.json", tmp_path), "none.json"),
         (("coco", tmp_path / "bad.json", tmp_path), "bad.json: not a COCO JSON of instances (JSOND"),
         (("coco", tmp_path / "list.json", tmp_path), "list.json: not a COCO JSON of instances"),
         (("coco", tmp_path / "twice.json", tmp_path), "twice.json: two of its images have the same id"),
-        (("coco", tmp_path / "ppm.json", tmp_path), ".gif, not "),
+        (("coco", tmp_path / "ppm.json", tmp_path), ".heif, not "),
         (("coco", tmp_path / "ppm.json", tmp_path, "--list", "../a"), "--list: "),
         (("coco", tmp_path / "name.json", tmp_path), r"no name of a class: 'a\x01'"),
         (("yolo", tmp_path / "bad.yaml"), "bad.yaml: not a data.yaml with train and names (Pars"),
