@@ -10,9 +10,7 @@ steps, and the matching of the boxes to anchors.
     python benchmarks/augmentation.py --data data/VOCdevkit/VOC2007 --json augmentation.json
 """
 
-import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import common
@@ -35,12 +33,7 @@ def make_cases(records: Sequence[ssd.Record]) -> common.Cases:
         "sample": lambda index, epoch: full[index, epoch],
     }
 
-    def run(function: Callable[[int, int], object], epochs: Iterator[int]) -> None:
-        epoch = next(epochs)
-        for index in range(len(records)):
-            function(index, epoch)
-
-    return {name: functools.partial(run, function, itertools.count()) for name, function in prepare.items()}
+    return common.run_epochs(prepare, len(records))
 
 
 def main(argv: Sequence[str] | None = None) -> dict:

@@ -6,14 +6,16 @@ where loader processes work ahead, one after the other.
 """
 
 import argparse
+import functools
 import importlib.util
+import itertools
 import json
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +297,17 @@ def measure(run: dict, splits: list[str]) -> dict[str, float]:
         coco = coco_figures(result["detections"], ssd.truth_of(records), len(classes))
         figures |= {"coco_ap": coco["ap"], "ap75": coco["ap75"], "ap_small": coco["ap_small"]}
     return figures
+
+
+def run_epochs(work: dict[str, Callable[[int, int], object]], count: int) -> Cases:
+    """Return {case: a function that does work(index, epoch) for all images}, each time in another epoch."""
+
+    def run(function: Callable[[int, int], object], epochs: Iterator[int]) -> None:
+        epoch = next(epochs)
+        for index in range(count):
+            function(index, epoch)
+
+    return {name: functools.partial(run, function, itertools.count()) for name, function in work.items()}
 
 
 def time_in_turns(

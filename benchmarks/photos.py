@@ -11,11 +11,9 @@ so that other programs change them little.
 """
 
 import dataclasses
-import functools
-import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import common
@@ -83,12 +81,7 @@ def make_cases(records: list[ssd.Record], folder: Path) -> common.Cases:
         work[f"{name} open_image"] = opener(ssd.open_image, paths)
         work[f"{name} open_small"] = opener(ssd.open_small, paths)
 
-    def run(function: Callable[[int, int], object], epochs: Iterator[int]) -> None:
-        epoch = next(epochs)
-        for index in range(len(records)):
-            function(index, epoch)
-
-    return {name: functools.partial(run, function, itertools.count()) for name, function in work.items()}
+    return common.run_epochs(work, len(records))
 
 
 def main(argv: Sequence[str] | None = None) -> dict:

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import common
-import numpy as np
 import torch
 from common import ssd
 from torch import Tensor
@@ -109,8 +108,7 @@ def begin(flags: Sequence[str]) -> tuple[ssd.Settings, ssd.Machine, ssd.DataSpli
     names = (*ssd.DATA_FLAGS, "data_root", "seed")
     data = ssd.load_data(**{name: getattr(settings, name) for name in names})
     ssd.print_findings(data.findings)
-    boxes = np.concatenate([record.boxes for record in data.train])
-    sizes = ssd.choose_anchors(settings.anchors, boxes, data.classes)
+    sizes = ssd.choose_anchors(settings.anchors, ssd.all_boxes(data.train), data.classes)
     state, _ = ssd.build_state(settings, machine, len(data.classes), sizes)
     if settings.init_from is not None and source is not None:
         ssd.start_from(state, source, settings.init_from, data.classes)

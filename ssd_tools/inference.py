@@ -173,19 +173,24 @@ def target_name(source: Source) -> tuple[str, str]:
     return Path(urllib.parse.urlsplit(source).path).stem or "stream", ".mp4"
 
 
+def free_name(base: str, taken: set[str], first: int) -> str:
+    """Return a name, numbered from `first` on where it is taken but for its case; it is taken then too."""
+    name = base
+    for number in itertools.count(first):
+        if name.casefold() not in taken:
+            break
+        name = f"{base}_{number}"
+    taken.add(name.casefold())
+    return name
+
+
 def name_targets(sources: Iterable[Source], folder: Path) -> dict[Source, Path]:
     """Return {source: path of its drawn copy in a folder}, whose stems differ in more than case."""
     targets: dict[Source, Path] = {}
     taken: set[str] = set()
     for source in sources:
         base, suffix = target_name(source)
-        stem = base
-        for number in itertools.count(1):
-            if stem.casefold() not in taken:
-                break
-            stem = f"{base}_{number}"
-        taken.add(stem.casefold())
-        targets[source] = folder / (stem + suffix)
+        targets[source] = folder / (free_name(base, taken, 1) + suffix)
     return targets
 
 

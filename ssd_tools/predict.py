@@ -13,7 +13,6 @@ the exit code is then 1.
 import argparse
 import collections
 import contextlib
-import itertools
 import json
 import re
 import sys
@@ -43,18 +42,8 @@ ByImage = Mapping[Path, tuple[Size, ssd.Detections]]  # what was found in image 
 
 def name_folders(classes: Sequence[str]) -> dict[str, str]:
     """Return a folder's name for each class, numbered where two would share one: a/b, a_b, A_B."""
-    folders: dict[str, str] = {}
     taken: set[str] = set()
-    for name in classes:
-        base = re.sub(r"\W", "_", name)[:60]
-        folder = base
-        for number in itertools.count(2):
-            if folder.casefold() not in taken:
-                break
-            folder = f"{base}_{number}"
-        taken.add(folder.casefold())
-        folders[name] = folder
-    return folders
+    return {name: inference.free_name(re.sub(r"\W", "_", name)[:60], taken, 2) for name in classes}
 
 
 def write_crops(

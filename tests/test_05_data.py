@@ -14,6 +14,8 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
+from folders import ids, load
+from folders import refusal as input_error
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -50,22 +52,6 @@ def write_voc(root, images, suffix=".jpg", **lists):
     for split, ids in (lists or {"train": list(images)}).items():
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{i}\n" for i in ids))
     return root
-
-
-def load(root, **settings):
-    return ssd.load_data(str(root), **{"val_fraction": 0, **settings})
-
-
-def ids(records):
-    return [record.image_id for record in records]
-
-
-def input_error(call, *args, **settings):
-    """Return the one line of the InputError that a call raises."""
-    with pytest.raises(ssd.InputError) as error:
-        call(*args, **settings)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # -- Annotations

@@ -4,47 +4,11 @@ import shlex
 import shutil
 
 import pytest
+from folders import annotation, ids, load, refusal, write
 from PIL import Image
 
 import ssd_object_detection as ssd
 from ssd_tools import convert
-
-BOX = "<bndbox><xmin>2</xmin><ymin>3</ymin><xmax>20</xmax><ymax>21</ymax></bndbox>"
-OBJECT = "<object><name>{}</name>" + BOX + "</object>"
-
-
-def annotation(name="cat", filename=""):
-    size = "<size><width>40</width><height>30</height></size>"
-    return f"<annotation><filename>{filename}</filename>{size}{OBJECT.format(name)}</annotation>"
-
-
-def write(root, names, lists=None, pictures="JPEGImages", annotations="Annotations", where="ImageSets/Main"):
-    """Write pictures of a name each with their annotations, and {list: lines}; returns root."""
-    for folder in (pictures, annotations):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(names):
-        Image.new("RGB", (40, 30), (number, 0, 0)).save(root / pictures / f"{name}.png")
-        (root / annotations / f"{name}.xml").write_text(annotation())
-    for split, lines in (lists or {}).items():
-        (root / where).mkdir(parents=True, exist_ok=True)
-        (root / where / f"{split}.txt").write_text("\n".join(lines))
-    return root
-
-
-def load(root, **flags):
-    return ssd.load_data(str(root), **{"val_fraction": 0, **flags})
-
-
-def ids(records):
-    return [record.image_id for record in records]
-
-
-def refusal(call, *args, **flags):
-    """Return the one line of the InputError that a call raises."""
-    with pytest.raises(ssd.InputError) as error:
-        call(*args, **flags)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def texts(data):

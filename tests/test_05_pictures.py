@@ -11,40 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import OBJECT, load, refusal, write
 from PIL import Image, features
 
 import ssd_object_detection as ssd
 from ssd_tools import audit
 
 FOLDER = Path(ssd.__file__).parent
-BOX = "<bndbox><xmin>2</xmin><ymin>3</ymin><xmax>20</xmax><ymax>21</ymax></bndbox>"
-OBJECT = "<object><name>{}</name>" + BOX + "</object>"
-
-
-def write(root, names, lists, label="cat"):
-    """Write grey pictures of the file names, each with an object, and {list: names}; returns root."""
-    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(names):
-        stem = name.rpartition(".")[0]
-        Image.new("RGB", (40, 30), (number, 90, 90)).save(root / "JPEGImages" / name)
-        size = "<size><width>40</width><height>30</height></size>"
-        xml = f"<annotation>{size}{OBJECT.format(label)}</annotation>"
-        (root / "Annotations" / f"{stem}.xml").write_text(xml)
-    for split, listed in lists.items():
-        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(listed))
-    return root
-
-
-def load(root, **flags):
-    return ssd.load_data(str(root), **{"val_fraction": 0, **flags})
-
-
-def refusal(call, *args, **flags):
-    with pytest.raises(ssd.InputError) as error:
-        call(*args, **flags)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # ---- formats ----
@@ -120,6 +93,8 @@ def test_a_named_pipe_does_not_hang(tmp_path):
     os.mkfifo(root / "JPEGImages" / "b.png")
     with pytest.raises(ssd.InputError, match="pipe"):
         ssd.open_image(root / "JPEGImages" / "b.png")
+    assert ssd.read_orientation(root / "JPEGImages" / "b.png") == 1
+    assert not ssd.is_faint(root / "JPEGImages" / "b.png")
     (root / "Annotations" / "b.xml").unlink()
     os.mkfifo(root / "Annotations" / "b.xml")
     assert "pipe" in refusal(load, root)
