@@ -134,10 +134,7 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
     *(".avif", ".jp2", ".j2k", ".ppm", ".pgm", ".pnm", ".tga", ".heic", ".heif"),
 )
-ENDINGS = {
-    "JPEGImages": IMAGE_SUFFIXES,
-    "Annotations": (".xml",),
-}  # of the files in the folders of a data set
+ENDINGS = {"JPEGImages": IMAGE_SUFFIXES, "Annotations": (".xml",)}  # of the files in a data set's folders
 FILE_ENDINGS = (*IMAGE_SUFFIXES, ".xml", ".txt", ".dng", ".raw", ".psd")
 FOLDER_NAMES = {  # other names of the two folders, whatever case
     "JPEGImages": ("jpegimages", "images", "image", "imgs", "img"),
@@ -590,6 +587,11 @@ def _turn_upright(stored: Image.Image, size: tuple[int, int] | None, is_small: b
     return OpenedImage(ImageOps.exif_transpose(stored), upright_size)
 
 
+def is_special(path: PathLike) -> bool:
+    """Whether a path is there, but a folder, a pipe or a device: reading a named pipe would never end."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
 def _require_decoder(path: PathLike) -> None:
     """Make Pillow read HEIC; InputError for a file that it cannot read as it is installed."""
     end = os.path.splitext(path)[1].lower()
@@ -611,7 +613,7 @@ def _decode_image(
     """Return a decoded copy of an image in its own mode, see `_turn_upright`."""
     if isinstance(source, Image.Image):
         return _turn_upright(source, size, is_small=False)
-    if os.path.exists(source) and not os.path.isfile(source):  # reading a named pipe would never end
+    if is_special(source):
         raise InputError(f"{source}: not an image, but a folder, a pipe or a device")
     _require_decoder(source)
     try:
@@ -684,7 +686,7 @@ def open_small(
 
 def read_orientation(path: PathLike) -> int:
     """Return the EXIF orientation of an image file: 1 is upright, as is one that has none or is broken."""
-    if not os.path.isfile(path):
+    if is_special(path):
         return 1
     with contextlib.suppress(Exception), Image.open(path) as stored:
         orientation = stored.getexif().get(ExifTags.Base.Orientation, 1)
@@ -694,6 +696,8 @@ def read_orientation(path: PathLike) -> int:
 
 def is_faint(path: PathLike) -> bool:
     """Whether a grey image of 16 bits uses less than a tenth of its range, as 12-bit cameras write it."""
+    if is_special(path):
+        return False
     with contextlib.suppress(Exception), Image.open(path) as stored:
         if stored.mode.startswith("I"):
             return 0 < np.asarray(stored).max() < 6554
@@ -782,7 +786,7 @@ def _foreign_text(content: bytes) -> str:
 
 def _read_xml(path: PathLike) -> ElementTree.Element:
     """Return the root of an XML file, its tags in lower case, without namespaces; InputError for another."""
-    if os.path.exists(path) and not os.path.isfile(path):  # reading a named pipe would never end
+    if is_special(path):
         raise InputError(f"{path}: not an annotation, but a folder, a pipe or a device")
     try:
         content = Path(path).read_bytes()
@@ -1174,11 +1178,16 @@ def find_folder(root: PathLike, kind: str) -> str:
     return _choose_folder(str(root), kind, os.stat(root).st_mtime_ns)
 
 
-def _same_stem(folder: str, stem: str, endings: Sequence[str]) -> list[str]:
-    """Return the paths of a stem's files with one of some endings, whatever case, in the endings' order."""
+def _names_of_stem(folder: str, stem: str) -> list[str]:
+    """Return the names of a stem's files in a folder, none of a folder that is not there."""
     if not os.path.isdir(folder):
         return []
-    names = _files_of(folder, os.stat(folder).st_mtime_ns).get(stem, [])
+    return _files_of(folder, os.stat(folder).st_mtime_ns).get(stem, [])
+
+
+def _same_stem(folder: str, stem: str, endings: Sequence[str]) -> list[str]:
+    """Return the paths of a stem's files with one of some endings, whatever case, in the endings' order."""
+    names = _names_of_stem(folder, stem)
     found = [name for name in names if os.path.splitext(name)[1].lower() in endings]
     found.sort(key=lambda name: endings.index(os.path.splitext(name)[1].lower()))
     return [os.path.join(folder, name) for name in found]
@@ -1368,26 +1377,24 @@ def convert_command(source: PathLike) -> str | None:
 
 def layout_hint(root: PathLike) -> str:
     """Return what a message can say of a folder that is not in VOC layout: what helps, or what is there."""
-    inner = [path for path in sorted(Path(root).glob("*/")) if has_voc_layout(path)]
-    command = convert_command(root)
+    folders = sorted(Path(root).glob("*/"))
+    inner = [path for path in folders if has_voc_layout(path)]
     if inner:
         return f"try --data {inner[0]}"
-    if command:
+    command = convert_command(root)
+    if command is not None:
         return f"try {command}"
-    folders = [path.name for path in sorted(Path(root).glob("*/"))]
+    listed = ", ".join(path.name for path in folders[:12]) or "none"
     return (
-        "VOC layout is JPEGImages, Annotations, ImageSets/Main; "
-        f"folders there: {', '.join(folders[:12]) or 'none'}; "
+        f"VOC layout is JPEGImages, Annotations, ImageSets/Main; folders there: {listed}; "
         "python -m ssd_tools.convert reads other formats"
     )
 
 
 def _missing_list(root: PathLike, split: str) -> InputError:
     """Return the error for a list that is not there."""
-    hint = layout_hint(root)
     there = names_of_lists(root)
-    if there:
-        hint = f"lists there: {', '.join(there[:12])}"
+    hint = f"lists there: {', '.join(there[:12])}" if there else layout_hint(root)
     path = Path(root, "ImageSets", "Main", f"{split}.txt")
     return InputError(f"no image list {path}; {hint} (see --train-split, --val-split, --test-split)")
 
@@ -1443,16 +1450,16 @@ def _resolve_path(root: PathLike, path: str) -> str | None:
     An absolute path may name a picture elsewhere. Of one that leads nowhere the name is looked for here.
     """
     is_absolute = os.path.isabs(path) or re.match("[A-Za-z]:/", path) is not None
-    is_outside = is_absolute or path.startswith(("./", "../"))
+    is_relative = path.startswith(("./", "../"))  # to a folder that is not known
     inside = _inside_folder(root, path)
     here = _resolve_name(root, inside) if inside != path else None
     if here is not None and is_absolute and os.path.exists(path):
         found = find_file(root, "JPEGImages", here)
         if found is not None and not os.path.samefile(found, path):
             here = None  # another picture of the same name
-    if here is None and not (is_outside and not is_absolute):
+    if here is None and not is_relative:
         here = _resolve_name(root, path)
-    if here is None and is_outside:
+    if here is None and (is_absolute or is_relative):
         here = _resolve_name(root, os.path.basename(path))
     return here
 
@@ -1483,13 +1490,17 @@ def _refuse_shared_names(path: Path, ids: Mapping[str, str]) -> None:
             raise InputError(f"{path}: {other} and {line} both name the image {image_id}")
 
 
+def text_encoding(content: bytes) -> str:
+    """Return the encoding of a Unicode text by its first bytes: UTF-16, or UTF-8 with or without its mark."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if is_utf16 else "utf-8-sig"
+
+
 def _read_lines(root: PathLike, path: Path) -> list[str]:
     """Return the lines of a list that are not empty. InputError if it has none or is not Unicode text."""
     content = path.read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    encoding = "utf-16" if is_utf16 else "utf-8-sig"
     try:
-        text = content.decode(encoding)
+        text = content.decode(text_encoding(content))
     except UnicodeDecodeError:
         guess = _guess_encoding(root, content)
         raise InputError(f"{path}: not UTF-8 but {guess} text: save it as UTF-8") from None
@@ -1526,8 +1537,7 @@ def _missing_image(root: PathLike, image_id: str, split: str) -> InputError:
     folder, name = os.path.split(path)
     if not os.path.isdir(folder):
         return InputError(f"{path}: no such image, but list {split} names it; {layout_hint(root)}")
-    stem = unicodedata.normalize("NFC", os.path.splitext(name)[0])
-    others = _files_of(folder, os.stat(folder).st_mtime_ns).get(stem)
+    others = _names_of_stem(folder, unicodedata.normalize("NFC", os.path.splitext(name)[0]))
     if others:
         endings = ", ".join(IMAGE_SUFFIXES)
         return InputError(f"{os.path.join(folder, others[0])}: convert it; images are read as {endings}")
@@ -1770,9 +1780,8 @@ def index_annotations(root: PathLike, split: str, unlabelled: str) -> Annotation
     began = time.time_ns()
     path = _index_file(root, split, unlabelled)
     index = load_index(path, root)
-    is_whole = (
-        index is not None and index.is_whole and not is_unlisted(root, split)
-    )  # any folder may have more
+    # Without a list, any folder may have more images.
+    is_whole = index is not None and index.is_whole and not is_unlisted(root, split)
     if index is not None and is_whole and np.array_equal(_stamp_pairs(index.pairs), index.stamps):
         return Annotations(index.pairs.ids, index.pairs.image_paths, index.columns)
     pairs = _find_pairs(root, split, unlabelled)
@@ -2087,8 +2096,9 @@ def make_records(
 
     labels, edges, difficult, dropped = _keep_columns(root, annotations, classes)
     kept = labels > 0
-    ends = np.concatenate(([0], np.cumsum(kept, dtype=np.int64)))[np.cumsum(columns.counts, dtype=np.int64)]
-    counts = np.diff(ends, prepend=0).astype(np.int32)
+    num_images = len(columns.counts)
+    image_of = np.repeat(np.arange(num_images), columns.counts)  # (N,)
+    counts = np.bincount(image_of[kept], minlength=num_images).astype(np.int32)
     objects = edges[kept], labels[kept], difficult[kept]
     records = Records(annotations.ids, annotations.image_paths, columns.sizes, counts, *objects)
 
@@ -2432,7 +2442,7 @@ def load_data(
     train = join_records(parts) if len(parts) > 1 else parts[0]
     val, found = read_records(roots[0], lists["val"], names, unlabelled=unlabelled)
     findings += found
-    test, _ = read_records(roots[0], "", names)  # empty
+    test = train[:0]
     if lists["test"]:
         tested, found = read_annotations(roots[0], lists["test"], unlabelled=unlabelled)
         findings += found
@@ -5074,9 +5084,8 @@ def class_list(text: str) -> tuple[str, ...]:
     if os.path.isfile(text):
         of = f' (the file {text} was read; "{text}," is the class)'
         content = Path(text).read_bytes()
-        encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
         try:
-            names = content.decode(encoding).splitlines()
+            names = content.decode(text_encoding(content)).splitlines()
         except UnicodeDecodeError:
             names = ["\0"]
         if "\0" in "".join(names):
