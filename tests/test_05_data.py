@@ -49,8 +49,8 @@ def write_voc(root, images, suffix=".jpg", **lists):
         pixels = np.full((SIZE[1], SIZE[0], 3), 10 * number % 256, np.uint8)
         Image.fromarray(pixels).save(root / "JPEGImages" / f"{image_id}{suffix}")
         (root / "Annotations" / f"{image_id}.xml").write_text(annotation(objects))
-    for split, ids in (lists or {"train": list(images)}).items():
-        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{i}\n" for i in ids))
+    for split, listed in (lists or {"train": list(images)}).items():
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{i}\n" for i in listed))
     return root
 
 
