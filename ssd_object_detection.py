@@ -131,7 +131,7 @@ MAX_SIDE = 2**24  # pixels: float32 skips whole numbers beyond it
 IMAGE_SIZE = 300
 # What Pillow reads; HEIC needs its plug-in pillow-heif.
 IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
     *(".avif", ".jp2", ".j2k", ".ppm", ".pgm", ".pnm", ".tga", ".heic", ".heif"),
 )
 ENDINGS = {"JPEGImages": IMAGE_SUFFIXES, "Annotations": (".xml",)}  # of the files in a data set's folders
@@ -150,6 +150,7 @@ LIST_NAMES = {  # lists that are known outside ImageSets/Main, whatever case, an
     "test": "test",
     "testing": "test",
 }
+LIST_ENDINGS = ("", ".csv", ".lst", ".tsv", ".txt")  # only the last is read
 FEATURE_MAPS = (37, 18, 18, 9, 5, 2)  # cells along each side of the six maps
 STRIDES = (8, 16, 16, 32, 64, 128)  # pixels between neighbouring cells of each map
 # SSD section 2.2 with s_min = .2, s_max = .88 in five steps, and .1 for the first map as in section 3.1. The
@@ -781,6 +782,8 @@ def _foreign_text(content: bytes) -> str:
         return "a web page: download it again"
     if text.startswith((b"{", b"[")) or re.match(rb"\d+( +[\d.e-]+){4}", text):
         return "JSON or YOLO's numbers: see python -m ssd_tools.convert"
+    if text.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS: git lfs pull"
     return ""
 
 
@@ -1127,8 +1130,15 @@ def judge_box(box_voc: Box, width: int, height: int) -> Verdict:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file's name is one of those that macOS writes beside each file on foreign disks."""
-    return name.startswith("._")
+    """Whether a file or folder is hidden: ._a.jpg of macOS, .ipynb_checkpoints ..., which are no data."""
+    return name.startswith(".")
+
+
+def _walk(folder: PathLike) -> Iterator[tuple[str, list[str]]]:
+    """Yield (path, file names) of a folder and all inside it, without what is hidden."""
+    for path, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not is_hidden(name))
+        yield path, sorted(name for name in names if not is_hidden(name))
 
 
 def without_ending(name: str) -> str:
@@ -1142,17 +1152,14 @@ def _files_of(folder: str, changed: int) -> dict[str, list[str]]:
     """Return {stem: names} of the files in a folder, stems in Unicode's form NFC; `changed` is its time."""
     files: dict[str, list[str]] = {}
     for name in sorted(os.listdir(folder)):
-        if not is_hidden(name):
+        if not name.startswith("._"):  # another hidden one may be named in a list
             files.setdefault(unicodedata.normalize("NFC", os.path.splitext(name)[0]), []).append(name)
     return files
 
 
 def _contains(folder: str, endings: Sequence[str]) -> bool:
     """Whether a folder, or one inside it, has a file of some endings."""
-    for _, _, names in os.walk(folder):
-        if any(name.lower().endswith(tuple(endings)) and not is_hidden(name) for name in names):
-            return True
-    return False
+    return any(name.lower().endswith(tuple(endings)) for _, names in _walk(folder) for name in names)
 
 
 @functools.lru_cache(maxsize=64)
@@ -1223,13 +1230,15 @@ def named_picture(annotation_path: PathLike) -> str:
 def _find_annotation(root: PathLike, image_id: str) -> str | None:
     """Return the path of an image's annotation.
 
-    Of an id with an ending, as pictures of one stem have, it is NAME.ENDING.xml, or NAME.xml unless that is
-    by its <filename> another picture's.
+    Of NAME it is NAME.xml, or NAME.ENDING.xml with the ending of its picture. Of an id with an ending, as
+    pictures of one stem have, it is NAME.ENDING.xml, or NAME.xml unless that is by its <filename> another
+    picture's.
     """
     folder, name = _split_id(root, "Annotations", image_id)
-    found = _same_stem(folder, name, ENDINGS["Annotations"])
-    if found:
-        return found[0]
+    for own in [name, *(os.path.basename(path) for path in find_pictures(root, image_id))]:
+        found = _same_stem(folder, unicodedata.normalize("NFC", own), ENDINGS["Annotations"])
+        if found:
+            return found[0]
     shared = _same_stem(folder, without_ending(name), ENDINGS["Annotations"])
     if shared and without_ending(name) != name:
         rivals = find_pictures(root, without_ending(image_id))
@@ -1293,20 +1302,15 @@ def list_files(root: PathLike) -> dict[str, Path]:
     return {}
 
 
-def names_of_lists(root: PathLike) -> list[str]:
-    """Return the sorted names of the lists of a data set, see `list_files`."""
-    return list(list_files(root))
-
-
 def annotated_ids(root: PathLike) -> list[str]:
     """Return the sorted image ids of all annotations; of those in inner folders, if their image is there."""
     folder = find_folder(root, "Annotations")
     ids = []
-    for path, _, names in os.walk(folder):
+    for path, names in _walk(folder):
         inner = os.path.relpath(path, folder).replace(os.sep, "/")
         for name in names:
             stem, end = os.path.splitext(name)
-            if end.lower() not in ENDINGS["Annotations"] or is_hidden(name):
+            if end.lower() not in ENDINGS["Annotations"]:
                 continue
             if inner == ".":
                 ids.append(stem)
@@ -1315,18 +1319,36 @@ def annotated_ids(root: PathLike) -> list[str]:
     return sorted(set(ids))
 
 
+def ids_by_folder(root: PathLike) -> dict[str, list[str]]:
+    """Return {list: image ids} of a data set without lists whose images are all in folders train, val ..."""
+    lists: dict[str, list[str]] = {}
+    if not list_files(root):
+        for image_id in annotated_ids(root):
+            name, slash, _ = image_id.partition("/")
+            if not slash or name.casefold() not in LIST_NAMES:
+                return {}
+            lists.setdefault(name, []).append(image_id)
+    return lists
+
+
+def names_of_lists(root: PathLike) -> list[str]:
+    """Return the sorted names of the lists of a data set, see `list_files` and `ids_by_folder`."""
+    return list(list_files(root) or ids_by_folder(root))
+
+
 def is_unlisted(root: PathLike, split: str) -> bool:
     """Whether a list is "train" of a folder that has annotations and no list at all."""
-    return split == "train" and not list_files(root) and bool(annotated_ids(root))
+    return split == "train" and not names_of_lists(root) and bool(annotated_ids(root))
 
 
 def _refuse_stray_lists(root: PathLike) -> None:
-    """Raise InputError if a folder without lists has some where they are not looked for."""
+    """Raise InputError if a folder without lists has some where, or in a form in which, none are read."""
     folder = Path(root)
-    for path in sorted([*folder.glob("*/*.txt"), *folder.glob("*/*/*.txt")]):
-        if path.stem.casefold() in LIST_NAMES and not is_hidden(path.name):
-            main = folder / "ImageSets" / "Main"
-            raise InputError(f"{path}: image lists are read in {main}; move those of object detection there")
+    for path in sorted([*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")]):
+        is_list = path.stem.casefold() in LIST_NAMES and path.suffix.lower() in LIST_ENDINGS
+        if is_list and path.is_file():
+            lists = folder / "ImageSets" / "Main" / "*.txt"
+            raise InputError(f"{path}: image lists are read as {lists}; move those of object detection there")
 
 
 def has_voc_layout(root: PathLike) -> bool:
@@ -1354,6 +1376,17 @@ def _coco_images(path: Path) -> Path:
     return path.parent
 
 
+def _is_coco(path: Path) -> bool:
+    """Whether a JSON file is COCO's, with images and annotations; a large one is taken for it."""
+    if path.stat().st_size > 100e6:
+        return True
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(content, dict) and {"images", "annotations"} <= content.keys()
+
+
 def convert_command(source: PathLike) -> str | None:
     """Return the command that makes VOC layout of a file or folder in another known format, None if none."""
     path = Path(source)
@@ -1364,30 +1397,33 @@ def convert_command(source: PathLike) -> str | None:
         files = sorted([*path.glob("*"), *path.glob("*/*.json")], key=lambda file: "train" not in str(file))
     files = [file for file in files if file.is_file() and not is_hidden(file.name)]
     endings = {file.suffix.lower(): file for file in reversed(files)}  # the first of each
+    coco = [file for file in files if file.suffix.lower() == ".json"][:20]
+    coco = [file for file in coco if _is_coco(file)]
 
     words = None
     if ".yaml" in endings or ".yml" in endings:
         words = ["yolo", str(endings.get(".yaml") or endings[".yml"]), out]
     elif _is_beside(folder) or _is_beside(folder / "train"):
         words = ["flat", str(folder), out]
-    elif ".json" in endings:
-        words = ["coco", str(endings[".json"]), str(_coco_images(endings[".json"])), out]
+    elif coco:
+        words = ["coco", str(coco[0]), str(_coco_images(coco[0])), out]
     return f"python -m ssd_tools.convert {shlex.join(words)}" if words else None
 
 
 def layout_hint(root: PathLike) -> str:
     """Return what a message can say of a folder that is not in VOC layout: what helps, or what is there."""
     folders = sorted(Path(root).glob("*/"))
-    inner = [path for path in folders if has_voc_layout(path)]
+    inner = [path for path in [*folders, *sorted(Path(root).glob("*/*/"))] if has_voc_layout(path)]
     if inner:
-        return f"try --data {inner[0]}"
+        inner.sort(key=lambda path: path.name.casefold() != "train")
+        return f"try --data {shlex.quote(str(inner[0]))}"
     command = convert_command(root)
     if command is not None:
         return f"try {command}"
     listed = ", ".join(path.name for path in folders[:12]) or "none"
     return (
         f"VOC layout is JPEGImages, Annotations, ImageSets/Main; folders there: {listed}; "
-        "python -m ssd_tools.convert reads other formats"
+        "python -m ssd_tools.convert makes it of COCO, YOLO and flat folders"
     )
 
 
@@ -1435,11 +1471,12 @@ def _resolve_name(root: PathLike, name: str) -> str | None:
 
 
 def _inside_folder(root: PathLike, path: str) -> str:
-    """Return the part of a path behind the folder of pictures, the whole path if that is not in it."""
-    folder = find_folder(root, "JPEGImages")
+    """Return the part of a path behind the folder of pictures or annotations, else the whole path."""
+    folders = {"jpegimages", "images", "annotations"}  # some lists name the annotation in place of the image
+    folders |= {os.path.basename(find_folder(root, kind)).casefold() for kind in ENDINGS}
     parts = path.split("/")
     for number in range(len(parts) - 2, -1, -1):
-        if parts[number].casefold() in (os.path.basename(folder).casefold(), "jpegimages", "images"):
+        if parts[number].casefold() in folders:
             return "/".join(parts[number + 1 :])
     return path
 
@@ -1464,21 +1501,32 @@ def _resolve_path(root: PathLike, path: str) -> str | None:
     return here
 
 
+def _resolve_reading(root: PathLike, reading: str) -> str | None:
+    """Return the image id of a path or name, None if there is no such image."""
+    if not reading:
+        return None
+    return _resolve_path(root, reading) if "/" in reading else _resolve_name(root, reading)
+
+
 def _resolve_id(root: PathLike, line: str, *, has_more_words: bool) -> str:
     """Return the image id of a line: an id, a file's name or path, maybe in quotes.
 
     has_more_words: whether the id may be followed by other words, as in lists of one class.
     """
-    readings = [line, line.strip(",; ").strip("\"'").strip()]
-    if has_more_words:
-        readings.append(line.split()[0].strip(",;\"'"))
-    for reading in readings:
-        found = None
-        if reading:
-            found = _resolve_path(root, reading) if "/" in reading else _resolve_name(root, reading)
+    bare = line.strip(",; ").strip("\"'").strip()
+    for reading in (line, bare):
+        found = _resolve_reading(root, reading)
         if found is not None:
             return found
-    return without_ending(readings[1] or line)
+    if has_more_words:
+        words = [word.strip(",;\"'") for word in line.split()]
+        others = [_resolve_reading(root, word) for word in words[1:] if word not in ("-1", "0", "1")]
+        found = _resolve_reading(root, words[0])
+        if found is not None and {found, None}.issuperset(others):
+            return found
+        if found is not None:
+            raise InputError(f"{root}: the line {line!r} of a list names several images: write one a line")
+    return without_ending(bare or line)
 
 
 def _refuse_shared_names(path: Path, ids: Mapping[str, str]) -> None:
@@ -1504,8 +1552,10 @@ def _read_lines(root: PathLike, path: Path) -> list[str]:
     except UnicodeDecodeError:
         guess = _guess_encoding(root, content)
         raise InputError(f"{path}: not UTF-8 but {guess} text: save it as UTF-8") from None
+    if "\0" in text:  # UTF-16 without its mark
+        raise InputError(f"{path}: not UTF-8 text: save it as UTF-8")
     lines = [line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()]
-    lines = [line for line in lines if not is_hidden(os.path.basename(line))]
+    lines = [line for line in lines if not os.path.basename(line).startswith("._")]
     if not lines:
         raise InputError(f"the image list {path} is empty")
     return lines
@@ -1517,11 +1567,12 @@ def read_split(root: PathLike, split: str) -> list[str]:
     InputError for a list that is missing, empty, of one class (id and -1, 0 or 1) or not Unicode text.
     """
     path = list_files(root).get(split)
-    if path is None and is_unlisted(root, split):
-        _refuse_stray_lists(root)
-        return [_resolve_id(root, image_id, has_more_words=False) for image_id in annotated_ids(root)]
     if path is None:
-        raise _missing_list(root, split)
+        annotated = annotated_ids(root) if is_unlisted(root, split) else ids_by_folder(root).get(split)
+        if annotated is None:
+            raise _missing_list(root, split)
+        _refuse_stray_lists(root)
+        return [_resolve_id(root, image_id, has_more_words=False) for image_id in annotated]
     lines = _read_lines(root, path)
     has_blanks = any(" " in line and find_pictures(root, without_ending(line)) for line in lines)
     if not has_blanks and all(re.search(r"\s(-1|0|1)$", line) for line in lines):
@@ -1535,13 +1586,19 @@ def _missing_image(root: PathLike, image_id: str, split: str) -> InputError:
     """Return the error for an image of a list that is not there, or not in a format that is read."""
     path = locate_file(root, "JPEGImages", image_id)
     folder, name = os.path.split(path)
-    if not os.path.isdir(folder):
-        return InputError(f"{path}: no such image, but list {split} names it; {layout_hint(root)}")
     others = _names_of_stem(folder, unicodedata.normalize("NFC", os.path.splitext(name)[0]))
     if others:
         endings = ", ".join(IMAGE_SUFFIXES)
         return InputError(f"{os.path.join(folder, others[0])}: convert it; images are read as {endings}")
-    return InputError(f"{path}: no such image, but list {split} names it")
+    reason = f"but list {split} names it"
+    if split not in list_files(root):
+        annotation = locate_file(root, "Annotations", image_id)
+        reason = f"but an annotation {annotation}: they need the same name"
+        named = named_picture(annotation)
+        if named and not has_name(path, named):
+            reason += f" (its <filename> is {named})"
+    hint = "" if has_voc_layout(root) else f"; {layout_hint(root)}"
+    return InputError(f"{path}: no such image, {reason}{hint}")
 
 
 def _missing_annotation(root: PathLike, image_id: str) -> InputError:
@@ -1564,6 +1621,9 @@ def describe_layout(root: PathLike, split: str) -> list[Finding]:
         findings.append(Finding("list in another folder", f"list {split} is read from {path}"))
     if is_unlisted(root, split):
         text = f"{root} has no lists: all its annotated images are trained on"
+        findings.append(Finding("no lists", text))
+    elif path is None:
+        text = f"{root} has no lists: list {split} is what is in folders of that name"
         findings.append(Finding("no lists", text))
     return findings
 
@@ -1781,7 +1841,7 @@ def index_annotations(root: PathLike, split: str, unlabelled: str) -> Annotation
     path = _index_file(root, split, unlabelled)
     index = load_index(path, root)
     # Without a list, any folder may have more images.
-    is_whole = index is not None and index.is_whole and not is_unlisted(root, split)
+    is_whole = index is not None and index.is_whole and split in list_files(root)
     if index is not None and is_whole and np.array_equal(_stamp_pairs(index.pairs), index.stamps):
         return Annotations(index.pairs.ids, index.pairs.image_paths, index.columns)
     pairs = _find_pairs(root, split, unlabelled)
@@ -1817,9 +1877,13 @@ def read_annotations(
 def are_similar_names(name: str, other: str, count: int, other_count: int) -> bool:
     """Whether two classes, of so many objects, may be one that is spelled in two ways.
 
-    They differ by case or a plural's s alone; or one is ten times rarer, and three letters of four are equal.
+    They differ by case, blanks, hyphens or a plural's s alone; or one is ten times rarer, and three letters
+    of four are equal.
     """
-    folded = [unicodedata.normalize("NFKC", text).casefold().removesuffix("s") for text in (name, other)]
+    folded = []
+    for text in (name, other):
+        letters = re.sub(r"[\s_-]", "", unicodedata.normalize("NFKC", text).casefold())
+        folded.append(letters.removesuffix("s"))
     if folded[0] == folded[1]:  # also of letters in full width
         return True
     is_rare = max(count, other_count) >= 10 * min(count, other_count)

@@ -78,6 +78,25 @@ def test_flat_pictures_of_one_stem_keep_their_own_annotation(tmp_path, capsys):
     assert "is it of x.gif and x.png?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("has_list", [True, False])
+def test_an_annotation_may_have_the_pictures_ending_in_its_name(tmp_path, has_list):
+    root = write(tmp_path, ["a", "b.c"], {"train": ["a", "b.c"]} if has_list else None)
+    for name in ("a", "b.c"):
+        (root / "Annotations" / f"{name}.xml").rename(root / "Annotations" / f"{name}.png.xml")
+    data = load(root)
+    assert ids(data.train) == ["a", "b.c"]
+    assert [len(record.labels) for record in data.train] == [1, 1]
+
+
+def test_an_annotation_without_a_picture_of_its_name_says_what_it_names(tmp_path):
+    root = write(tmp_path, ["a"])
+    (root / "Annotations" / "a.xml").rename(root / "Annotations" / "0001.xml")
+    (root / "Annotations" / "0001.xml").write_text(annotation(filename="a.png"))
+    message = refusal(load, root)
+    assert "0001.jpg: no such image, but an annotation" in message
+    assert "its <filename> is a.png" in message
+
+
 # ---- folders ----
 
 
@@ -126,6 +145,22 @@ def test_hidden_files_of_macos_are_no_data(tmp_path):
     assert ids(load(root).train) == ["a", "b"]
 
 
+def test_hidden_files_and_folders_are_no_data(tmp_path):
+    root = write(tmp_path, ["a"])
+    write(root, [".a"], pictures="Annotations", annotations="Annotations")
+    write(root, ["a-copy"], pictures="JPEGImages/.copies", annotations="Annotations/.copies")
+    assert ids(load(root).train) == ["a"]
+
+
+@pytest.mark.parametrize("pictures", ["JPEGImages", "images"])
+def test_folders_train_val_and_test_are_lists_where_there_are_none(tmp_path, pictures):
+    for split, name in (("Train", "a"), ("valid", "b"), ("test", "c")):
+        write(tmp_path, [name], pictures=f"{pictures}/{split}", annotations=f"Annotations/{split}")
+    data = load(tmp_path)
+    assert (ids(data.train), ids(data.val), ids(data.test)) == (["Train/a"], ["valid/b"], ["test/c"])
+    assert "list test is what is in folders of that name" in texts(data)
+
+
 # ---- lists ----
 
 
@@ -155,6 +190,27 @@ def test_lists_beside_main_are_read_and_told(tmp_path, where):
 def test_lists_that_are_not_read_never_mean_that_there_are_none(tmp_path, where):
     root = write(tmp_path, ["a", "b"], {"train": ["a"], "test": ["b"]}, where=where)
     assert "move those of object detection there" in refusal(load, root)
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train", "Test.lst", "val.TSV"])
+def test_lists_in_another_form_never_mean_that_there_are_none(tmp_path, name):
+    root = write(tmp_path, ["a", "b"])
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "ImageSets" / "Main" / name).write_text("a")
+    assert f"{name}: image lists are read as" in refusal(load, root)
+
+
+def test_several_images_in_a_line_are_refused_but_not_an_image_and_its_annotation(tmp_path):
+    root = write(tmp_path, ["a", "b"], {"train": ["a b"]})
+    assert "the line 'a b' of a list names several images" in refusal(load, root)
+    write(root, [], {"train": ["JPEGImages/a.png Annotations/a.xml", "Annotations/b.xml"]})
+    assert ids(load(root).train) == ["a", "b"]
+
+
+def test_a_list_in_utf_16_without_its_mark_is_refused(tmp_path):
+    root = write(tmp_path, ["a"], {"train": ["a"]})
+    (root / "ImageSets" / "Main" / "train.txt").write_bytes("a\nb\n".encode("utf-16-le"))
+    assert "save it as UTF-8" in refusal(load, root)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +326,20 @@ def test_a_folder_of_something_else_names_what_is_there(tmp_path):
     assert "folders there: notes, photos" in message
     (tmp_path / "set.zip").write_bytes(b"PK")
     assert "is a file, not a folder in VOC layout; unpack it" in refusal(load, tmp_path / "set.zip")
+
+
+def test_json_that_is_not_coco_is_not_advised_to_be_converted_as_such(tmp_path):
+    write(tmp_path, ["a"], pictures=".", annotations="elsewhere")
+    shutil.rmtree(tmp_path / "elsewhere")
+    (tmp_path / "a.json").write_text('{"shapes": [], "imagePath": "a.png"}')  # labelme
+    message = refusal(load, tmp_path)
+    assert "convert coco" not in message
+    assert "of COCO, YOLO and flat folders" in message
+
+
+def test_the_folder_inside_another_is_named(tmp_path):
+    write(tmp_path / "VOCdevkit" / "VOC2007", ["a"], {"train": ["a"]})
+    assert f"try --data {tmp_path}/VOCdevkit/VOC2007" in refusal(load, tmp_path)
 
 
 def test_a_picture_in_a_format_that_is_not_read_is_named(tmp_path):
