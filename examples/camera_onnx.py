@@ -8,6 +8,7 @@ Ctrl-C and SIGTERM end with exit code 0.
 
 import json
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -75,6 +76,7 @@ def read_on(name: str, newest: queue.Queue[Any], stopping: threading.Event) -> N
 
 def watch_camera(detect: Callable[[Image.Image], list[tuple]], name: str) -> None:
     """Print a line for the newest frame, again and again; raises what ends the camera."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     newest: queue.Queue[Any] = queue.Queue(1)
     stopping = threading.Event()
     reader = threading.Thread(target=read_on, args=(name, newest, stopping), daemon=True)

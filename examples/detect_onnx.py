@@ -7,7 +7,6 @@ python detect_onnx.py model.onnx --check            # check_onnx.py: does it fin
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -33,10 +32,9 @@ def resize_weights(old: int, new: int, shrinks: list[bool]) -> np.ndarray:
 
 def resize(picture: Image.Image, size: int) -> np.ndarray:
     """Return an RGB PIL image as float32 (3, size, size), resized as in training."""
-    width, height = picture.size
     shrinks = [side >= size and max(picture.size) > size for side in picture.size]
-    columns = resize_weights(width, size, shrinks)
-    rows = resize_weights(height, size, shrinks)
+    columns = resize_weights(picture.width, size, shrinks)
+    rows = resize_weights(picture.height, size, shrinks)
     flat = np.tensordot(rows, np.asarray(picture, dtype=np.float32), (1, 0))  # (y, width, colour)
     return np.tensordot(columns, flat, (1, 1)).round().T  # (colour, y, x)
 
@@ -48,19 +46,21 @@ def detect(session: onnxruntime.InferenceSession, picture: Image.Image) -> list[
     if "uint8" in session.get_inputs()[0].type:
         images = images.astype(np.uint8)
     boxes, scores, labels = session.run(None, {"images": images})
-    boxes_px = (boxes[0] * (picture.size * 2)).tolist()
     names = [about["classes"][label - 1] for label in labels[0] if label > 0]  # rows of label 0 are empty
-    found = zip(names, scores[0].tolist(), boxes_px, strict=False)
+    found = zip(names, scores[0].tolist(), (boxes[0] * (picture.size * 2)).tolist(), strict=False)
     return [row for row in found if row[1] >= about["score_thresh"][row[0]]]
 
 
-def draw_detected(session: onnxruntime.InferenceSession, path: Path) -> None:
-    """Print what is found in a picture and write a drawn copy into the current folder."""
+def draw_detected(session: onnxruntime.InferenceSession, path: Path, taken: set[Path]) -> None:
+    """Print what is found in a picture and draw a copy in the current folder, under a name not taken."""
     picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     for name, score, box in detect(session, picture):
         print(f"{path}: {name} {score:.3f} {[round(side, 1) for side in box]}")
         ImageDraw.Draw(picture).rectangle(box, outline="red", width=3)
-    picture.save(f"{path.stem}_detected.png")
+    copies = (Path(f"{path.stem}_detected{end}.png").resolve() for end in ("", *range(2, 2 + len(taken))))
+    target = next(copy for copy in copies if copy not in taken)
+    picture.save(target)
+    taken.add(target)
 
 
 def main(model: str, *names: str) -> int:
@@ -77,9 +77,10 @@ def main(model: str, *names: str) -> int:
 
         camera_onnx.watch_camera(lambda picture: detect(session, picture), names[0])
     code = 0
+    taken = {Path(name).resolve() for name in names}  # no input is written over
     for path in map(Path, names):
         try:
-            draw_detected(session, path)
+            draw_detected(session, path, taken)
         except Exception as error:  # Pillow raises many
             print(f"error: {path}: {error}", file=sys.stderr)
             code = 1
@@ -87,7 +88,6 @@ def main(model: str, *names: str) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     if len(sys.argv) < 3:
         sys.exit("usage: detect_onnx.py MODEL.onnx PICTURE... | picamera | 0 | --check")
     try:

@@ -145,6 +145,21 @@ def test_a_bad_picture_is_one_line_and_the_next_are_looked_at(exported, pictures
     assert not (tmp_path / "cut_detected.png").exists()
 
 
+def test_pictures_of_one_name_each_keep_their_drawn_copy_and_no_input_is_written_over(exported, tmp_path):
+    names = ("x/a.jpg", "y/a.jpg", "a.png", "a_detected.png")
+    for number, name in enumerate(names):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (300 + number, 200)).save(path)
+    given = (tmp_path / names[-1]).read_bytes()
+    done = run_alone(exported / "tiny.onnx", *names, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    drawn = ("a_detected2.png", "a_detected3.png", "a_detected4.png", "a_detected_detected.png")
+    widths = [Image.open(tmp_path / name).width for name in drawn]
+    assert widths == [300, 301, 302, 303]
+    assert (tmp_path / names[-1]).read_bytes() == given
+
+
 def test_what_is_no_model_of_ours_is_one_line(exported, pictures, tmp_path):
     whole = (exported / "tiny.onnx").read_bytes()
     (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
