@@ -239,6 +239,9 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: no device of torch; use auto, cpu, cuda, cuda:1 ...") from None
+    try:
         torch.zeros(1, device=device).item()  # runs a kernel: this torch may have none for a GPU
     except (RuntimeError, AssertionError) as error:
         problem = str(error).splitlines()[0]
@@ -2314,7 +2317,8 @@ def _find_folder(data: str, data_root: PathLike) -> Path:
         hint = f"try {command}" if command else "unpack it if it is an archive"
         raise InputError(f"--data: {root} is a file, not a folder in VOC layout; {hint}")
     if not root.is_dir():
-        raise InputError(f"--data: no folder {root.absolute()}, and not voc2007, voc0712 or shapes")
+        hint = f"; is it {data.casefold()}?" if data.casefold() in (*VOC_YEARS, "shapes") else ""
+        raise InputError(f"--data: no folder {root.absolute()}, and not voc2007, voc0712 or shapes{hint}")
     inner = [folder for folder in sorted(root.glob("*/")) if has_voc_layout(folder)]
     if len(inner) == 1 and not has_voc_layout(root):  # VOCdevkit with VOC2007 alone
         return inner[0]
@@ -5123,14 +5127,22 @@ def run_prediction(settings: Settings) -> int:
 
 def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """Return an argparse type: a finite number from low to high."""
+    name = {int: "an integer", float: "a number"}[kind]
+    legal = f"{name} from {low} to {high}"
+    if high == math.inf:
+        legal = f"{name}, {low} or more"
+    if 0 < low < 1:
+        legal = f"{name} above 0"
 
     def parse(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"{text} is not {legal}")
         return value
 
-    parse.__name__ = {int: "integer", float: "number"}[kind]
     return parse
 
 
