@@ -181,6 +181,7 @@ DRAW_SCORE_THRESH = 0.4  # detections below it are left out of pictures
 FORMAT_VERSION = 5  # of a checkpoint
 OLDEST_FORMAT_VERSION = 4  # that is still read
 LOADER_SECONDS = 300.0  # without a batch, then the run ends
+MEASURE_BATCH = 32  # images at most that are measured at once; processes share a list batch by batch
 SAVE_SECONDS = 20.0  # least time between two saves: a full-width checkpoint takes a second to write
 RUN_FILES = (".pth", ".json", ".jsonl", ".csv", ".png", ".html", "evaluation", "predictions", "tensorboard")
 MAX_SKIPPED_STEPS = 3  # in a row, for a gradient that is not finite, before a run stops
@@ -321,6 +322,15 @@ def from_first_process(make: Callable[[], T]) -> T:
     if world > 1:
         torch.distributed.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the plain values of all processes in the order of their ranks; alone [value]."""
+    world = process_rank()[1]
+    values: list[Any] = [value] * world
+    if world > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
@@ -2660,14 +2670,19 @@ def make_loader(
     workers: int = 0,
     pin_memory: bool = False,
     batch_sampler: EpochBatchSampler | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> DataLoader:
-    """Return a DataLoader: by an EpochBatchSampler to train, else complete and in order."""
+    """Return a DataLoader: by an EpochBatchSampler to train, else complete and in order.
+
+    share (rank, world): of the batches in order every world-th, from the one numbered rank on; maybe none.
+    """
     options: dict[str, Any] = {"pin_memory": pin_memory}
     if batch_sampler:
         options["batch_sampler"] = batch_sampler
         images = batch_sampler.batch_size // batch_sampler.world
     else:
-        options["batch_size"] = batch_size
+        batches = np.split(np.arange(len(dataset)), range(batch_size, len(dataset), batch_size))
+        options["batch_sampler"] = [batch.tolist() for batch in batches[share[0] :: share[1]]]
         images = batch_size
     if workers:
         sample_bytes = 3 * IMAGE_SIZE**2 + 2 * len(dataset.anchors_xyxy) + 24 * dataset.most_objects
@@ -3498,9 +3513,12 @@ def measure(
     *,
     amp_dtype: torch.dtype | None = None,
     loss: Callable | None = None,
+    is_shared: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Run a model over a loader of a VocDataset and score it by the VOC rules.
+
+    is_shared: each process has a loader of its share of the batches; all get the result of all of them.
 
     Returns {"map_area", "map11": at IoU .5, "map75": area at IoU .75, "classes": as evaluate_voc, with
     "ap75", "detections": as it takes them}, and with loss(outputs, targets) the means of `detection_loss`.
@@ -3511,16 +3529,16 @@ def measure(
     dataset = cast(VocDataset, loader.dataset)
     records = dataset.records
     sizes = np.array([[record.width, record.height] * 2 for record in records])
-    parts = []
-    losses: dict[str, float] = collections.defaultdict(float)
+    parts = {}  # of a batch by its first image: detections, losses
     for host_batch in loader:
         batch = to_device(host_batch, device)
+        losses = {}
         with autocast(device, amp_dtype):
             cls_logits, box_deltas = model(batch["images"])
         if loss is not None:
             outputs = (cls_logits, box_deltas)
             for name, value in loss(outputs, build_targets(batch, model.anchors)).items():
-                losses[name] += value.item() * len(batch["images"]) / len(records)
+                losses[name] = value.item() * len(batch["images"]) / len(records)
 
         found = detect(cls_logits, box_deltas, model.anchors, **settings)
         indices = np.repeat(batch["indices"].tolist(), [len(labels) for _, labels, _ in found])
@@ -3531,9 +3549,19 @@ def measure(
             "scores": torch.cat([scores for _, _, scores in found]).cpu().numpy(),
             "boxes_voc": to_voc_pixels(boxes * sizes[indices]),
         }
-        parts.append(part)
-    detections = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return {**score_detections(detections, records, model.num_classes), **losses}
+        parts[int(host_batch["indices"][0])] = part, losses
+
+    if is_shared:
+        parts = {first: part for share in gather_objects(parts) for first, part in share.items()}
+    ordered = [parts[first] for first in sorted(parts)]  # so that sums are those of one process
+
+    def score() -> dict[str, Any]:
+        found, losses = ordered[0]
+        detections = {name: np.concatenate([part[name] for part, _ in ordered]) for name in found}
+        means = {name: sum(part_losses[name] for _, part_losses in ordered) for name in losses}
+        return {**score_detections(detections, records, model.num_classes), **means}
+
+    return from_first_process(score) if is_shared else score()
 
 
 def evaluation_record(result: dict[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
@@ -4471,8 +4499,15 @@ def validate(
     amp_dtype: torch.dtype | None,
     classes: Sequence[str],
 ) -> dict[str, Any]:
-    """Measure the averaged weights on the validation list; returns columns of metrics.jsonl."""
-    result = measure(state.ema.model, loader, amp_dtype=amp_dtype, loss=loss, nms_iou_thresh=settings.nms_iou)
+    """Measure the averaged weights on the validation list; returns columns of metrics.jsonl.
+
+    Each process takes a share of the batches.
+    """
+    if process_rank()[1] > 1:  # batch norm's statistics are of each process's own images
+        for tensor in state.ema.averaged:
+            torch.distributed.broadcast(tensor, src=0)
+    options: dict[str, Any] = {"amp_dtype": amp_dtype, "nms_iou_thresh": settings.nms_iou}
+    result = measure(state.ema.model, loader, loss=loss, is_shared=True, **options)
     columns = ("loss", "loss_cls", "loss_box", "map_area", "map11", "map75")
     row = {f"val_{name}": result[name] for name in columns}
     return row | {"score_thresh": best_thresholds(result["classes"], classes)}
@@ -4507,13 +4542,13 @@ def fit(
 ) -> None:
     """Train until the epochs or the patience run out, giving checkpoints to the writer after every epoch.
 
-    loaders: training, and validation or None. The first process alone validates, writes and redraws plots.
+    loaders: training, and validation or None. The first process alone writes and redraws plots.
     """
     train_loader, val_loader = loaders
     batches = iter(train_loader)
     patience = settings.patience * settings.eval_interval  # in epochs
     while state.epoch < settings.epochs:
-        if val_loader and 0 < patience <= state.epoch - state.best_epoch:
+        if val_loader is not None and 0 < patience <= state.epoch - state.best_epoch:
             evaluations = settings.patience
             print(f"stopped early: no better validation mAP in {evaluations} evaluations (--patience)")
             break
@@ -4521,10 +4556,8 @@ def fit(
         row: dict[str, Any] = {"epoch": state.epoch + 1}
         row |= train_one_epoch(state, train_loader, batches, loss, settings, amp_dtype=amp_dtype)
         is_due = row["epoch"] == settings.epochs or row["epoch"] % settings.eval_interval == 0
-        if val_loader and is_due:
-            classes = writer.base["classes"]
-            options = (state, val_loader, loss, settings, amp_dtype, classes)
-            row |= from_first_process(functools.partial(validate, *options))
+        if val_loader is not None and is_due:  # not its truth: a share may be empty
+            row |= validate(state, val_loader, loss, settings, amp_dtype, writer.base["classes"])
         row["seconds"] = round(time.perf_counter() - start, 3)
         state.epoch += 1
         state.history.append(row)
@@ -4737,10 +4770,17 @@ def load_detector(path: PathLike, device: str = "auto", precision: str = "auto")
 # ---- Runs ----
 
 
-def plain_loader(records: Sequence[Record], model: SSD300, *, batch_size: int, workers: int) -> DataLoader:
-    """Return the loader of records as they are, resized only."""
+def plain_loader(
+    records: Sequence[Record],
+    model: SSD300,
+    *,
+    batch_size: int,
+    workers: int,
+    share: tuple[int, int] = (0, 1),
+) -> DataLoader:
+    """Return the loader of records as they are, resized only; share: see `make_loader`."""
     dataset = VocDataset(records, build_transform(train=False), model.anchors.cpu())
-    return make_loader(dataset, batch_size=batch_size, workers=workers)
+    return make_loader(dataset, batch_size=min(batch_size, MEASURE_BATCH), workers=workers, share=share)
 
 
 def make_loaders(
@@ -4760,9 +4800,8 @@ def make_loaders(
     train_loader = make_loader(train, batch_sampler=sampler, workers=machine.workers, pin_memory=is_cuda)
     val_loader = None
     if data.val:
-        val_loader = plain_loader(
-            data.val, state.model, batch_size=settings.batch_size, workers=machine.workers
-        )
+        options = {"batch_size": settings.batch_size, "workers": machine.workers}
+        val_loader = plain_loader(data.val, state.model, share=(rank, world), **options)
     return train_loader, val_loader
 
 
@@ -4861,7 +4900,10 @@ def measure_checkpoint(
     split: str,
     records: Sequence[Record],
 ) -> Evaluation:
-    """Measure a checkpoint, which is or will be at path, on a list; write evaluation.json and pictures."""
+    """Measure a checkpoint, which is or will be at path, on a list; write evaluation.json and pictures.
+
+    Each process takes a share of the batches; the first one alone writes.
+    """
     plots = Path(settings.output_dir) / "plots"
     classes = checkpoint["classes"]
     report = plots / "evaluation" / "evaluation.json"
@@ -4870,8 +4912,9 @@ def measure_checkpoint(
     detection: dict[str, Any] = {"score_thresh": score_thresh, "nms_iou_thresh": settings.nms_iou}
 
     model = model_from_checkpoint(checkpoint, path, machine.device)
-    loader = plain_loader(records, model, batch_size=settings.batch_size, workers=machine.workers)
-    result = measure(model, loader, amp_dtype=machine.amp_dtype, **detection)
+    options = {"batch_size": settings.batch_size, "workers": machine.workers}
+    loader = plain_loader(records, model, share=process_rank(), **options)
+    result = measure(model, loader, amp_dtype=machine.amp_dtype, is_shared=True, **detection)
     about = {
         "checkpoint": str(path),
         "data": settings.data,
@@ -4880,10 +4923,14 @@ def measure_checkpoint(
         "precision": machine.precision,
         "detection": detection,
     }
-    numbers = write_evaluation(settings, about, result, classes)
-    figure = plot_predictions(records, result["detections"], classes, Path(path).name)
-    save_figure(figure, plots / "predictions.png")
-    return Evaluation(records, classes, numbers, result)
+
+    def write() -> dict[str, Any]:
+        numbers = write_evaluation(settings, about, result, classes)
+        figure = plot_predictions(records, result["detections"], classes, Path(path).name)
+        save_figure(figure, plots / "predictions.png")
+        return numbers
+
+    return Evaluation(records, classes, from_first_process(write), result)
 
 
 def evaluate_checkpoint(settings: Settings, checkpoint: dict[str, Any]) -> Evaluation:
@@ -4958,10 +5005,18 @@ class Redraw:
 def finish_training(
     settings: Settings, machine: Machine, data: DataSplits, checkpoints: Path
 ) -> dict[str, Any] | None:
-    """Measure the chosen checkpoint on the test list and save it as the final one; returns the numbers."""
-    best = checkpoints / "best.pth"
-    chosen = load_checkpoint(best if data.val and best.is_file() else checkpoints / "last.pth")
-    chosen.pop("train_state", None)
+    """Measure the chosen checkpoint on the test list and save it as the final one; returns the numbers.
+
+    All processes measure; the first one alone reads and writes the folder.
+    """
+
+    def choose() -> dict[str, Any]:
+        best = checkpoints / "best.pth"
+        chosen = load_checkpoint(best if data.val and best.is_file() else checkpoints / "last.pth")
+        chosen.pop("train_state", None)
+        return chosen
+
+    chosen = from_first_process(choose)
     path = checkpoints / f"ssd_{data.name}_final.pth"
     try:
         if data.test:
@@ -4971,7 +5026,8 @@ def finish_training(
         else:
             print("no test list, so no test mAP: see --test-split")
     finally:  # whatever ends the measurement, the weights are kept
-        save_checkpoint(path, chosen)
+        if process_rank()[0] == 0:
+            save_checkpoint(path, chosen)
     print(path)
     return chosen.get("test")
 
@@ -5017,9 +5073,8 @@ def train_and_test(
     if writer.waiting:
         names = " and ".join(writer.waiting)
         raise InputError(f"the training is over, but {names} could not be written")
-    if not is_first:
-        return None
-    redraw(state, least=0.0)
+    if is_first:
+        redraw(state, least=0.0)
     return finish_training(settings, machine, data, writer.folder)
 
 

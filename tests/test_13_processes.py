@@ -121,7 +121,7 @@ def test_gradient_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path)
 
 
 def test_two_processes_train_as_one_does_and_each_resumes_the_other_s_run(tiny_voc, flags_of, tmp_path):
-    same = ("--batch-norm", "none", "--optimizer", "sgd", "--lr", ".001")
+    same = ("--batch-norm", "none", "--optimizer", "sgd", "--lr", ".001", "--batch-size", "2")
     folders = {world: tmp_path / world for world in ("one", "two")}
     assert ssd.main(flags_of(tiny_voc, folders["one"], *same)) == 0
     printed = torchrun(MODULE, *flags_of(tiny_voc, folders["two"], *same), cwd=tmp_path)
@@ -146,6 +146,13 @@ def test_two_processes_train_as_one_does_and_each_resumes_the_other_s_run(tiny_v
                 assert ours[column] == pytest.approx(theirs[column], rel=1e-4, abs=1e-5), (name, column)
         for key, value in weights["one"].items():
             torch.testing.assert_close(weights[name][key], value, rtol=0, atol=1e-5, msg=f"{name} {key}")
+    # Two processes measured the test list, each of them one batch: to the last digit as one does.
+    final = folders["two"] / "checkpoints" / "ssd_tiny_set_final.pth"
+    assert ssd.main(["--evaluate", str(final), "--device", "cpu", "--output-dir", str(tmp_path)]) == 0
+    alone = json.loads((tmp_path / "plots" / "evaluation" / "evaluation.json").read_text())
+    measured = ssd.load_checkpoint(final)["test"]
+    assert measured["map_area"] > 0
+    assert measured == alone | {"checkpoint": str(final)}
 
 
 def test_a_process_that_dies_ends_the_others_and_the_run_can_go_on(tiny_voc, flags_of, tmp_path):

@@ -632,7 +632,7 @@ def run_fit(monkeypatch, folder, maps, *flags, val=True):
         "skipped": 0,
     }
 
-    def evaluate(model, loader, *, amp_dtype, loss, nms_iou_thresh):
+    def evaluate(model, loader, *, amp_dtype, loss, nms_iou_thresh, is_shared):
         assert model is state.ema.model  # whose weights are saved
         assert (amp_dtype, nms_iou_thresh) == (torch.bfloat16, args.nms_iou)
         validated.append(state.epoch + 1)  # an epoch is finished when it is validated
