@@ -309,6 +309,25 @@ def test_no_camera_and_a_lost_one_are_one_line_and_exit_code_1(exported, picamer
     assert message in the_line(done, 1)
 
 
+def test_a_rover_stops_when_its_camera_is_lost(exported, picamera):
+    detector = f"{sys.executable} {EXAMPLE} {exported / 'tiny.onnx'} picamera"
+    steer = f"{sys.executable} {EXAMPLE.with_name('steer.py')} round"
+    folder = picamera(frames=20, end="raise RuntimeError('unplugged')")
+    done = subprocess.run(
+        ["sh", "-c", f"{detector} | {steer}"],
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+    )
+    assert done.returncode == 1
+    first, *_, last = done.stdout.splitlines()
+    assert (first, last) == ("stop", "stop")
+    assert "unplugged" in done.stderr
+    assert done.stderr.splitlines()[-1] == "stop: the detector has ended"
+
+
 def test_a_camera_names_the_package_that_it_needs(exported):
     for name, hint in (("0", "pip install opencv-python-headless"), ("picamera", "python3-picamera2")):
         assert hint in the_line(run_alone(exported / "tiny.onnx", name), 1)
