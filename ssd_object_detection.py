@@ -63,7 +63,7 @@ import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast, overload
 
@@ -182,6 +182,7 @@ FORMAT_VERSION = 5  # of a checkpoint
 OLDEST_FORMAT_VERSION = 4  # that is still read
 LOADER_SECONDS = 300.0  # without a batch, then the run ends
 MEASURE_BATCH = 32  # images at most that are measured at once; processes share a list batch by batch
+LONGEST_WAIT = 7200.0  # seconds for another process: VOC2007 and 2012, 2.9 GB, fetched at .4 MB/s
 SAVE_SECONDS = 20.0  # least time between two saves: a full-width checkpoint takes a second to write
 RUN_FILES = (".pth", ".json", ".jsonl", ".csv", ".png", ".html", "evaluation", "predictions", "tensorboard")
 MAX_SKIPPED_STEPS = 3  # in a row, for a gradient that is not finite, before a run stops
@@ -313,17 +314,6 @@ def process_rank() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def from_first_process(make: Callable[[], T]) -> T:
-    """Return what make() returns; the first process alone calls it, the others wait and get a copy."""
-    rank, world = process_rank()
-    holder: list[Any] = [None]
-    if rank == 0:
-        holder[0] = make()
-    if world > 1:
-        torch.distributed.broadcast_object_list(holder, src=0)
-    return holder[0]
-
-
 def gather_objects(value: T) -> list[T]:
     """Return the plain values of all processes in the order of their ranks; alone [value]."""
     world = process_rank()[1]
@@ -331,6 +321,34 @@ def gather_objects(value: T) -> list[T]:
     if world > 1:
         torch.distributed.all_gather_object(values, value)
     return values
+
+
+@functools.cache
+def machine_group() -> Any:
+    """Return the group of the processes on this machine; the first time all processes ask for it together."""
+    machines = gather_objects(os.environ.get("GROUP_RANK", platform.node()))
+    ranks: dict[str, list[int]] = {}
+    for rank, machine in enumerate(machines):
+        ranks.setdefault(machine, []).append(rank)
+    timeout = datetime.timedelta(seconds=LONGEST_WAIT)
+    return torch.distributed.new_subgroups_by_enumeration(list(ranks.values()), timeout)[0]
+
+
+def from_first_process(make: Callable[[], T], *, of_machine: bool = False) -> T:
+    """Return what make() returns; the first process, or each machine's first one, calls it.
+
+    The others wait and get a copy.
+    """
+    rank, world = process_rank()
+    if world == 1:
+        return make()
+    group = machine_group() if of_machine else None
+    first = torch.distributed.get_process_group_ranks(group)[0]
+    holder: list[Any] = [None]
+    if rank == first:
+        holder[0] = make()
+    torch.distributed.broadcast_object_list(holder, src=first, group=group)
+    return holder[0]
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
@@ -355,7 +373,8 @@ def joined_processes(name: str) -> Iterator[str]:
         with contextlib.suppress(RuntimeError):  # fewer GPUs than processes, as pick_device will say
             torch.cuda.set_device(name)
     backend = "nccl" if is_cuda else "gloo"
-    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=6))
+    timeout = datetime.timedelta(seconds=LONGEST_WAIT)
+    torch.distributed.init_process_group(backend, timeout=timeout)
     with open(os.devnull, "w") as null:
         stdout = sys.stdout if process_rank()[0] == 0 else null
         with contextlib.redirect_stdout(stdout):
@@ -4938,7 +4957,7 @@ def evaluate_checkpoint(settings: Settings, checkpoint: dict[str, Any]) -> Evalu
     machine = prepare_device(
         settings.device, amp=settings.amp, workers=settings.workers, compiled=settings.compile
     )
-    split, _, records = read_test_list(settings, checkpoint["classes"])
+    split, _, records = from_first_process(lambda: read_test_list(settings, checkpoint["classes"]))
     return measure_checkpoint(settings, machine, checkpoint, str(settings.evaluate), split, records)
 
 
@@ -5078,6 +5097,24 @@ def train_and_test(
     return finish_training(settings, machine, data, writer.folder)
 
 
+def share_data(settings: Settings) -> DataSplits:
+    """Return the DataSplits of the settings, which the first process of each machine reads.
+
+    InputError if they are not those of the first machine.
+    """
+    flags = {name: getattr(settings, name) for name in (*DATA_FLAGS, "data_root", "seed")}
+    where = [flags[name] for name in ("data", "data_root", "train_split", "val_split", "test_split")]
+    from_first_process(lambda: find_data(*where))  # fetches what all machines may see
+    data = from_first_process(lambda: load_data(**flags), of_machine=True)
+    digest = zlib.crc32(repr(data.classes).encode())
+    for records in (data.train, data.val, data.test):
+        digest = zlib.crc32(repr(list(records.image_ids)).encode(), digest)
+        digest = zlib.crc32(records.boxes_px.tobytes(), digest)
+    if gather_objects(digest)[0] != digest:
+        raise InputError(f"{settings.data}: not the images and boxes that the first machine has there")
+    return data
+
+
 def run_training(settings: Settings, source: dict[str, Any] | None, device: str) -> int:
     """Train by the settings, measure once on the test list, save the final checkpoint; returns 0.
 
@@ -5088,13 +5125,12 @@ def run_training(settings: Settings, source: dict[str, Any] | None, device: str)
     torch.manual_seed(settings.seed)  # order and augmentation have generators of their own, see VocDataset
     checkpoints = Path(settings.output_dir) / "checkpoints"
     plots = Path(settings.output_dir) / "plots"
-    if settings.resume and is_finished(checkpoints, settings.epochs):
+    if settings.resume and from_first_process(lambda: is_finished(checkpoints, settings.epochs)):
         print(f"the run in {checkpoints} is finished: to train further see --epochs and --init-from")
         return 0
 
     # The data and the network.
-    flags = {name: getattr(settings, name) for name in (*DATA_FLAGS, "data_root", "seed")}
-    data = from_first_process(lambda: load_data(**flags))
+    data = share_data(settings)
     is_first = process_rank()[0] == 0
     if is_first:
         print_findings(data.findings)
@@ -5347,12 +5383,15 @@ def parse_given(argv: Sequence[str] | None) -> dict[str, Any]:
 
 
 def load_source(given: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the checkpoint that the given flags resume, measure or start from; None if there is none."""
+    """Return the checkpoint that the given flags resume, measure or start from; None if there is none.
+
+    The first process alone needs the file.
+    """
     if "resume" in given:
         folder = Path(given.get("output_dir", DEFAULTS["output_dir"])) / "checkpoints"
-        return load_checkpoint(folder / "last.pth", resumable=True)
+        return from_first_process(lambda: load_checkpoint(folder / "last.pth", resumable=True))
     path = given.get("evaluate", given.get("init_from"))
-    return None if path is None else load_checkpoint(path)
+    return None if path is None else from_first_process(lambda: load_checkpoint(path))
 
 
 def saved_settings(source: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -5436,15 +5475,14 @@ def tell_stopped(settings: Settings | None) -> None:
     print(f"\nstopped; {text}", file=sys.stderr)
 
 
-def run(settings: Settings, source: dict[str, Any] | None) -> int:
-    """Train, measure or predict; source: the checkpoint that the settings go on from. Returns 0."""
+def run(settings: Settings, source: dict[str, Any] | None, device: str) -> int:
+    """Train, measure or predict, and return 0; source: the checkpoint that the settings go on from."""
     if settings.predict:
         return run_prediction(settings)
     if settings.evaluate and source is not None:
-        evaluate_checkpoint(settings, source)
+        evaluate_checkpoint(replace(settings, device=device), source)
         return 0
-    with joined_processes(settings.device) as device:
-        return run_training(settings, source, device)
+    return run_training(settings, source, device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5455,8 +5493,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, _stop)
         signal.signal(signal.SIGTERM, _stop)
     try:
-        settings, source = load_settings(argv)
-        return run(settings, source)
+        with joined_processes(parse_given(argv).get("device", DEFAULTS["device"])) as device:
+            settings, source = load_settings(argv)
+            return run(settings, source, device)
     except (InputError, OSError) as error:
         problem = error_line(error)
     except (MemoryError, RuntimeError) as error:
@@ -5465,7 +5504,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         problem = f"{advice}; --resume goes on from the last save"
     except KeyboardInterrupt as stop:
-        tell_stopped(settings)
+        if process_rank()[0] == 0:
+            tell_stopped(settings)
         signum = stop.args[0] if stop.args else signal.SIGINT
         return 128 + signum
     print(f"error: {problem}", file=sys.stderr)

@@ -2,8 +2,8 @@
 # Train on several machines under Slurm: sbatch examples/slurm.sh --data PATH --batch-size 512 ...
 # Not run on a cluster; its syntax was checked by bash -n and shellcheck.
 #
-# The folder of this checkout, its virtual environment (.venv) and OUTPUT are on a disk that all machines
-# see; the first machine alone writes to OUTPUT. The data may be copies on local disks, at the same path.
+# The folder of this checkout and its virtual environment (.venv) are on a disk that all machines see; so is
+# OUTPUT, which the first machine alone reads and writes. The data may be copies on local disks.
 #SBATCH --job-name=ssd
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
