@@ -3,16 +3,21 @@
 It makes up a folder of images of 64x48 pixels, each with seven objects of 80 classes, and reads it by
 `load_data` in new processes: `parsed` without an index, `first` where the index is written, `second` where it
 is used. Besides: what the records take in memory. With --folder the data set is kept for the next time.
+--memory makes no files, but the columns that reading them would give, to see what a training holds (Linux).
 
     python benchmarks/annotations.py --images 20000
+    python benchmarks/annotations.py --images 1700000 --memory
     python benchmarks/annotations.py --images 118000 --cores 16 --folder /tmp/made-up --json annotations.json
 """
 
 import argparse
 import contextlib
+import gc
 import io
 import json
+import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -45,6 +50,7 @@ size = sum(array.nbytes for array in arrays) / len(data.train)
 digest = hash(ssd.all_boxes(data.train).tobytes() + "".join(data.train.image_paths).encode())
 print(json.dumps({"seconds": seconds, "cpu": sum(used), "bytes": size, "digest": digest}))
 """
+SAMPLES = 20_000  # that a loader process reads before it is measured
 
 
 def make_folder(folder: Path, count: int) -> None:
@@ -74,18 +80,75 @@ def make_folder(folder: Path, count: int) -> None:
     time.sleep(ssd.UNSETTLED / 1e9 + 0.5)  # files that have just changed are not trusted
 
 
-def read(folder: Path, cache: Path, cores: int, least: int) -> dict[str, float]:
-    """Return seconds, CPU seconds of all processes, bytes an image and a digest of reading a folder once."""
-    command = [sys.executable, "-c", READ, str(cores), str(least), str(folder)]
+def environment(cache: Path) -> dict[str, str]:
+    """Return the environment of a program that imports this project and keeps its index in a folder."""
     paths = [str(Path(ssd.__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
+    return os.environ | {
         "XDG_CACHE_HOME": str(cache),
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONHASHSEED": "0",
         "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", str(cache / "matplotlib")),
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+
+
+def read(folder: Path, cache: Path, cores: int, least: int) -> dict[str, float]:
+    """Return seconds, CPU seconds of all processes, bytes an image and a digest of reading a folder once."""
+    command = [sys.executable, "-c", READ, str(cores), str(least), str(folder)]
+    done = subprocess.run(command, env=environment(cache), capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def made_annotations(count: int) -> ssd.Annotations:
+    """Return made-up annotations of so many images, as an index holds them."""
+    rng = np.random.default_rng(0)
+    total = count * OBJECTS
+    corners = rng.uniform(1, 300, (total, 2))
+    columns = ssd.Columns(
+        sizes=np.tile(np.array([640, 480], dtype=np.int32), (count, 1)),
+        is_ambiguous=np.zeros(count, dtype=np.bool_),
+        counts=np.full(count, OBJECTS, dtype=np.int32),
+        names=tuple(f"class {number}" for number in range(CLASSES)),
+        codes=rng.integers(CLASSES, size=total, dtype=np.int32),
+        boxes_voc=np.hstack((corners, corners + rng.uniform(2, 150, (total, 2)))),
+        difficult=np.zeros(total, dtype=np.bool_),
+    )
+    paths = ssd.Texts(f"data/made-up/JPEGImages/{number:016x}.jpg" for number in range(count))
+    return ssd.Annotations(ssd.Texts(f"{number:016x}" for number in range(count)), paths, columns)
+
+
+def memory_mb(kind: str) -> float:
+    """Return a figure of this process in MB by its name in Linux's smaps_rollup, as "Rss"."""
+    with open("/proc/self/smaps_rollup") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")) / 2**10
+
+
+def read_some(records: ssd.Records, answer: multiprocessing.SimpleQueue) -> None:
+    """Read random records in a loader process; answers how many MB are its own after that, not shared."""
+    before = memory_mb("Private_Dirty")
+    for index in np.random.default_rng(0).integers(len(records), size=SAMPLES).tolist():
+        records[index]
+    answer.put(memory_mb("Private_Dirty") - before)
+
+
+def measure_memory(count: int) -> dict[str, float]:
+    """Return bytes of records an image, and MB: held, at the most while made, and of a loader process."""
+    before = memory_mb("Rss")
+    annotations = made_annotations(count)
+    records, _ = ssd.make_records(Path("data/made-up"), "train", annotations, annotations.columns.names)
+    ssd.refuse_shared_images(records, records[:0])
+    del annotations
+    gc.collect()
+    arrays = [array for array in vars(records).values() if isinstance(array, np.ndarray)]
+    for texts in (records.image_ids, records.image_paths):
+        arrays += vars(texts).values()
+    held = memory_mb("Rss") - before
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before
+
+    context = multiprocessing.get_context("fork")  # as the loader's processes begin
+    answer = context.SimpleQueue()
+    context.Process(target=read_some, args=(records, answer)).start()
+    size = sum(array.nbytes for array in arrays) / count
+    return {"bytes": size, "held": held, "peak": peak, "own": answer.get()}
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -97,7 +160,15 @@ def main(argv: Sequence[str] | None = None) -> dict:
     add("--rounds", type=ssd.positive_int, default=1, help="of all three (default: 1)")
     add("--folder", type=Path, metavar="DIR", help="where the data set is or will be (default: not kept)")
     add("--json", metavar="FILE", help="write the result")
+    add("--memory", action="store_true", help="only what so many images take in memory, without files")
     args = parser.parse_args(argv)
+    if args.memory:
+        memory = measure_memory(args.images)
+        print(
+            f"{args.images} images: {memory['bytes']:.0f} bytes an image, {memory['held']:.0f} MB in all, "
+            f"{memory['peak']:.0f} MB while they are made, {memory['own']:.1f} MB more in a loader process"
+        )
+        return memory
     rounds: list[dict[str, dict[str, float]]] = []
     with contextlib.ExitStack() as stack:
         made = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -159,6 +159,12 @@ def add_coco_object(
         picture.add(make_object(name, edges_px, row.get("iscrowd") == 1), place, faults)
 
 
+def without_outline(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a dict of a COCO JSON without its polygons, which are most of the file and not used."""
+    row.pop("segmentation", None)
+    return row
+
+
 def read_coco(path: Path, images: Path, split: str | None) -> tuple[Lists, list[str]]:
     """Return ({list: [Picture]}, faults) of a COCO JSON of instances and the folder of its images."""
     if split is None:
@@ -168,7 +174,7 @@ def read_coco(path: Path, images: Path, split: str | None) -> tuple[Lists, list[
     if not re.fullmatch(r"\w[\w .-]*", split):
         raise ssd.InputError(f"--list: the name of a list is letters and digits, not {split!r}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=without_outline)
         names = class_names(path, {id_text(row["id"]): row["name"] for row in content["categories"]})
         pictures = {id_text(row["id"]): coco_picture(row, images) for row in content["images"]}
         rows = content["annotations"]

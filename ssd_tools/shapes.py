@@ -13,10 +13,10 @@ import math
 import os
 import shutil
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
 import cv2
 import numpy as np
@@ -159,19 +159,19 @@ def write_annotation(
 
     A third entry of an object, true: it is difficult.
     """
-    root = ElementTree.Element("annotation")
-    ElementTree.SubElement(root, "filename").text = filename
-    size = ElementTree.SubElement(root, "size")
-    for tag, value in zip(("height", "width", "depth"), shape, strict=True):
-        ElementTree.SubElement(size, tag).text = str(value)
-    for name, box, *is_difficult in objects:
-        node = ElementTree.SubElement(root, "object")
-        ElementTree.SubElement(node, "name").text = name
-        ElementTree.SubElement(node, "difficult").text = str(int(any(is_difficult)))
-        corners = ElementTree.SubElement(node, "bndbox")
-        for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
-            ElementTree.SubElement(corners, tag).text = str(value)
-    ElementTree.ElementTree(root).write(path, encoding="utf-8")
+    height, width, depth = shape
+    parts = [
+        f"<annotation><filename>{escape(filename)}</filename>",
+        f"<size><height>{height}</height><width>{width}</width><depth>{depth}</depth></size>",
+    ]
+    for name, (xmin, ymin, xmax, ymax), *is_difficult in objects:
+        parts += [
+            f"<object><name>{escape(name)}</name><difficult>{int(any(is_difficult))}</difficult>",
+            f"<bndbox><xmin>{xmin}</xmin><ymin>{ymin}</ymin><xmax>{xmax}</xmax><ymax>{ymax}</ymax></bndbox>",
+            "</object>",
+        ]
+    text = f"{''.join(parts)}</annotation>"
+    Path(path).write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
 
 
 def _write_split(root: Path, number: int, split: str, count: int) -> None:
