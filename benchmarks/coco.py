@@ -30,8 +30,10 @@ CLASSES = 80
 FILES = 8  # pictures that all others are further names of
 WIDTH, HEIGHT = 640, 480
 CORNERS = 24  # of a polygon
-TRAIN = ["--recipe", "scratch", "--width", ".0625", "--val-fraction", ".04"]
-TRAIN += ["--batch-size", "8", "--workers", "0", "--log-every", "1"]
+TRAIN = [
+    *("--recipe", "scratch", "--width", ".0625", "--batch-size", "8"),
+    *("--val-fraction", ".04", "--workers", "0", "--log-every", "1"),
+]
 
 
 def draw_pictures(folder: Path, rng: np.random.Generator) -> list[Path]:
