@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -62,6 +61,7 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -1889,10 +1889,12 @@ def index_annotations(root: PathLike, split: str, unlabelled: str) -> Annotation
 def read_annotations(
     root: PathLike, split: str, *, unlabelled: str = "error"
 ) -> tuple[Annotations, list[Finding]]:
-    """Return {image id: Annotation} of a list, each with a size, and the findings.
+    """Return {image id: Annotation} of a list, each with a size, and the findings; nothing of list "".
 
     unlabelled: "negative" takes an image without annotation file as one without objects, else InputError.
     """
+    if not split:
+        return Annotations(Texts(()), Texts(()), make_columns([])), []
     where = f"{root}, list {split}"
     annotations = index_annotations(root, split, unlabelled)
     ambiguous = [annotations.image_paths[i] for i in np.flatnonzero(annotations.columns.is_ambiguous)]
@@ -1925,25 +1927,25 @@ def are_similar_names(name: str, other: str, count: int, other_count: int) -> bo
     return difflib.SequenceMatcher(None, name, other).ratio() >= 0.75
 
 
-def annotated_classes(annotations: Mapping[str, Annotation]) -> tuple[tuple[str, ...], list[Finding]]:
-    """Return the class names of annotations in alphabetical order, and the findings."""
-    if isinstance(annotations, Annotations):
-        columns = annotations.columns
-        totals = np.bincount(columns.codes, minlength=len(columns.names)).tolist()
-        counts = collections.Counter({name: n for name, n in zip(columns.names, totals, strict=True) if n})
-    else:
-        counts = collections.Counter(
-            one.name for annotation in annotations.values() for one in annotation.objects
-        )
+def count_classes(annotations: Mapping[str, Annotation]) -> Counter[str]:
+    """Return how many objects annotations have of each class, of those that they have."""
+    if not isinstance(annotations, Annotations):
+        return Counter(one.name for annotation in annotations.values() for one in annotation.objects)
+    columns = annotations.columns
+    totals = np.bincount(columns.codes, minlength=len(columns.names)).tolist()
+    return Counter({name: n for name, n in zip(columns.names, totals, strict=True) if n})
+
+
+def find_similar_classes(counts: Mapping[str, int]) -> list[Finding]:
+    """Return a finding for the classes, of so many objects each, that may be one spelled in two ways."""
     pairs = []
     for name, other in itertools.combinations(sorted(counts), 2):
         if are_similar_names(name, other, counts[name], counts[other]):
             pairs.append(f"{name} ({counts[name]}) and {other} ({counts[other]})")
-    findings = []
-    if pairs:
-        text = f"one class or two? {'; '.join(pairs)}: see --classes"
-        findings.append(Finding("class names that differ by a slip", text, tuple(pairs), is_warning=True))
-    return tuple(sorted(counts)), findings
+    if not pairs:
+        return []
+    text = f"one class or two? {'; '.join(pairs)}: see --classes"
+    return [Finding("class names that differ by a slip", text, tuple(pairs), is_warning=True)]
 
 
 # -- records
@@ -2052,6 +2054,8 @@ class Records(Sequence[Record]):
 
 def join_records(parts: Sequence[Records]) -> Records:
     """Return several Records, one or more, as one, in order."""
+    if len(parts) == 1:
+        return parts[0]
     return Records(
         Texts(text for part in parts for text in part.image_ids),
         Texts(text for part in parts for text in part.image_paths),
@@ -2217,8 +2221,6 @@ def read_records(
     root: PathLike, split: str, classes: Sequence[str], *, unlabelled: str = "error"
 ) -> tuple[Records, list[Finding]]:
     """Return the Records of a list, none of list "", and the findings; see `make_records`."""
-    if not split:
-        return make_records(root, split, {}, classes)
     annotations, findings = read_annotations(root, split, unlabelled=unlabelled)
     records, more = make_records(root, split, annotations, classes)
     return records, findings + more
@@ -2393,29 +2395,136 @@ def find_data(
     return roots, lists
 
 
+Annotated = Sequence[Mapping[str, Annotation]]  # of some folders, {image id: Annotation} each
+
+
+class Source(NamedTuple):
+    """A folder of --data, and its lists."""
+
+    data: str  # the value that names it, as voc0712 names two folders
+    root: Path
+    lists: dict[str, str]  # of train, val and test, "" for none
+
+
+def data_names(data: str | Sequence[str]) -> list[str]:
+    """Return the values of --data: one is a string, several are a sequence."""
+    return [data] if isinstance(data, str) else list(data)
+
+
+def find_sources(data: str | Sequence[str], data_root: PathLike, *splits: str | None) -> list[Source]:
+    """Return the folders of --data, with `find_data` of each; splits: as named for train, val and test.
+
+    A list that is named need not be in all: a folder that lacks it is not measured on, and it trains on all
+    of its images if it is without any list. InputError for a folder that is named twice.
+    """
+    names = data_names(data)
+    found = {}
+    for name in sorted(names, key=is_voc):  # a mistyped folder is told before VOC is fetched
+        found[name] = find_data(name, data_root, *splits)
+    sources = []
+    for name in names:
+        (first, *others), lists = found[name]
+        sources.append(Source(name, first, lists))
+        sources += [Source(name, root, lists | {"val": "", "test": ""}) for root in others]  # VOC2012
+
+    roots = Counter(source.root.resolve() for source in sources)
+    if roots.total() > len(roots):
+        raise InputError(f"--data names the folder {roots.most_common(1)[0][0]} twice: name it once")
+    for purpose, split in zip(("train", "val", "test"), splits, strict=True):
+        used = [source for source in sources if source.lists[purpose]]
+        lacking = [source for source in used if split not in names_of_lists(source.root)]
+        if len(lacking) < len(used):
+            for source in lacking:
+                if purpose != "train":
+                    source.lists[purpose] = ""
+                elif is_unlisted(source.root, "train"):
+                    source.lists["train"] = "train"
+    return sources
+
+
+def join_lists(sources: Sequence[Source]) -> dict[str, str]:
+    """Return the names of the lists of train, val and test; different ones are joined by plus signs."""
+    lists = {}
+    for purpose in ("train", "val", "test"):
+        names = [source.lists[purpose] for source in sources]
+        lists[purpose] = "+".join(dict.fromkeys(filter(None, names)))
+    return lists
+
+
+def gather(pairs: Iterable[tuple[T, list[Finding]]]) -> tuple[list[T], list[Finding]]:
+    """Return the first ones of (what was read, findings), and all findings."""
+    pairs = list(pairs)
+    return [read for read, _ in pairs], [finding for _, findings in pairs for finding in findings]
+
+
+def read_sources(
+    sources: Sequence[Source], purpose: str, unlabelled: str
+) -> tuple[list[Annotations], list[Finding]]:
+    """Return the annotations of each folder's list for train, val or test, and the findings."""
+    return gather(read_annotations(one.root, one.lists[purpose], unlabelled=unlabelled) for one in sources)
+
+
+def records_of(
+    sources: Sequence[Source], purpose: str, annotated: Annotated, classes: Sequence[str]
+) -> tuple[dict[str, Records], list[Finding]]:
+    """Return {value of --data: Records} of what `read_sources` returned, and the findings."""
+    pairs = zip(sources, annotated, strict=True)
+    made, findings = gather(make_records(one.root, one.lists[purpose], own, classes) for one, own in pairs)
+    groups: dict[str, list[Records]] = {}
+    for source, records in zip(sources, made, strict=True):
+        groups.setdefault(source.data, []).append(records)
+    return {data: join_records(parts) for data, parts in groups.items()}, findings
+
+
+def find_lonely_classes(counts: Mapping[str, Counter[str]], classes: Sequence[str]) -> list[Finding]:
+    """Return a warning if only one of several values of --data, {value: {class: objects}}, has a class."""
+    total = sum(counts.values(), Counter[str]())
+    texts = []
+    for data, own in counts.items():
+        lonely = [name for name in classes if 0 < own[name] == total[name]]
+        if lonely:
+            more = f" and {len(lonely) - 6} more" if len(lonely) > 6 else ""
+            texts.append(f"only {data} annotates {', '.join(lonely[:6])}{more}")
+    if not texts or len(counts) == 1:
+        return []
+    text = (
+        f"{'; '.join(texts)}: in the pictures of the other folders such objects count as background, in "
+        "training and in measuring; annotate them there, or leave the class out by --classes"
+    )
+    return [Finding("class of one folder", text, tuple(texts), is_warning=True)]
+
+
 def choose_classes(
-    data: str, given: Sequence[str] | None, annotations: Mapping[str, Annotation]
+    sources: Sequence[Source], annotated: Annotated, given: Sequence[str] | None
 ) -> tuple[tuple[str, ...], list[Finding]]:
-    """Return the classes to train: those given, else VOC's or those of the training annotations."""
-    known: tuple[str, ...] = VOC_CLASSES
-    findings: list[Finding] = []
-    if not is_voc(data):
-        known, findings = annotated_classes(annotations)
-    if given is None:
-        return known, findings
-    classes = tuple(dict.fromkeys(map(clean_name, given)))
+    """Return the classes to train: those given, else VOC's or those annotated, of the first source first.
+
+    annotated: the training annotations of the sources.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for source, own in zip(sources, annotated, strict=True):
+        counts.setdefault(source.data, Counter()).update(count_classes(own))
+    known: dict[str, None] = {}  # an ordered set
+    for data, found in counts.items():
+        known |= dict.fromkeys(VOC_CLASSES if is_voc(data) else sorted(found))
+    findings = []
+    if not all(map(is_voc, counts)):
+        findings = find_similar_classes(sum(counts.values(), Counter[str]()))
+    classes = tuple(dict.fromkeys(known if given is None else map(clean_name, given)))
     absent = [name for name in classes if name not in known]
-    if absent or not classes:
+    if given is not None and (absent or not classes):
         missing = ", ".join(absent) or "none at all"
         raise InputError(f"--classes: the training list has {', '.join(known)}, not {missing}")
-    return classes, findings
+    return classes, findings + find_lonely_classes(counts, classes)
 
 
-def name_data(data: str, root: Path) -> str:
-    """Return the name of a data set for file names: lower-case letters, digits and underscores."""
-    if is_voc(data):
-        return "pascal_voc"
-    return re.sub(r"\W+", "_", root.resolve().name.lower()).strip("_") or "custom"
+def name_data(sources: Sequence[Source]) -> str:
+    """Return the name of the data for file names: lower-case letters, digits and underscores."""
+    names: dict[str, str] = {}
+    for source in sources:
+        name = re.sub(r"\W+", "_", source.root.resolve().name.lower()).strip("_") or "custom"
+        names.setdefault(source.data, "pascal_voc" if is_voc(source.data) else name)
+    return "_".join(names.values())[:100]
 
 
 def hold_out(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
@@ -2430,6 +2539,8 @@ def hold_out(records: Records, fraction: float, seed: int) -> tuple[Records, Rec
 
 def check_objects(train: Records, val: Records, lists: dict[str, str]) -> list[Finding]:
     """Return a finding if no validation image has an object. InputError if no training image has one."""
+    if not lists["train"]:
+        raise InputError("--train-split needs the name of a list")
     if not train.counts.any():
         if val and not lists["val"]:
             raise InputError(f"list {lists['train']} has no objects left to train on; lower --val-fraction")
@@ -2441,11 +2552,10 @@ def check_objects(train: Records, val: Records, lists: dict[str, str]) -> list[F
 
 
 def require_known_objects(
-    where: str, annotations: Mapping[str, Annotation], records: Sequence[Record], classes: Sequence[str]
+    where: str, annotated: Annotated, records: Sequence[Record], classes: Sequence[str]
 ) -> None:
-    """Raise InputError if a list has objects, but none of the classes: there is nothing to measure."""
-    is_annotated = any(annotation.objects for annotation in annotations.values())
-    if is_annotated and not count_objects(records).any():
+    """Raise InputError if lists have objects, but none of the classes: there is nothing to measure."""
+    if any(map(count_classes, annotated)) and not count_objects(records).any():
         raise InputError(f"{where}: nothing of {', '.join(classes)} (see --data, --test-split)")
 
 
@@ -2473,11 +2583,22 @@ def describe_faint(records: Sequence[Record]) -> list[Finding]:
 
 def refuse_shared_images(*splits: Records) -> None:
     """Raise InputError if an image is in two splits."""
-    counts = collections.Counter(path for records in splits for path in records.image_paths)
+    counts = Counter(path for records in splits for path in records.image_paths)
     shared = [path for path, count in counts.items() if count > 1]
     if shared:
         more = f", as are {len(shared) - 1} more images" if len(shared) > 1 else ""
         raise InputError(f"{shared[0]} is in two of the lists{more}: see --val-split")
+
+
+def _leave_out(train: Records, dropped: Sequence[int], what: str) -> tuple[Records, list[Finding]]:
+    """Return the records but for some, and a finding that says what these are, if there are any."""
+    if not dropped:
+        return train, []
+    paths = tuple(train.image_paths[i] for i in dropped)
+    is_warning = bool(train.counts[dropped].any())  # annotations are lost
+    text = f"{what}: {len(paths)}, e.g. {paths[0]}"
+    kept = np.setdiff1d(np.arange(len(train)), dropped)
+    return train.take(kept), [Finding("same pixels twice", text, paths, is_warning)]
 
 
 def drop_measured_blanks(train: Records, measured: Sequence[Records]) -> tuple[Records, list[Finding]]:
@@ -2494,16 +2615,45 @@ def drop_measured_blanks(train: Records, measured: Sequence[Records]) -> tuple[R
     if not measured_blanks:  # so that training images need not be read
         return train, []
     dropped = [i for i, content in contents(train).items() if content in measured_blanks]
-    if not dropped:
-        return train, []
-    paths = tuple(train.image_paths[i] for i in dropped)
-    text = f"training images without objects that are measured on too, left out: {len(paths)}"
-    kept = np.setdiff1d(np.arange(len(train)), dropped)
-    return train.take(kept), [Finding("same pixels twice", text, paths)]
+    return _leave_out(train, dropped, "training images without objects that are measured on too, left out")
+
+
+def drop_copies(train: Records, measured: Sequence[Records]) -> tuple[Records, list[Finding]]:
+    """Leave out training images that other folders measure on, byte for byte, whatever their names."""
+    others = [path for records in measured for path in records.image_paths]
+    sizes = {os.path.getsize(path) for path in others}
+    candidates = {i: path for i, path in enumerate(train.image_paths) if os.path.getsize(path) in sizes}
+    sizes = {os.path.getsize(path) for path in candidates.values()}
+    contents = {hash(Path(path).read_bytes()) for path in others if os.path.getsize(path) in sizes}
+    dropped = [i for i, path in candidates.items() if hash(Path(path).read_bytes()) in contents]
+    return _leave_out(train, dropped, "training images that another folder measures on, left out")
+
+
+def describe_images(lists: Mapping[str, str], *splits: Records) -> str:
+    """Return how many images train, val and test have, and the lists they are of, as text."""
+    counts = []
+    for (purpose, split), records in zip(lists.items(), splits, strict=True):
+        if records:
+            counts.append(f"{len(records)} {purpose} images ({split or 'held out'})")
+    return ", ".join(counts)
+
+
+def separate_folders(sources: Mapping[str, Source], parts: Mapping[str, dict[str, Records]]) -> list[Finding]:
+    """Leave out of training what another folder measures on, and say how many images come from where.
+
+    sources: {value of --data: its first folder}; parts: {purpose: {value of --data: Records}}.
+    """
+    findings = []
+    for name, source in sources.items():
+        measured = [of[other] for of in (parts["val"], parts["test"]) for other in of if other != name]
+        parts["train"][name], found = drop_copies(parts["train"][name], measured)
+        counts = describe_images(source.lists, *(of[name] for of in parts.values())) or "no images"
+        findings += [*found, Finding("images of a folder", f"{name}: {counts}")]
+    return findings
 
 
 def load_data(
-    data: str,
+    data: str | Sequence[str],
     *,
     data_root: PathLike = "data",
     classes: Sequence[str] | None = None,
@@ -2514,40 +2664,41 @@ def load_data(
     seed: int = 0,
     unlabelled: str = "error",
 ) -> DataSplits:
-    """Return the DataSplits of `data`: "voc2007", "voc0712", "shapes" or the path of a folder in VOC layout.
+    """Return the DataSplits of `data`: "voc2007", "voc0712", "shapes", a folder in VOC layout, or several.
 
-    A list that is None is chosen, see `find_data`; "" is no list. Without a validation list a random
-    val_fraction of the training list is held out. classes None: VOC's, or those of the training list.
-    InputError for what is missing or unusable.
+    Several are split as each would be alone, then joined. A list that is None is chosen, see `find_data`; ""
+    is no list. Without a validation list a random val_fraction of the training list is held out. classes
+    None: VOC's, or those of the training list. InputError for what is missing or unusable.
     """
-    roots, lists = find_data(data, data_root, train_split, val_split, test_split)
-    findings: list[Finding] = []
-
-    # The annotations of the training list say what classes there are.
+    sources = find_sources(data, data_root, train_split, val_split, test_split)
+    lists = join_lists(sources)
     annotated = {}
-    for root in roots:
-        annotated[root], found = read_annotations(root, lists["train"], unlabelled=unlabelled)
+    findings: list[Finding] = []
+    for purpose in lists:
+        annotated[purpose], found = read_sources(sources, purpose, unlabelled)
         findings += found
-    names, found = choose_classes(data, classes, annotated[roots[0]])
+    names, found = choose_classes(sources, annotated["train"], classes)
     findings += found
 
-    parts = []
-    for root in roots:
-        records, found = make_records(root, lists["train"], annotated[root], names)
-        parts.append(records)
+    # {purpose: {value of --data: Records}}
+    parts = {}
+    for purpose in lists:
+        parts[purpose], found = records_of(sources, purpose, annotated[purpose], names)
         findings += found
-    train = join_records(parts) if len(parts) > 1 else parts[0]
-    val, found = read_records(roots[0], lists["val"], names, unlabelled=unlabelled)
-    findings += found
-    test = train[:0]
-    if lists["test"]:
-        tested, found = read_annotations(roots[0], lists["test"], unlabelled=unlabelled)
-        findings += found
-        test, found = make_records(roots[0], lists["test"], tested, names)
-        findings += found
-        require_known_objects(f"{roots[0]}, list {lists['test']}", tested, test, names)
-    if not lists["val"]:
-        train, val = hold_out(train, val_fraction, seed)
+    where = f"{' '.join(data_names(data))}, list {lists['test']}"
+    require_known_objects(where, annotated["test"], join_records([*parts["test"].values()]), names)
+    firsts: dict[str, Source] = {}
+    for source in sources:
+        firsts.setdefault(source.data, source)
+    for name, records in parts["train"].items():
+        is_enough = len(records) > 1 or len(firsts) == 1
+        if not firsts[name].lists["val"] and is_enough:
+            parts["train"][name], parts["val"][name] = hold_out(records, val_fraction, seed)
+    if len(firsts) > 1:
+        findings += separate_folders(firsts, parts)
+    train = join_records([*parts["train"].values()])
+    val = join_records([*parts["val"].values()])
+    test = join_records([*parts["test"].values()])
 
     findings += check_objects(train, val, lists)
     refuse_shared_images(train, val, test)
@@ -2556,7 +2707,7 @@ def load_data(
     findings += describe_faint(train)
     train, found = drop_measured_blanks(train, [val, test])
     findings += found
-    return DataSplits(name_data(data, roots[0]), names, train, val, test, lists, tuple(findings))
+    return DataSplits(name_data(sources), names, train, val, test, lists, tuple(findings))
 
 
 # -- samples and batches
@@ -4161,7 +4312,7 @@ class Settings:
     resume: bool = False
     output_dir: str = "."
 
-    data: str = "voc2007"
+    data: str | tuple[str, ...] = "voc2007"
     data_root: str = "data"
     classes: tuple[str, ...] | None = None
     train_split: str | None = None
@@ -4883,19 +5034,21 @@ def read_test_list(
     classes None: those of --classes, of VOC, or all that the list's annotations have. InputError if there is
     no test list, or nothing of the classes in it.
     """
-    roots, lists = find_data(settings.data, settings.data_root, "", "", settings.test_split)
-    split = lists["test"]
+    sources = find_sources(settings.data, settings.data_root, "", "", settings.test_split)
+    data = " ".join(data_names(settings.data))
+    split = join_lists(sources)["test"]
     if not split:
-        raise InputError(f"{settings.data} has no test list: name one with --test-split")
-    annotations, findings = read_annotations(roots[0], split, unlabelled=settings.unlabelled)
+        raise InputError(f"{data} has no test list: name one with --test-split")
+    annotated, findings = read_sources(sources, "test", settings.unlabelled)
     if classes is None:
         classes = settings.classes
     if classes is None:
-        classes, found = choose_classes(settings.data, None, annotations)
+        classes, found = choose_classes(sources, annotated, None)
         findings += found
-    records, found = make_records(roots[0], split, annotations, classes)
+    parts, found = records_of(sources, "test", annotated, classes)
     print_findings(findings + found)
-    require_known_objects(f"{settings.data}, list {split}", annotations, records, classes)
+    records = join_records([*parts.values()])
+    require_known_objects(f"{data}, list {split}", annotated, records, classes)
     return split, tuple(classes), records
 
 
@@ -4926,7 +5079,8 @@ def measure_checkpoint(
     plots = Path(settings.output_dir) / "plots"
     classes = checkpoint["classes"]
     report = plots / "evaluation" / "evaluation.json"
-    print(f"{path} on {settings.data}, list {split}: {len(records)} images -> {report}")
+    data = " ".join(data_names(settings.data))
+    print(f"{path} on {data}, list {split}: {len(records)} images -> {report}")
     score_thresh = SCORE_THRESH if settings.score_thresh is None else settings.score_thresh
     detection: dict[str, Any] = {"score_thresh": score_thresh, "nms_iou_thresh": settings.nms_iou}
 
@@ -4964,11 +5118,7 @@ def evaluate_checkpoint(settings: Settings, checkpoint: dict[str, Any]) -> Evalu
 def print_header(settings: Settings, machine: Machine, data: DataSplits, model: SSD300) -> None:
     """Print what runs on what: versions, device, precision, data, network, recipe."""
     env = environment(machine.device)
-    counts = []
-    for kind, split in data.lists.items():
-        images = len(getattr(data, kind))
-        if images:
-            counts.append(f"{images} {kind} images ({split or 'held out'})")
+    counts = describe_images(data.lists, data.train, data.val, data.test)
     objects = int(data.train.counts.sum())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     start = "random"
@@ -4979,7 +5129,7 @@ def print_header(settings: Settings, machine: Machine, data: DataSplits, model: 
     lines = (
         f"device   {env['device']}, {machine.precision}, torch {env['torch']}, "
         f"loader processes: {machine.workers}",
-        f"data     {settings.data}: {', '.join(counts)}; {objects} training objects, "
+        f"data     {' '.join(data_names(settings.data))}: {counts}; {objects} training objects, "
         f"{len(data.classes)} classes",
         f"network  width {settings.width:g}, batch norm: {settings.batch_norm}, start: {start}; "
         f"{trained:,} trained parameters, {len(model.anchors):,} anchors",
@@ -5062,11 +5212,12 @@ def is_finished(checkpoints: Path, epochs: int) -> bool:
 
 def describe_run(settings: Settings, machine: Machine, data: DataSplits, device: str) -> dict[str, Any]:
     """Return the settings as they came out, which run.json and, but for MACHINE_FLAGS, checkpoints hold."""
+    val_split = data.lists["val"] if isinstance(settings.data, str) else settings.val_split
     return vars(settings) | {
         "device": device,
         "workers": machine.workers,
         "compile": machine.compiled,
-        "val_split": data.lists["val"],
+        "val_split": val_split,
         "pretrained": settings.starts_from_imagenet,
         "freeze_blocks": settings.frozen_blocks,
     }
@@ -5104,14 +5255,15 @@ def share_data(settings: Settings) -> DataSplits:
     """
     flags = {name: getattr(settings, name) for name in (*DATA_FLAGS, "data_root", "seed")}
     where = [flags[name] for name in ("data", "data_root", "train_split", "val_split", "test_split")]
-    from_first_process(lambda: find_data(*where))  # fetches what all machines may see
+    from_first_process(lambda: find_sources(*where))  # fetches what all machines may see
     data = from_first_process(lambda: load_data(**flags), of_machine=True)
     digest = zlib.crc32(repr(data.classes).encode())
     for records in (data.train, data.val, data.test):
         digest = zlib.crc32(repr(list(records.image_ids)).encode(), digest)
         digest = zlib.crc32(records.boxes_px.tobytes(), digest)
     if gather_objects(digest)[0] != digest:
-        raise InputError(f"{settings.data}: not the images and boxes that the first machine has there")
+        folders = " ".join(data_names(settings.data))
+        raise InputError(f"{folders}: not the images and boxes that the first machine has there")
     return data
 
 
@@ -5184,7 +5336,7 @@ def name_pictures(paths: Sequence[PathLike]) -> list[str]:
 def describe_found(detector: Detector, path: PathLike, found: Detections, nms_iou_thresh: float) -> str:
     """Return how many objects of each class were found, or the best that was not good enough."""
     if found.names:
-        counts = collections.Counter(found.names)
+        counts = Counter(found.names)
         return ", ".join(f"{name} {count}" for name, count in counts.items())
     weak = detector.predict(str(path), score_thresh=0.0, max_detections=1, nms_iou_thresh=nms_iou_thresh)
     best = [f"{name} {score:.2f}" for name, score in zip(weak.names, weak.scores, strict=True)]
@@ -5276,7 +5428,8 @@ def add_flag(group: argparse._ArgumentGroup, flag: str, **options: Any) -> None:
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = functools.partial(add_flag, parser.add_argument_group("data"))
     switch = argparse.BooleanOptionalAction
-    add("--data", help="voc2007, voc0712, shapes or a folder in VOC layout")
+    where = "voc2007, voc0712, shapes or a folder in VOC layout; several are split each and joined"
+    add("--data", nargs="+", metavar="PATH", help=where)
     add("--data-root", metavar="DIR", help="where VOCdevkit and shapes are or will be")
     add("--classes", type=class_list, help="a,b,c or a file of them (default: VOC's, or all in the list)")
     add("--train-split", metavar="LIST", help="training list (default: trainval of VOC, train of a folder)")
@@ -5377,6 +5530,9 @@ def parse_given(argv: Sequence[str] | None) -> dict[str, Any]:
     given = vars(parser.parse_args(argv))
     if [] in given.values():  # argparse's reading of --flag=--
         parser.error("a flag needs a value, not --")
+    if "data" in given:
+        first, *others = given["data"]
+        given["data"] = (first, *others) if others else first
     if len(given.keys() & {"predict", "evaluate", "resume"}) > 1:
         parser.error("--evaluate, --predict and --resume exclude one another")
     return given

@@ -49,6 +49,7 @@ KINDS = dict.fromkeys(STOPS, "stops a training") | {  # what is found: what come
     "image without annotation": "used as one without objects",
     "annotation without a size": "the image's own is used",
     "class names that differ by a slip": "kept apart; one class or two? see --classes",
+    "class of one folder": "its objects in the other folders' images count as background",
     "object of another class": "left out",
     "box reversed": "left out; corners swapped, or a width and height?",
     "box not finite": "left out",
@@ -293,19 +294,20 @@ def check_all(
 
 def check_lists(
     listed: Mapping[tuple[Path, str], dict[str, ssd.Annotation]],
-    lists: Mapping[str, str],
+    sources: Sequence[ssd.Source],
     settings: ssd.Settings,
     findings: Findings,
 ) -> Sequence[str]:
     """Return a training's classes; find what the module says of whole lists, {(root, role): annotations}."""
-    train = next(iter(listed.values()), {})
-    classes, slips = ssd.choose_classes(settings.data, None, train)
-    for slip in slips:
-        findings[slip.kind] += slip.places
+    train = [listed.get((source.root, "train"), {}) for source in sources]
+    classes, found = ssd.choose_classes(sources, train, None)
+    for finding in found:
+        findings[finding.kind] += finding.places
     classes = settings.classes or classes
+    lists = {source.root: source.lists for source in sources}
     for (root, role), annotations in listed.items():
         try:
-            ssd.make_records(root, lists[role], annotations, classes)
+            ssd.make_records(root, lists[root][role], annotations, classes)
         except ssd.InputError as error:
             findings["boxes of a list written otherwise"].append(str(error))
     return classes
@@ -343,16 +345,15 @@ def plot_data(objects: Sequence[Object], best: np.ndarray, classes: Sequence[str
 # ---- the command line ----
 
 
-def find_images(roots: Sequence[Path], lists: Mapping[str, str]) -> dict[ImageKey, list[str]]:
-    """Return {(root, image id): which of train, val, test have it}; only train has further roots."""
+def find_images(sources: Sequence[ssd.Source]) -> dict[ImageKey, list[str]]:
+    """Return {(root, image id): which of train, val, test have it}."""
     images = defaultdict(list)
-    for role, split in lists.items():
-        if not split:
-            continue
-        used = roots if role == "train" else roots[:1]
-        for root in used:
-            for image_id in ssd.read_split(root, split):
-                images[root, image_id].append(role)
+    for source in sources:
+        for role, split in source.lists.items():
+            if not split:
+                continue
+            for image_id in ssd.read_split(source.root, split):
+                images[source.root, image_id].append(role)
     return images
 
 
@@ -410,13 +411,15 @@ def run(settings: ssd.Settings) -> int:
     """Audit the data that the settings name; returns the exit code. InputError for a mistake of the user."""
     names = ("data_root", "train_split", "val_split", "test_split")
     splits = {name: getattr(settings, name) for name in names}
-    roots, lists = ssd.find_data(settings.data, **splits)
-    images = find_images(roots, lists)
+    sources = ssd.find_sources(settings.data, *splits.values())
+    lists = ssd.join_lists(sources)
+    images = find_images(sources)
+    roots = [source.root for source in sources]
     facts = {root: inspect_all(root, [i for r, i in images if r == root]) for root in roots}
 
     # What is wrong with the files, their objects and whole lists.
     findings: Findings = {kind: [] for kind in KINDS}
-    classes = check_lists(list_annotations(images, facts), lists, settings, findings)
+    classes = check_lists(list_annotations(images, facts), sources, settings, findings)
     objects, best = check_all(images, facts, classes, settings, findings)
     findings = {kind: places for kind, places in findings.items() if places}
     write_findings(facts, findings)

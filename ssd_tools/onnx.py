@@ -338,15 +338,17 @@ def check_map(
     return summary
 
 
-def example_images(data: str, count: int = CHECK_IMAGES) -> list[Path]:
+def example_images(data: str | Sequence[str], count: int = CHECK_IMAGES) -> list[Path]:
     """Return image files of the data that a checkpoint was trained on, evenly spread."""
-    root = Path(data)
-    if ssd.is_voc(data):
-        root = Path("data/VOCdevkit/VOC2007")
-    elif data == "shapes":
-        root = Path("data/shapes")
-    folder = root / "JPEGImages"
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in ssd.IMAGE_SUFFIXES)
+    paths: list[Path] = []
+    for name in ssd.data_names(data):
+        root = Path(name)
+        if ssd.is_voc(name):
+            root = Path("data/VOCdevkit/VOC2007")
+        elif name == "shapes":
+            root = Path("data/shapes")
+        folder = root / "JPEGImages"
+        paths += sorted(path for path in folder.glob("*") if path.suffix.lower() in ssd.IMAGE_SUFFIXES)
     if not paths:
         raise ssd.InputError(f"no image in {folder} to check the export with: name some with --images")
     return ssd.spread(paths, count)
@@ -362,18 +364,21 @@ def records_to_measure(
     split, _, found = ssd.read_test_list(settings, classes)
     records = ssd.spread(found, max_images or len(found))
     if not any(len(record.labels) for record in records):
-        raise ssd.InputError(f"{settings.data}, list {split}: no object of the model's classes, so no mAP")
+        data = " ".join(ssd.data_names(settings.data))
+        raise ssd.InputError(f"{data}, list {split}: no object of the model's classes, so no mAP")
     return records
 
 
 def calibration_records(settings: ssd.Settings, classes: Sequence[str]) -> Sequence[ssd.Record]:
     """Return the Records to calibrate with, of the validation list, without one of the training list."""
     named = (settings.train_split, settings.val_split, settings.test_split)
-    roots, lists = ssd.find_data(settings.data, settings.data_root, *named)
-    split = lists["val"] or lists["train"]
-    records, findings = ssd.read_records(roots[0], split, classes, unlabelled=settings.unlabelled)
-    ssd.print_findings(findings)
-    return ssd.spread(records, CALIBRATION_IMAGES)
+    parts = []
+    for source in ssd.find_sources(settings.data, settings.data_root, *named):
+        split = source.lists["val"] or source.lists["train"]
+        records, findings = ssd.read_records(source.root, split, classes, unlabelled=settings.unlabelled)
+        ssd.print_findings(findings)
+        parts.append(records)
+    return ssd.spread(ssd.join_records(parts), CALIBRATION_IMAGES)
 
 
 def check_images(settings: ssd.Settings, classes: Sequence[str]) -> list[Path]:
@@ -485,7 +490,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--int8", action="store_true", help="convolve in 8-bit integers")
     measured = parser.add_argument_group("the images to check with, and what --int8 is measured on")
     add = measured.add_argument
-    add("--data", metavar="PATH", help="a folder in VOC layout (default: the run's)")
+    add("--data", nargs="+", metavar="PATH", help="folders in VOC layout (default: the run's)")
     add("--test-split", metavar="LIST", help="default: the run's, or test")
     add("--max-images", type=ssd.positive_int, metavar="N", help="measure on N images of it, evenly spread")
     add(
@@ -503,7 +508,7 @@ def run(args: argparse.Namespace) -> None:
     source = Path(args.checkpoint)
     data_flags = []
     if args.data:
-        data_flags += ["--data", args.data]
+        data_flags += ["--data", *args.data]
     if args.test_split:
         data_flags += ["--test-split", args.test_split]
     settings, checkpoint = load_evaluation(source, data_flags)
@@ -542,7 +547,10 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 a mistake to mend."""
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else [*argv]
+    if words and words[-1].endswith(".pth"):
+        words = words[-1:] + words[:-1]  # not one more folder of --data
+    args = build_parser().parse_args(words)
     return run_program(functools.partial(run, args))
 
 

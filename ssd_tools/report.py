@@ -215,8 +215,9 @@ def read_run(source: ssd.PathLike, plots: ssd.PathLike | None = None) -> Run:
 
 
 def data_name(flags: Mapping[str, Any]) -> str:
-    """Return the name of the data that the flags name, without its folder."""
-    return Path(str(flags.get("data") or "unknown data")).name
+    """Return the names of the data that the flags name, without their folders."""
+    names = ssd.data_names(flags.get("data") or "unknown data")
+    return " + ".join(Path(str(name)).name for name in names)
 
 
 def command(run: Run) -> str:

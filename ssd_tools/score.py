@@ -45,6 +45,17 @@ def refuse_shared_files(split: str, classes: Sequence[str]) -> None:
         taken[key] = name
 
 
+def refuse_shared_ids(records: Sequence[ssd.Record]) -> None:
+    """Raise InputError if two images, of different folders, have the same name in devkit files."""
+    paths: dict[str, str] = {}
+    for record in records:
+        other = paths.setdefault(record.image_id, record.image_path)
+        if other != record.image_path:
+            raise ssd.InputError(
+                f"{other} and {record.image_path} have one name in detection files: name one folder by --data"
+            )
+
+
 def write_devkit_files(
     folder: ssd.PathLike,
     split: str,
@@ -57,6 +68,7 @@ def write_devkit_files(
     InputError for classes whose files would be the same.
     """
     refuse_shared_files(split, classes)
+    refuse_shared_ids(records)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for label, name in enumerate(classes, start=1):
         lines = []
@@ -86,6 +98,7 @@ def read_devkit_files(
     line that is not an image of the list and five finite numbers.
     """
     refuse_shared_files(split, classes)
+    refuse_shared_ids(records)
     position = {record.image_id: index for index, record in enumerate(records)}
     image_ids: list[int] = []
     labels: list[int] = []
@@ -148,7 +161,8 @@ def score_files(folder: str, settings: ssd.Settings) -> None:
     """Score the files of a folder on the test list: print the table, write evaluation.json."""
     split, classes, records = ssd.read_test_list(settings)
     detections = read_devkit_files(folder, split, records, classes)
-    print(f"{folder} on {settings.data}, list {split}: {len(records)} images")
+    data = " ".join(ssd.data_names(settings.data))
+    print(f"{folder} on {data}, list {split}: {len(records)} images")
     result = ssd.score_detections(detections, records, len(classes))
     about = {  # the keys of a checkpoint's evaluation.json, but for the first
         "detections": folder,

@@ -93,7 +93,7 @@ def write_pair(folder, stem, objects=(("cell", [11, 21, 40, 60]),)):
 def boxes_of(out, split="train"):
     """Return {image id: [[class, x1, y1, x2, y2], ...]} of a list as the module reads it."""
     annotations, _ = ssd.read_annotations(out, split)
-    classes, _ = ssd.annotated_classes(annotations)
+    classes = sorted(ssd.count_classes(annotations))
     records, _ = ssd.make_records(out, split, annotations, classes)
     return {
         record.image_id: [
