@@ -314,12 +314,12 @@ def process_rank() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def gather_objects(value: T) -> list[T]:
-    """Return the plain values of all processes in the order of their ranks; alone [value]."""
-    world = process_rank()[1]
-    values: list[Any] = [value] * world
-    if world > 1:
-        torch.distributed.all_gather_object(values, value)
+def gather_objects(value: T, group: Any = None) -> list[T]:
+    """Return the plain values of all processes, or of a group, in the order of their ranks; alone [value]."""
+    if process_rank()[1] == 1:
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group)
     return values
 
 
@@ -2713,18 +2713,50 @@ def load_data(
 # -- samples and batches
 
 
+def _decode(records: Sequence[Record]) -> Iterator[np.ndarray]:
+    with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
+        images = pool.map(Record.read, records)
+        yield from tqdm(images, "decoding", len(records), leave=False, disable=not sys.stderr.isatty())
+
+
+def _decode_shared(records: Sequence[Record]) -> list[np.ndarray]:
+    """Return the decoded images of records; each of torchrun's processes on a machine decodes a share.
+
+    A share is a file in memory, which the others open and which is gone when all of them have ended.
+    """
+    rank = torch.distributed.get_rank(machine_group())
+    descriptor = os.memfd_create("decoded images")  # it stays open
+    shapes = []
+    with open(descriptor, "wb", closefd=False) as file:
+        for image in _decode(records[rank :: _processes_here()]):
+            file.write(image.data)
+            shapes.append(image.shape)
+
+    images: list[Any] = [None] * len(records)
+    shares = gather_objects((f"/proc/{os.getpid()}/fd/{descriptor}", shapes), machine_group())
+    for number, (path, share) in enumerate(shares):
+        memory = np.asarray(np.memmap(path, mode="r"))
+        parts = np.split(memory, np.cumsum([math.prod(shape) for shape in share])[:-1])
+        arrays = [part.reshape(shape) for part, shape in zip(parts, share, strict=True)]
+        images[number :: len(shares)] = arrays
+    return images
+
+
 def decode_all(records: Sequence[Record]) -> list[np.ndarray] | None:
-    """Return the decoded images of records, which forked loader processes share; None if memory is short."""
+    """Return the decoded images of records, which forked loader processes share; None if memory is short.
+
+    On Linux torchrun's processes on a machine share them too, and call this together.
+    """
     if not hasattr(os, "sysconf"):  # Windows, where processes are not forked and could not share them
         return None
-    needed = _processes_here() * sum(record.num_bytes for record in records)
+    is_shared = process_rank()[1] > 1 and _processes_here() > 1 and hasattr(os, "memfd_create")
+    copies = 1 if is_shared else _processes_here()
+    needed = copies * sum(record.num_bytes for record in records)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory / 3:
         print(f"cache    off: the decoded images take {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}")
         return None
-    with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
-        images = pool.map(Record.read, records)
-        return list(tqdm(images, "decoding", len(records), leave=False, disable=not sys.stderr.isatty()))
+    return _decode_shared(records) if is_shared else list(_decode(records))
 
 
 class VocDataset(torch.utils.data.Dataset):
@@ -4959,13 +4991,13 @@ def make_loaders(
     """Return the loaders of the epochs to come, and of validation (None if nothing is held out)."""
     steps = ("zoom_out", "crop", "color", "shadow", "noise", "blur")
     transform = build_transform(train=True, **{name: getattr(settings, name) for name in steps})
-    pixels = decode_all(data.train) if settings.cache else None
-    train = VocDataset(data.train, transform, state.model.anchors.cpu(), seed=settings.seed, pixels=pixels)
     rank, world = process_rank()
     epochs = range(state.epoch, settings.epochs)
     sampler = EpochBatchSampler(
-        len(train), settings.batch_size, settings.seed, epochs=epochs, rank=rank, world=world
+        len(data.train), settings.batch_size, settings.seed, epochs=epochs, rank=rank, world=world
     )
+    pixels = decode_all(data.train) if settings.cache else None
+    train = VocDataset(data.train, transform, state.model.anchors.cpu(), seed=settings.seed, pixels=pixels)
     is_cuda = machine.device.type == "cuda"
     train_loader = make_loader(train, batch_sampler=sampler, workers=machine.workers, pin_memory=is_cuda)
     val_loader = None

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -19,14 +20,18 @@ import ssd_object_detection as ssd
 
 MODULE = Path(ssd.__file__)
 CPU = torch.device("cpu")
-GRADIENTS = """
+TWO_PROCESSES = """
+import sys
 import torch
 import test_13_processes as here
 import ssd_object_detection as ssd
 
 batch = torch.load("batch.pt")
 with ssd.joined_processes("cpu"):
-    ssd.write_atomically("gradients.pt", lambda path: torch.save(here.gradients(batch), path))
+    gradients = here.gradients(batch)
+    memory = here.memory_of_images(ssd.load_data(sys.argv[1]).train)
+    found = {"gradients": gradients, "memory": memory}
+    ssd.write_atomically("found.pt", lambda path: torch.save(found, path))
 """
 DYING = """
 import os, signal, sys
@@ -83,6 +88,24 @@ def gradients(batch):
     return found
 
 
+def memory_of_images(records):
+    """Return (resident, share of it that is counted for this process) of the decoded images, in kB."""
+    images = ssd.decode_all(records)
+    for record, image in zip(records, images, strict=True):
+        np.testing.assert_array_equal(image, record.read())
+    torch.distributed.barrier()  # the other process has read them too
+    found = {"Rss": 0, "Pss": 0}
+    is_of_images = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(":")[0]:  # a mapping begins
+            is_of_images = "memfd:decoded images" in line
+        name, _, value = line.partition(":")
+        if is_of_images and name in found:
+            found[name] += int(value.split()[0])
+    torch.distributed.barrier()
+    return found["Rss"], found["Pss"]
+
+
 def start_torchrun(*command, cwd):
     """Start torchrun with flags of its own, a script and the script's flags."""
     paths = os.pathsep.join([str(MODULE.parent), str(Path(__file__).parent)])
@@ -127,17 +150,24 @@ def on_two_machines(*command, folders, code=0):
     return [finish(process, code) for process in started]
 
 
-def test_gradient_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path):
+@pytest.fixture(scope="module")
+def by_two(tiny_voc, tmp_path_factory):
+    """What two processes found of a batch of four images, which is there too, and of the tiny data."""
+    folder = tmp_path_factory.mktemp("two processes")
     generator = torch.Generator().manual_seed(0)
     # One process gets images with 3 and 1 objects, the other with none and 2: each counts other positives.
     labels = ([1, 2, 3], [], [2], [3, 1])
     low = [torch.rand(len(one), 2, generator=generator) * 0.5 for one in labels]
     batch = reference.batch([torch.cat((corner, corner + 0.4), dim=1) for corner in low], labels)
     batch["images"] = torch.randint(0, 256, (4, 3, 300, 300), dtype=torch.uint8, generator=generator)
-    torch.save(batch, tmp_path / "batch.pt")
-    (tmp_path / "script.py").write_text(GRADIENTS)
-    torchrun("script.py", cwd=tmp_path)
-    one, two = gradients(batch), torch.load(tmp_path / "gradients.pt")
+    torch.save(batch, folder / "batch.pt")
+    (folder / "script.py").write_text(TWO_PROCESSES)
+    torchrun("script.py", tiny_voc, cwd=folder)
+    return torch.load(folder / "found.pt") | {"batch": batch}
+
+
+def test_gradient_of_two_processes_is_that_of_one_with_the_whole_batch(by_two):
+    one, two = gradients(by_two["batch"]), by_two["gradients"]
     assert one.keys() == two.keys()
     for loss in ("focal", "multibox"):
         names = [name for name in one if name.startswith(loss)]
@@ -145,6 +175,13 @@ def test_gradient_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path)
         difference = torch.cat([(one[name] - two[name]).flatten() for name in names]).norm()
         assert size > 0.1
         assert difference < 1e-12 * size
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory without a file is Linux's")
+def test_two_processes_hold_the_decoded_images_once(by_two):
+    resident, share = by_two["memory"]
+    assert resident > 0
+    assert share == pytest.approx(resident / 2, rel=0.1)
 
 
 def test_two_machines_train_as_one_does_and_each_resumes_the_other_s_run(tiny_voc, flags_of, tmp_path):
