@@ -39,8 +39,8 @@ def resize(picture: Image.Image, size: int) -> np.ndarray:
     return np.tensordot(columns, flat, (1, 1)).round().T  # (colour, y, x)
 
 
-def detect(session: onnxruntime.InferenceSession, picture: Image.Image) -> list[tuple]:
-    """Return [(class name, score, [x1, y1, x2, y2] in pixels)] of an RGB PIL image, best first."""
+def detect(session: onnxruntime.InferenceSession, picture: Image.Image, least: float = 0) -> list[tuple]:
+    """Return [(class name, score, [x1, y1, x2, y2] in pixels)], best first; least: 0 is each class's own."""
     about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     images = resize(picture, about["image_size"])[None]
     if "uint8" in session.get_inputs()[0].type:
@@ -48,7 +48,7 @@ def detect(session: onnxruntime.InferenceSession, picture: Image.Image) -> list[
     boxes, scores, labels = session.run(None, {"images": images})
     names = [about["classes"][label - 1] for label in labels[0] if label > 0]  # rows of label 0 are empty
     found = zip(names, scores[0].tolist(), (boxes[0] * (picture.size * 2)).tolist(), strict=False)
-    return [row for row in found if row[1] >= about["score_thresh"][row[0]]]
+    return [row for row in found if row[1] >= (least or about["score_thresh"][row[0]])]
 
 
 def draw_detected(session: onnxruntime.InferenceSession, path: Path, taken: set[Path]) -> None:

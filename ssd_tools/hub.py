@@ -2,9 +2,10 @@
 
     python -m ssd_tools.hub export checkpoints/ssd_shapes_final.pth exported/   # weights, config, card, plots
     python -m ssd_tools.hub export checkpoints/ssd_shapes_final.pth exported/ --onnx --push OWNER/NAME
+    python -m ssd_tools.hub export checkpoints/ssd_shapes_final.pth exported/ --space   # and a page to try it
     python -m ssd_tools.hub pth OWNER/NAME model.pth               # and back, to train or measure it
 
-Needs safetensors; --push and OWNER/NAME need huggingface_hub; --onnx needs what ssd_tools.onnx needs.
+Needs safetensors; --push and OWNER/NAME need huggingface_hub, --onnx and --space what ssd_tools.onnx needs.
 """
 
 import argparse
@@ -26,6 +27,19 @@ EXAMPLES = [folder / "examples" / "detect_onnx.py" for folder in (HERE, HERE.par
 EXAMPLE = EXAMPLES[0] if EXAMPLES[0].is_file() else EXAMPLES[1]
 EXAMPLE_PARTS = (EXAMPLE.name, "camera_onnx.py", "check_onnx.py")
 
+# A Hugging Face Space: with what its page was tried, the packages it needs beside gradio, and its files.
+SPACE = {"sdk": "gradio", "sdk_version": "6.31.0", "python_version": "3.11", "app_file": "app.py"}
+SPACE_PACKAGES = "numpy\nonnxruntime>=1.25\npillow\n"
+SPACE_FILES = (
+    "README.md",
+    "app.py",
+    "config.json",
+    EXAMPLE.name,
+    "model.onnx",
+    "plots/*",
+    "requirements.txt",
+)
+
 USE = """\
 ```python
 import json
@@ -45,6 +59,9 @@ print(found.names, found.scores, found.boxes_px)  # pixels of the upright image,
 
 This runs in this folder; it needs torch, torchvision, albumentations 2.0.8, matplotlib, tqdm, safetensors."""
 
+SPACE_USE = """\
+`pip install -r requirements.txt gradio` and `python app.py` start a page that finds objects in a picture."""
+
 LIMITS = """\
 * Only the classes above, and only images like those of the training data, were measured.
 * The input is 300x300: objects below a tenth of the image's side are matched by one anchor only.
@@ -62,8 +79,11 @@ BATCH_NORM_TEXTS = {
 # ---- the model card ----
 
 
-def front_matter(name: str, run: report.Run, licence: str | None) -> str:
-    """Return the card's header with the measured mAPs; JSON, which is YAML, so that no name breaks it."""
+def front_matter(name: str, run: report.Run, licence: str | None, *, space: bool = False) -> str:
+    """Return the card's header with the measured mAPs; JSON, which is YAML, so that no name breaks it.
+
+    space: the folder is a Hugging Face Space, too.
+    """
     header: dict[str, Any] = {
         "library_name": "pytorch",
         "pipeline_tag": "object-detection",
@@ -80,6 +100,8 @@ def front_matter(name: str, run: report.Run, licence: str | None) -> str:
         data = {"name": data_name, "type": data_name, "split": test["split"]}
         result = {"task": {"type": "object-detection"}, "dataset": data, "metrics": metrics}
         header["model-index"] = [{"name": name, "results": [result]}]
+    if space:
+        header |= {"title": name.split("/")[-1], **SPACE}
     lines = [f"{key}: {json.dumps(value)}" for key, value in header.items()]
     return "\n".join(["---", *lines, "---"])
 
@@ -121,14 +143,18 @@ def card(
     licence: str | None = None,
     data_licence: str | None = None,
     onnx_check: str | None = None,
+    space: bool = False,
 ) -> str:
     """Return the model card from a run's own records; what was not recorded is called so."""
-    parts = [front_matter(name, run, licence), f"# {name}", model_in_words(run), "## Use", USE]
+    header = front_matter(name, run, licence, space=space)
+    parts = [header, f"# {name}", model_in_words(run), "## Use", USE]
     if onnx_check:
         parts += [
             f"`python {EXAMPLE.name} model.onnx picture.jpg` needs numpy, pillow and onnxruntime only.",
             f"Compared with PyTorch when it was written: {onnx_check}.",
         ]
+    if space:
+        parts += [SPACE_USE]
     parts += [
         "## Measured",
         report.protocol(run),
@@ -152,23 +178,32 @@ def card(
 # ---- the folder ----
 
 
-def write_config(path: Path, checkpoint: dict[str, Any], run: report.Run) -> None:
-    """Write config.json: what `weights.load_published` needs, test numbers and flags, no local folders."""
+def write_config(path: Path, checkpoint: dict[str, Any], run: report.Run, card: str | None) -> None:
+    """Write config.json: what `weights.load_published` needs, test numbers and flags, no local folders.
+
+    card: the address of the model card, None: not known.
+    """
     test = {key: value for key, value in run["test"].items() if key != "checkpoint"}
     if test:
         test["data"] = report.data_name(test)
-    ssd.write_json(
-        path,
-        {
-            "model_type": "ssd300",
-            "image_size": ssd.IMAGE_SIZE,
-            "classes": run["classes"],
-            "id2label": dict(enumerate(run["classes"], start=1)),
-            **{key: checkpoint[key] for key in ("format_version", "version", "config", "score_thresh")},
-            "test": test,
-            "flags": report.public_flags(run["flags"]),
-        },
-    )
+    content = {
+        "model_type": "ssd300",
+        "image_size": ssd.IMAGE_SIZE,
+        "classes": run["classes"],
+        "id2label": dict(enumerate(run["classes"], start=1)),
+        **{key: checkpoint[key] for key in ("format_version", "version", "config", "score_thresh")},
+        "test": test,
+        "flags": report.public_flags(run["flags"]),
+    }
+    if card:
+        content["card"] = card
+    ssd.write_json(path, content)
+
+
+def write_space(folder: Path) -> None:
+    """Write the page of a Hugging Face Space beside model.onnx, and the packages that it needs."""
+    shutil.copyfile(EXAMPLE.with_name("app.py"), folder / "app.py")
+    (folder / "requirements.txt").write_text(SPACE_PACKAGES, encoding="utf-8")
 
 
 def export_folder(
@@ -179,13 +214,19 @@ def export_folder(
     *,
     name: str,
     onnx_images: Sequence[ssd.PathLike] = (),
+    space: bool = False,
+    address: str | None = None,
     **licences: str | None,
 ) -> None:
-    """Write the folder for Hugging Face; with images to check it on, model.onnx too."""
+    """Write the folder for Hugging Face; with images to check it on, model.onnx too.
+
+    space: with them also a page to try the model; address: where the card will be.
+    """
     safetensors = optional_import("safetensors.torch", "writing model.safetensors")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "model.safetensors").is_file():
         raise ssd.InputError(f"{folder} is there and not of this program: choose another folder to write")
-    (folder / "model.onnx").unlink(missing_ok=True)  # of an earlier export, maybe of another model
+    for stale in ("model.onnx", "app.py", "requirements.txt"):  # of an earlier export, maybe of another model
+        (folder / stale).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.contiguous() for key, value in checkpoint["model"].items()}
 
@@ -194,7 +235,7 @@ def export_folder(
         temporary.chmod(0o644)  # save_file lets its owner alone read it
 
     ssd.write_atomically(folder / "model.safetensors", write)
-    write_config(folder / "config.json", checkpoint, run)
+    write_config(folder / "config.json", checkpoint, run, address)
     shutil.copyfile(ssd.__file__, folder / "ssd_object_detection.py")
     for path, _ in run["plots"]:
         (folder / "plots").mkdir(exist_ok=True)
@@ -205,21 +246,32 @@ def export_folder(
         summary = onnx.export_onnx(checkpoint, model, folder / "model.onnx", check)
         for part in EXAMPLE_PARTS:
             shutil.copyfile(EXAMPLE.with_name(part), folder / part)
-    text = card(name, run, onnx_check=summary, **licences)
+    if space:
+        write_space(folder)
+    text = card(name, run, onnx_check=summary, space=space, **licences)
     ssd.write_atomically(folder / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def push(folder: Path, repo: str, private: bool = False) -> str:
-    """Upload a folder to Hugging Face and return its address; InputError if that fails."""
+def push(folder: Path, repo: str, private: bool = False, *, space: bool = False) -> str:
+    """Upload a folder to Hugging Face as a model, or its page as a Space; returns the address.
+
+    InputError if that fails.
+    """
     hub = optional_import("huggingface_hub", "--push")
     if not hub.get_token():
         raise ssd.InputError("--push: not logged in to Hugging Face: run `hf auth login`, or set HF_TOKEN")
     api = hub.HfApi()
+    kind: dict[str, Any] = {"repo_id": repo, "repo_type": "model"}
+    making: dict[str, Any] = {"private": private, "exist_ok": True}
+    sending: dict[str, Any] = {"folder_path": folder, "commit_message": "Upload the model"}
+    if space:
+        kind["repo_type"] = "space"
+        making["space_sdk"] = SPACE["sdk"]
+        sending["allow_patterns"] = SPACE_FILES
     try:
         hub.utils.validate_repo_id(repo)
-        api.create_repo(repo, private=private, exist_ok=True)
-        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload the model")
-        return done.commit_url
+        api.create_repo(**kind, **making)
+        return api.upload_folder(**kind, **sending).commit_url
     except Exception as error:  # a wrong name, no access, no network, a broken connection
         reasons: dict[Any, str] = {401: "the token is not valid: ", 403: "the token may not write there: "}
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -236,7 +288,7 @@ def run_export(args: argparse.Namespace) -> None:
     settings, checkpoint = load_evaluation(source)
     model = ssd.model_from_checkpoint(checkpoint, source)
     images: Sequence[ssd.PathLike] = ()
-    if args.onnx:
+    if args.onnx or args.space:
         images = args.images or onnx.example_images(settings.data)
     folder = Path(args.folder)
     export_folder(
@@ -246,12 +298,16 @@ def run_export(args: argparse.Namespace) -> None:
         folder,
         name=args.push or folder.resolve().name,
         onnx_images=images,
+        space=args.space,
+        address=args.push and f"https://huggingface.co/{args.push}",
         licence=args.license,
         data_licence=args.data_license,
     )
     print("\n".join(str(path) for path in sorted(folder.rglob("*")) if path.is_file()))
     if args.push:
         print(push(folder, args.push, args.private))
+        if args.space:
+            print(push(folder, args.push, args.private, space=True))
 
 
 def run_pth(args: argparse.Namespace) -> None:
@@ -274,6 +330,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--license", metavar="ID", help="of the weights, as Hugging Face spells it: mit, cc-by-4.0, other")
     add("--data-license", metavar="TEXT", help="licence of the training data, in words")
     add("--onnx", action="store_true", help="add model.onnx, checked")
+    add("--space", action="store_true", help="add model.onnx and a page to try it, for a Hugging Face Space")
     add("--images", nargs="+", metavar="FILE", help="images to check it with (default: 16 of the run's data)")
     add("--push", metavar="OWNER/NAME", help="upload the folder to this Hugging Face repository")
     add("--private", action="store_true", help="make that repository private")

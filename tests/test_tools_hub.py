@@ -324,6 +324,7 @@ for token, repo in pairs:
         print(json.dumps(hub.push(folder, repo)))
     except ssd.InputError as error:
         print(json.dumps(f"refused: {error}"))
+print(json.dumps(hub.push(folder, "me/tiny", space=True)))
 checkpoint = weights.load_weights("me/tiny")
 detector = ssd.Detector(ssd.model_from_checkpoint(checkpoint), checkpoint["classes"])
 print(json.dumps(detector.predict(picture, score_thresh=0.0).to_dict()))
@@ -352,13 +353,15 @@ def test_a_pushed_model_comes_back_from_the_hub(hf_folder, tiny_run, tiny_voc, t
         server.shutdown()
         server.server_close()
     assert done.returncode == 0, (done.stderr, Hub.log)
-    bad_token, forbidden, bad_name, url, found, missing = map(json.loads, done.stdout.splitlines())
+    bad_token, forbidden, bad_name, url, _, found, missing = map(json.loads, done.stdout.splitlines())
     assert "the token is not valid" in bad_token
     assert "the token may not write there" in forbidden
     assert bad_name.startswith("refused: --push not a name")
     assert url.endswith("/me/tiny/commit/c")
     files = {p.relative_to(hf_folder).as_posix() for p in hf_folder.rglob("*") if p.is_file()}
     assert Hub.files.keys() == files
+    uploads = [path for _, path, _ in Hub.log if "/commit/" in path]
+    assert [path.split("/commit/")[0] for path in uploads] == ["/api/models/me/tiny", "/api/spaces/me/tiny"]
     detector = ssd.load_detector(tiny_run.final, "cpu", "off")
     assert_same_predictions(found, detector.predict(picture, score_thresh=0.0).to_dict())  # another process
     assert missing.startswith("me/other: no such file or folder, nor on Hugging Face")
