@@ -258,7 +258,8 @@ def pick_amp_dtype(device: torch.device, amp: str = "auto") -> torch.dtype | Non
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else torch.float16
-    if device.type == "cpu":
+    is_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # of the CPU, or ATEN_CPU_CAPABILITY=avx2
+    if device.type == "cpu" and not is_avx2:
         capabilities = torch.cpu.get_capabilities()
         if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
             return torch.bfloat16

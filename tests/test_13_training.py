@@ -340,16 +340,19 @@ def test_a_gpu_takes_bfloat16_only_where_it_is_not_emulated(monkeypatch, native,
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "dtype"),
+    ("capabilities", "used", "dtype"),
     [
-        ({"avx2": True, "avx512_bf16": False}, None),
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({}, None),
-        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx2": True, "avx512_bf16": False}, "AVX512", None),
+        ({"avx512_bf16": True}, "AVX512", torch.bfloat16),
+        ({"avx512_bf16": True}, "AVX2", None),  # ATEN_CPU_CAPABILITY=avx2
+        ({}, "DEFAULT", None),
+        ({"bf16": True}, "DEFAULT", torch.bfloat16),  # Arm
+        ({"amx_bf16": True}, "AVX512", torch.bfloat16),
     ],
 )
-def test_a_cpu_takes_bfloat16_only_with_instructions_for_it(monkeypatch, capabilities, dtype):
+def test_a_cpu_takes_bfloat16_only_with_instructions_for_it(monkeypatch, capabilities, used, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
     assert ssd.pick_amp_dtype(CPU, "auto") is dtype
 
 
