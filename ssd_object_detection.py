@@ -5280,6 +5280,17 @@ def share_data(settings: Settings) -> DataSplits:
     return data
 
 
+def begin_training(settings: Settings, machine: Machine) -> tuple[DataSplits, TrainState, dict[str, Any]]:
+    """Return the data, the state before the first step, and what checkpoints say of the network."""
+    torch.manual_seed(settings.seed)  # order and augmentation have generators of their own, see VocDataset
+    data = share_data(settings)
+    if process_rank()[0] == 0:
+        print_findings(data.findings)
+    sizes = choose_anchors(settings.anchors, all_boxes(data.train), data.classes)
+    state, config = build_state(settings, machine, len(data.classes), sizes)
+    return data, state, config
+
+
 def run_training(settings: Settings, source: dict[str, Any] | None, device: str) -> int:
     """Train by the settings, measure once on the test list, save the final checkpoint; returns 0.
 
@@ -5287,21 +5298,13 @@ def run_training(settings: Settings, source: dict[str, Any] | None, device: str)
     """
     began = time.perf_counter()
     machine = prepare_device(device, amp=settings.amp, workers=settings.workers, compiled=settings.compile)
-    torch.manual_seed(settings.seed)  # order and augmentation have generators of their own, see VocDataset
     checkpoints = Path(settings.output_dir) / "checkpoints"
     plots = Path(settings.output_dir) / "plots"
     if settings.resume and from_first_process(lambda: is_finished(checkpoints, settings.epochs)):
         print(f"the run in {checkpoints} is finished: to train further see --epochs and --init-from")
         return 0
 
-    # The data and the network.
-    data = share_data(settings)
-    is_first = process_rank()[0] == 0
-    if is_first:
-        print_findings(data.findings)
-    boxes = all_boxes(data.train)
-    sizes = choose_anchors(settings.anchors, boxes, data.classes)
-    state, config = build_state(settings, machine, len(data.classes), sizes)
+    data, state, config = begin_training(settings, machine)
 
     # Where it starts, and what its checkpoints hold.
     run_flags = describe_run(settings, machine, data, device)
@@ -5309,7 +5312,7 @@ def run_training(settings: Settings, source: dict[str, Any] | None, device: str)
         "version": program_version(),
         "config": config,
         "classes": list(data.classes),
-        "digest": zlib.crc32(boxes.tobytes(), len(data.train)),
+        "digest": zlib.crc32(all_boxes(data.train).tobytes(), len(data.train)),
         "args": {name: value for name, value in run_flags.items() if name not in MACHINE_FLAGS},
     }
     if settings.resume and source is not None:
@@ -5320,6 +5323,7 @@ def run_training(settings: Settings, source: dict[str, Any] | None, device: str)
     print_header(settings, machine, data, state.model)
 
     record = {"flags": run_flags, "environment": environment(machine.device), "classes": list(data.classes)}
+    is_first = process_rank()[0] == 0
     with held_folder(checkpoints) if is_first else contextlib.nullcontext():
         if is_first:
             prepare_folders(checkpoints, plots, keep=settings.resume)

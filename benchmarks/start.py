@@ -97,19 +97,14 @@ def compare_features(start: ssd.SSD300, now: ssd.SSD300, records: Sequence[ssd.R
 
 
 def begin(flags: Sequence[str]) -> tuple[ssd.Settings, ssd.Machine, ssd.DataSplits, ssd.TrainState]:
-    """Return what a training by these flags has before its first step, as `ssd.run_training` makes it."""
+    """Return what a training by these flags has before its first step."""
     settings, source = ssd.load_settings(flags)
     if settings.resume or settings.evaluate or settings.predict:
         raise ssd.InputError("these are not the flags of a training's start: see --init-from")
     machine = ssd.prepare_device(
         settings.device, amp=settings.amp, workers=settings.workers, compiled=settings.compile
     )
-    torch.manual_seed(settings.seed)
-    names = (*ssd.DATA_FLAGS, "data_root", "seed")
-    data = ssd.load_data(**{name: getattr(settings, name) for name in names})
-    ssd.print_findings(data.findings)
-    sizes = ssd.choose_anchors(settings.anchors, ssd.all_boxes(data.train), data.classes)
-    state, _ = ssd.build_state(settings, machine, len(data.classes), sizes)
+    data, state, _ = ssd.begin_training(settings, machine)
     if settings.init_from is not None and source is not None:
         ssd.start_from(state, source, settings.init_from, data.classes)
     return settings, machine, data, state
