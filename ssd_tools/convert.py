@@ -177,12 +177,14 @@ def read_coco(path: Path, images: Path, split: str | None) -> tuple[Lists, list[
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=without_outline)
         names = class_names(path, {id_text(row["id"]): row["name"] for row in content["categories"]})
         pictures = {id_text(row["id"]): coco_picture(row, images) for row in content["images"]}
-        rows = content["annotations"]
+        rows = list(content["annotations"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise ssd.InputError(f"{path}: not a COCO JSON of instances ({problem})") from None
     if len(pictures) < len(content["images"]):
         raise ssd.InputError(f"{path}: two of its images have the same id")
+    if len(names) < len(content["categories"]):
+        raise ssd.InputError(f"{path}: two of its categories have the same id")
     faults: list[str] = []
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):

@@ -563,6 +563,9 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
             }
         )
     )
+    cats = '[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]'
+    (tmp_path / "cats.json").write_text(f'{{"images": [], "annotations": [], "categories": {cats}}}')
+    (tmp_path / "null.json").write_text('{"images": [], "annotations": null, "categories": []}')
     for name, text in (
         ("bad", "names: ["),
         ("lacks", "names: [a]"),
@@ -586,6 +589,8 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
         (("coco", tmp_path / "bad.json", tmp_path), "bad.json: not a COCO JSON of instances (JSOND"),
         (("coco", tmp_path / "list.json", tmp_path), "list.json: not a COCO JSON of instances"),
         (("coco", tmp_path / "twice.json", tmp_path), "twice.json: two of its images have the same id"),
+        (("coco", tmp_path / "cats.json", tmp_path), "two of its categories have the same id"),
+        (("coco", tmp_path / "null.json", tmp_path), "null.json: not a COCO JSON of instances (Type"),
         (("coco", tmp_path / "ppm.json", tmp_path), ".heif, not "),
         (("coco", tmp_path / "ppm.json", tmp_path, "--list", "../a"), "--list: "),
         (("coco", tmp_path / "name.json", tmp_path), r"no name of a class: 'a\x01'"),
