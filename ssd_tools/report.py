@@ -621,6 +621,24 @@ def measured_on(run: Run) -> str:
     return f"{test['split']} of {data_name(test)}" if test else "-"
 
 
+def warn_of_lists(runs: Sequence[Run]) -> str:
+    """Return a paragraph if the runs were measured on lists that differ, or perhaps in name alone; or ""."""
+    tests = [run["test"] for run in runs if run["test"]]
+    if len({measured_on(run) for run in runs if run["test"]}) < 2:
+        return ""
+    contents = set()
+    for test in tests:
+        counts = {name: values.get("num_gt") for name, values in test.get("per_class", {}).items()}
+        present = sorted((name, count) for name, count in counts.items() if count)
+        contents.add((test["split"], test.get("num_images"), tuple(present)))
+    if len(contents) == 1 and tests[0].get("per_class"):
+        return (
+            "<p>The data have different names, but their test lists have as many images, and as many objects "
+            "of each class: the figures are compared as those of one list.</p>"
+        )
+    return "<p>The runs were measured on different lists: their figures cannot be compared.</p>"
+
+
 def drawn_ranges(runs: Sequence[Run]) -> Row:
     """Return a row of text: where 95 % of ssd_tools.analyze's drawn lists have their mAP, and its difference.
 
@@ -733,15 +751,12 @@ def comparison(runs: Sequence[Run]) -> str:
     names = name_runs(runs)
     picture = io.BytesIO()
     plot_runs(runs, names).savefig(picture, format="png", dpi=120)
-    warning = ""
-    if len({measured_on(run) for run in runs if run["test"]}) > 1:
-        warning = "<p>The runs were measured on different lists: their figures cannot be compared.</p>"
     settings = compared_settings(runs, names)
     differences = "<p>No setting.</p>"
     if len(settings) > 1:
         differences = scrolling(settings)
     parts = [
-        ("Results", warning + scrolling(compared_figures(runs, names), "numbers")),
+        ("Results", warn_of_lists(runs) + scrolling(compared_figures(runs, names), "numbers")),
         ("What differs", differences),
         ("Curves", figure(picture, "By epoch")),
         ("Classes", scrolling(compared_classes(runs, names), "numbers")),

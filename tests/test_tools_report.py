@@ -329,6 +329,16 @@ def test_runs_side_by_side_show_what_differs(two_runs):
     assert "different lists" in Page(report.comparison(two_runs)).text
 
 
+def test_a_run_on_more_folders_with_the_same_test_list_is_compared(two_runs):
+    run, other = two_runs
+    other["test"] = run["test"] | {"data": [run["test"]["data"], "mine"]}
+    text = Page(report.comparison(two_runs)).text
+    assert "different lists" not in text
+    assert "the figures are compared as those of one list" in text
+    other["test"]["num_images"] += 1
+    assert "different lists" in Page(report.comparison(two_runs)).text
+
+
 def test_drawn_lists_say_whether_a_difference_is_real(two_runs):
     run, other = two_runs
     maps = np.linspace(0.5, 0.7, 201)
