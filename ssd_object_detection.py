@@ -1969,12 +1969,6 @@ class Record:
         """Normalised xyxy (G, 4)."""
         return self.boxes_px / np.array([self.width, self.height] * 2, dtype=np.float32)
 
-    @property
-    def num_bytes(self) -> int:
-        """The memory that the decoded image takes, see `read`."""
-        factor = min(1.0, LARGE_SIDE / max(1, min(self.width, self.height)))
-        return round(3 * factor * self.width * factor * self.height)
-
     def read(self) -> np.ndarray:
         """Return the decoded image, RGB uint8 (H, W, 3); a large one shrunk, see `open_small`."""
         return np.asarray(open_small(self.image_path, (self.width, self.height)).image)
@@ -2068,19 +2062,33 @@ def join_records(parts: Sequence[Records]) -> Records:
     )
 
 
-def count_objects(records: Sequence[Record]) -> np.ndarray:
-    """Return how many objects each record has, (n,)."""
+def pack_records(records: Sequence[Record]) -> Records:
+    """Return some Record as Records; what is Records already is returned as it is."""
     if isinstance(records, Records):
-        return records.counts
-    return np.array([len(record.labels) for record in records], dtype=np.int32)
+        return records
+    return Records(
+        Texts(record.image_id for record in records),
+        Texts(record.image_path for record in records),
+        np.array([(record.width, record.height) for record in records], dtype=np.int32).reshape(-1, 2),
+        np.array([len(record.labels) for record in records], dtype=np.int32),
+        np.concatenate([np.empty((0, 4)), *(record.boxes_px for record in records)], dtype=np.float32),
+        np.concatenate([[], *(record.labels for record in records)], dtype=np.int32, casting="unsafe"),
+        np.concatenate([[], *(record.difficult for record in records)], dtype=np.bool_, casting="unsafe"),
+    )
 
 
 def all_boxes(records: Sequence[Record]) -> np.ndarray:
     """Return the boxes of all records, normalised xyxy (N, 4) float32."""
-    if not isinstance(records, Records):
-        return np.concatenate([record.boxes for record in records])
-    sides = np.tile(records.sizes, 2).astype(np.float32)  # (n, 4)
-    return records.boxes_px / np.repeat(sides, records.counts, axis=0)
+    packed = pack_records(records)
+    sides = np.tile(packed.sizes, 2).astype(np.float32)  # (n, 4)
+    return packed.boxes_px / np.repeat(sides, packed.counts, axis=0)
+
+
+def decoded_bytes(records: Sequence[Record]) -> int:
+    """Return the memory that the decoded images of records take, see `Record.read`."""
+    sizes = pack_records(records).sizes.astype(np.float64)
+    factors = np.minimum(1, LARGE_SIDE / sizes.min(axis=1, initial=math.inf).clip(min=1))
+    return round(float((3 * factors**2 * sizes.prod(axis=1)).sum()))
 
 
 def keep_objects(
@@ -2536,7 +2544,7 @@ def require_known_objects(
     where: str, annotated: Annotated, records: Sequence[Record], classes: Sequence[str]
 ) -> None:
     """Raise InputError if lists have objects, but none of the classes: there is nothing to measure."""
-    if any(map(count_classes, annotated)) and not count_objects(records).any():
+    if any(map(count_classes, annotated)) and not pack_records(records).counts.any():
         raise InputError(f"{where}: nothing of {', '.join(classes)} (see --data, --test-split)")
 
 
@@ -2732,7 +2740,7 @@ def decode_all(records: Sequence[Record]) -> list[np.ndarray] | None:
         return None
     is_shared = process_rank()[1] > 1 and _processes_here() > 1 and hasattr(os, "memfd_create")
     copies = 1 if is_shared else _processes_here()
-    needed = copies * sum(record.num_bytes for record in records)
+    needed = copies * decoded_bytes(records)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory / 3:
         print(f"cache    off: the decoded images take {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}")
@@ -2761,7 +2769,7 @@ class VocDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.pixels = pixels
         self.anchors_xyxy = box_convert(anchors_cxcywh, "cxcywh", "xyxy").numpy()
-        self.most_objects = int(count_objects(records).max(initial=1))
+        self.most_objects = int(pack_records(records).counts.max(initial=1))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -3665,11 +3673,12 @@ def best_thresholds(classes: dict[int, dict[str, Any]], class_names: Sequence[st
 
 def truth_of(records: Sequence[Record]) -> dict[str, np.ndarray]:
     """Return the ground truth of records as `evaluate_voc` takes it; image ids are positions."""
+    packed = pack_records(records)
     return {
-        "image_ids": np.repeat(np.arange(len(records)), count_objects(records)),
-        "labels": np.concatenate([r.labels for r in records]),
-        "boxes_voc": to_voc_pixels(np.concatenate([r.boxes_px for r in records])),
-        "difficult": np.concatenate([r.difficult for r in records]),
+        "image_ids": np.repeat(np.arange(len(packed)), packed.counts),
+        "labels": packed.labels.astype(np.int64),
+        "boxes_voc": to_voc_pixels(packed.boxes_px),
+        "difficult": packed.difficult,
     }
 
 
@@ -3711,7 +3720,7 @@ def measure(
     device = model.anchors.device
     dataset = cast(VocDataset, loader.dataset)
     records = dataset.records
-    sizes = np.array([[record.width, record.height] * 2 for record in records])
+    sizes = np.tile(pack_records(records).sizes, 2)
     parts = {}  # of a batch by its first image: detections, losses
     for host_batch in loader:
         batch = to_device(host_batch, device)

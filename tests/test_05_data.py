@@ -1179,6 +1179,15 @@ def test_decoded_images_are_those_of_the_files(records, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_records_of_a_list_are_packed_as_a_split_holds_them(records):
+    packed = ssd.pack_records([*records])
+    assert packed == records
+    for name in ("sizes", "counts", "ends", "boxes_px", "labels", "difficult"):
+        assert getattr(packed, name).dtype == getattr(records, name).dtype
+    assert len(ssd.pack_records([])) == 0
+    assert ssd.pack_records(records) is records
+
+
 def test_images_that_would_take_a_third_of_the_memory_are_not_decoded(records, monkeypatch, capsys):
     size = sum(r.width * r.height * 3 for r in records)
     pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 3 * size}

@@ -192,7 +192,7 @@ def test_an_index_that_is_damaged_or_foreign_is_made_anew(root, small_index, set
         elif damage == "zeros":
             path.write_bytes(bytes(len(good)))
         elif damage == "flipped":
-            place = good.index(b"NUMPY", len(good) // 2) + 200
+            place = good.index(content_of["boxes_voc"].tobytes())
             path.write_bytes(good[:place] + bytes([good[place] ^ 255]) + good[place + 1 :])
         elif damage == "text":
             path.write_text("not an index")

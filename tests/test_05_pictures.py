@@ -248,10 +248,11 @@ def test_boxes_of_a_large_photo_are_in_its_own_pixels(tmp_path):
     assert found.draw(str(path)).size == (2400, 1800)
 
 
-def test_a_record_knows_the_memory_of_its_decoded_image(tmp_path):
+def test_the_memory_of_decoded_images_is_known_before(tmp_path):
     root = write(tmp_path, ["a.png"], {"train": ["a"]})
     photo(root / "JPEGImages" / "a.png", (2000, 1500))
     (root / "Annotations" / "a.xml").write_text(f"<annotation>{OBJECT.format('cat')}</annotation>")
     (record,) = load(root).train
     assert (record.width, record.height) == (2000, 1500)
-    assert record.num_bytes == record.read().nbytes == 3 * 750 * 1000
+    assert ssd.decoded_bytes([record, record]) == 2 * record.read().nbytes == 2 * 3 * 750 * 1000
+    assert ssd.decoded_bytes([]) == 0

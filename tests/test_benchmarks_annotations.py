@@ -21,7 +21,7 @@ def test_it_reads_the_made_up_data_in_three_ways(tmp_path, capsys):
     assert len({one["digest"] for one in times.values()}) == 1
     assert "30 images, 210 objects, 1 cores" in capsys.readouterr().out
     data = ssd.load_data(str(tmp_path / "data"), val_fraction=0)
-    assert (len(data.train), int(ssd.count_objects(data.train).sum())) == (30, 210)
+    assert (len(data.train), int(data.train.counts.sum())) == (30, 210)
     assert data.findings == ()
 
 
@@ -30,7 +30,7 @@ def test_a_made_up_coco_is_converted_with_its_crowds_and_empty_images(tmp_path):
     source = [str(tmp_path / "instances_train2017.json"), str(tmp_path / "train2017")]
     assert convert.main(["coco", *source, str(tmp_path / "out")]) == 0
     data = ssd.load_data(str(tmp_path / "out"), train_split="train2017", val_fraction=0)
-    counts = ssd.count_objects(data.train)
+    counts = data.train.counts
     assert (len(counts), counts.sum(), len(data.classes)) == (200, 1400, 80)
     assert (counts[[0, 100]] == 0).all()
     assert data.train.difficult.sum() == 14
