@@ -49,6 +49,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -1211,25 +1212,35 @@ def _choose_folder(root: str, kind: str, changed: int) -> str:
     return folder
 
 
+def _time_of_folder(path: PathLike) -> int | None:
+    """Return when a folder changed, ns; None if it is none. One call: it is asked for with every file."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_mtime_ns if stat.S_ISDIR(status.st_mode) else None
+
+
 def find_folder(root: PathLike, kind: str) -> str:
     """Return ROOT/JPEGImages or ROOT/Annotations, or a folder of another usual name that takes its place."""
-    if not os.path.isdir(root):
+    changed = _time_of_folder(root)
+    if changed is None:
         return os.path.join(root, kind)
-    return _choose_folder(str(root), kind, os.stat(root).st_mtime_ns)
+    return _choose_folder(str(root), kind, changed)
 
 
 def _names_of_stem(folder: str, stem: str) -> list[str]:
     """Return the names of a stem's files in a folder, none of a folder that is not there."""
-    if not os.path.isdir(folder):
-        return []
-    return _files_of(folder, os.stat(folder).st_mtime_ns).get(stem, [])
+    changed = _time_of_folder(folder)
+    return [] if changed is None else _files_of(folder, changed).get(stem, [])
 
 
 def _same_stem(folder: str, stem: str, endings: Sequence[str]) -> list[str]:
     """Return the paths of a stem's files with one of some endings, whatever case, in the endings' order."""
-    names = _names_of_stem(folder, stem)
-    found = [name for name in names if os.path.splitext(name)[1].lower() in endings]
-    found.sort(key=lambda name: endings.index(os.path.splitext(name)[1].lower()))
+    ends = {name: os.path.splitext(name)[1].lower() for name in _names_of_stem(folder, stem)}
+    found = sorted(
+        (name for name in ends if ends[name] in endings), key=lambda name: endings.index(ends[name])
+    )
     return [os.path.join(folder, name) for name in found]
 
 
@@ -1268,10 +1279,13 @@ def _find_annotation(root: PathLike, image_id: str) -> str | None:
     picture's.
     """
     folder, name = _split_id(root, "Annotations", image_id)
-    for own in [name, *(os.path.basename(path) for path in find_pictures(root, image_id))]:
-        found = _same_stem(folder, unicodedata.normalize("NFC", own), ENDINGS["Annotations"])
-        if found:
-            return found[0]
+    own = _same_stem(folder, name, ENDINGS["Annotations"])
+    if own:
+        return own[0]
+    for picture in map(os.path.basename, find_pictures(root, image_id)):
+        own = _same_stem(folder, unicodedata.normalize("NFC", picture), ENDINGS["Annotations"])
+        if own:
+            return own[0]
     shared = _same_stem(folder, without_ending(name), ENDINGS["Annotations"])
     if shared and without_ending(name) != name:
         rivals = find_pictures(root, without_ending(image_id))
@@ -1703,10 +1717,10 @@ class Index(NamedTuple):
 def stamp_file(path: PathLike) -> Stamp:
     """Return the Stamp of a file or folder, (-1, -1, -1) if there is none."""
     try:
-        stat = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return (-1, -1, -1)
-    return (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size)
+    return (status.st_mtime_ns, status.st_ctime_ns, status.st_size)
 
 
 def _index_file(root: PathLike, split: str, unlabelled: str) -> Path:
