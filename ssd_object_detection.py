@@ -183,6 +183,7 @@ FORMAT_VERSION = 5  # of a checkpoint
 OLDEST_FORMAT_VERSION = 4  # that is still read
 LOADER_SECONDS = 300.0  # without a batch, then the run ends
 MEASURE_BATCH = 32  # images at most that are measured at once; processes share a list batch by batch
+MEASURE_SCORES = 2**26  # and their scores at most, which are in memory five times: more than 200 classes
 LONGEST_WAIT = 7200.0  # seconds for another process: VOC2007 and 2012, 2.9 GB, fetched at .4 MB/s
 SAVE_SECONDS = 20.0  # least time between two saves: a full-width checkpoint takes a second to write
 RUN_FILES = (".pth", ".json", ".jsonl", ".csv", ".png", ".html", "evaluation", "predictions", "tensorboard")
@@ -4986,7 +4987,9 @@ def plain_loader(
 ) -> DataLoader:
     """Return the loader of records as they are, resized only; share: see `make_loader`."""
     dataset = VocDataset(records, build_transform(train=False), model.anchors.cpu())
-    return make_loader(dataset, batch_size=min(batch_size, MEASURE_BATCH), workers=workers, share=share)
+    scores = len(model.anchors) * (model.num_classes + 1)  # of an image
+    batch_size = min(batch_size, MEASURE_BATCH, max(1, MEASURE_SCORES // scores))
+    return make_loader(dataset, batch_size=batch_size, workers=workers, share=share)
 
 
 def make_loaders(

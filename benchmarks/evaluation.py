@@ -36,13 +36,13 @@ def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.hstack((low, low + sides - 1))
 
 
-def make_arrays(images: int, seed: int = 0) -> tuple[dict, dict]:
+def make_arrays(images: int, seed: int = 0, classes: int = CLASSES) -> tuple[dict, dict]:
     """Return (detections, truth) as `evaluate_voc` takes them: what the docstring above describes."""
     rng = np.random.default_rng(seed)
     num_gt = rng.poisson(OBJECTS, images)
     gt_images = np.repeat(np.arange(images), num_gt)
-    share = 1 / np.arange(1, CLASSES + 1)
-    gt_labels = 1 + rng.choice(CLASSES, len(gt_images), p=share / share.sum())
+    share = 1 / np.arange(1, classes + 1)
+    gt_labels = 1 + rng.choice(classes, len(gt_images), p=share / share.sum())
     gt_boxes = random_boxes(rng, len(gt_images))
     truth = {
         "image_ids": gt_images,
@@ -54,7 +54,7 @@ def make_arrays(images: int, seed: int = 0) -> tuple[dict, dict]:
     image_ids = np.repeat(np.arange(images), DETECTIONS)  # all anywhere at first
     count = len(image_ids)
     boxes_voc = random_boxes(rng, count)
-    labels = rng.integers(1, CLASSES + 1, count)
+    labels = rng.integers(1, classes + 1, count)
     scores = 0.01 + 0.3 * rng.random(count) ** 3
 
     near = np.flatnonzero((rng.random(count) < 0.4) & (num_gt[image_ids] > 0))  # then some near an object

@@ -8,11 +8,11 @@ programs change them little; a peak is the memory beyond that of a process with 
 
 `step`: forward, loss and its gradient, AdamW, of recipe voc without frozen blocks, on random images of seven
 objects each. `last` is the checkpoint that a run goes on from, `final` that of the weights alone. `detect`
-and `measure` take --images made-up pictures, MEASURE_BATCH at a time: a network of random weights whose
-scores are replaced by what a trained one gives, 300 anchors an image that are sure of a class, and noise; or,
-`untrained`, by equal scores, which are all above the threshold up to 98 classes. `measure` is the whole of
---evaluate, from files to AP, `detect` the part after the network. `score`: AP of 1,000,000 detections, as in
-evaluation.py.
+and `measure` take --images made-up pictures, in batches as --evaluate makes them, and a network of random
+weights whose scores are replaced by what a trained one gives: 300 anchors an image that are sure of a class,
+and noise; or, `untrained`, by equal scores, which are all above the threshold up to 98 classes. `measure` is
+the whole of --evaluate, from files to AP, `detect` the part after the network. `score`: AP of 1,000,000
+detections, as in evaluation.py.
 """
 
 import functools
@@ -68,21 +68,17 @@ def random_batch(records: list[ssd.Record]) -> dict[str, Tensor]:
     }
 
 
-def replace_scores(
-    model: ssd.SSD300, inputs: object, outputs: tuple[Tensor, Tensor], *, is_trained: bool
-) -> tuple[Tensor, Tensor]:
-    """Return outputs with the scores that the docstring above describes; a hook after the network."""
-    cls_logits, box_deltas = outputs
+def made_scores(num_classes: int, *, is_trained: bool) -> Tensor:
+    """Return the scores of an image's anchors (A, K + 1) that the docstring above describes."""
+    count = len(ssd.make_anchors())
     if not is_trained:
-        return cls_logits.zero_(), box_deltas
-    generator = torch.Generator().manual_seed(0)
-    cls_logits.normal_(generator=generator)
-    background = 6 + math.log(model.num_classes)
-    cls_logits[..., 0] += background
-    anchors = torch.randperm(cls_logits.shape[1], generator=generator)[:SURE_ANCHORS]
-    labels = torch.randint(1, model.num_classes + 1, (SURE_ANCHORS,), generator=generator)
-    cls_logits[:, anchors, labels] += background + 2
-    return cls_logits, box_deltas
+        return torch.zeros(count, num_classes + 1)
+    scores = torch.randn(count, num_classes + 1)
+    background = 6 + math.log(num_classes)
+    scores[:, 0] += background
+    anchors = torch.randperm(count)[:SURE_ANCHORS]
+    scores[anchors, torch.randint(1, num_classes + 1, (SURE_ANCHORS,))] += background + 2
+    return scores
 
 
 def peak_mb(before: float) -> float:
@@ -134,7 +130,8 @@ def measure_detection(
     machine = ssd.prepare_device("cpu")
     torch.manual_seed(0)
     model = ssd.SSD300(num_classes, width=width).eval()
-    model.register_forward_hook(functools.partial(replace_scores, is_trained=is_trained))
+    scores = made_scores(num_classes, is_trained=is_trained)
+    model.register_forward_hook(lambda _, images, outputs: (outputs[0].copy_(scores), outputs[1]))
     name = "measure" if is_trained else "untrained"
     with tempfile.TemporaryDirectory() as folder:
         pixels = np.random.default_rng(0).integers(256, size=(300, 400, 3), dtype=np.uint8)
@@ -142,6 +139,7 @@ def measure_detection(
         Image.fromarray(pixels).save(path)
         records = random_records(images, num_classes, str(path))
         loader = ssd.plain_loader(records, model, batch_size=ssd.MEASURE_BATCH, workers=0)
+        batch = next(iter(loader))["images"]
         before = annotations.memory_mb("Rss")
         start = time.process_time()
         result = ssd.measure(model, loader, amp_dtype=machine.amp_dtype)
@@ -152,7 +150,7 @@ def measure_detection(
     if is_trained:
         row["detections_an_image"] = len(result["detections"]["labels"]) / images
         with torch.no_grad():
-            logits, deltas = model(torch.zeros(min(images, ssd.MEASURE_BATCH), 3, 300, 300))
+            logits, deltas = model(batch)
         time_ms = median_ms(lambda: ssd.detect(logits, deltas, model.anchors), rounds)
         row["detect_ms_an_image"] = time_ms / len(logits)
     return row

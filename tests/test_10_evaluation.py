@@ -422,6 +422,13 @@ def test_without_a_loss_there_is_none_in_the_result(records):
     assert "loss" not in ssd.measure(Stub(perfect_answers(records), num_classes=2), loader_of(records))
 
 
+@pytest.mark.parametrize(("num_classes", "images"), [(20, 32), (80, 32), (1000, 6)])
+def test_networks_of_many_classes_are_measured_on_fewer_images_at_once(records, num_classes, images):
+    model = ssd.SSD300(num_classes, width=0.0625)
+    loader = ssd.plain_loader([*records] * 8, model, batch_size=64, workers=0)
+    assert len(next(iter(loader))["images"]) == images
+
+
 def test_truth_and_pixels_follow_the_voc_convention(records):
     truth = ssd.truth_of(records)
     assert truth["image_ids"].tolist() == [0, 0, 2, 2, 2, 3, 4, 4]

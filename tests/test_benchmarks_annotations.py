@@ -1,4 +1,4 @@
-"""The benchmarks of many annotations: the index read in three ways gives the same data; a made-up COCO."""
+"""The benchmarks of many annotations, a made-up COCO, and what grows with the number of classes."""
 
 import sys
 from pathlib import Path
@@ -11,6 +11,7 @@ from ssd_tools import convert
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import annotations
 import coco
+import growth
 
 
 @pytest.mark.slow
@@ -44,3 +45,24 @@ def test_a_program_is_measured_until_a_line_of_its_output(tmp_path, capfd):
     assert min(used.values()) > 0
     with pytest.raises(SystemExit, match="exit code 3"):
         coco.run_measured([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peaks are read from /proc")
+def test_a_row_for_each_number_of_classes(tmp_path, capsys):
+    flags = ["--width", ".0625", "--batch-size", "1", "--images", "3", "--rounds", "1"]
+    result = growth.main(["--classes", "1", "90", *flags, "--json", str(tmp_path / "growth.json")])
+    one, many = result["rows"]
+    assert (one["classes"], many["classes"]) == (1, 90)
+    assert min(value for name, value in one.items() if not name.endswith("peak_mb")) > 0
+    assert one["detections_an_image"] == many["detections_an_image"] == 200
+    for name in ("parameters_m", "final_mb", "last_mb"):
+        assert one[name] < many[name]
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]) == 4
+
+
+@pytest.mark.parametrize("num_classes", [1, 300])
+def test_made_up_scores_are_those_of_a_trained_network(num_classes):
+    probs = growth.made_scores(num_classes, is_trained=True).softmax(dim=-1)
+    assert 0 < (probs[:, 1:].amax(dim=1) > 0.5).sum() <= growth.SURE_ANCHORS
+    assert (probs[:, 0] > 0.9).float().mean() > 0.9
