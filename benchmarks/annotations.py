@@ -16,6 +16,7 @@ import gc
 import io
 import json
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import resource
 import subprocess
@@ -122,16 +123,37 @@ def memory_mb(kind: str) -> float:
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")) / 2**10
 
 
-def read_some(records: ssd.Records, answer: multiprocessing.SimpleQueue) -> None:
-    """Read random records in a loader process; answers how many MB are its own after that, not shared."""
-    before = memory_mb("Private_Dirty")
-    for index in np.random.default_rng(0).integers(len(records), size=SAMPLES).tolist():
+def read_some(
+    records: ssd.Records, gate: multiprocessing.synchronize.Barrier, answer: multiprocessing.SimpleQueue
+) -> None:
+    """Read random records in a loader process; answers its share of the memory, when all have read."""
+    for index in np.random.default_rng(os.getpid()).integers(len(records), size=SAMPLES).tolist():
         records[index]
-    answer.put(memory_mb("Private_Dirty") - before)
+    gate.wait()
+    answer.put(memory_mb("Pss"))
+    gate.wait()
 
 
-def measure_memory(count: int) -> dict[str, float]:
-    """Return bytes of records an image, and MB: held, at the most while made, and of a loader process."""
+def loader_memory(records: ssd.Records, count: int) -> float:
+    """Return the MB that so many loader processes take together that read records, beyond this process."""
+    before = memory_mb("Pss")
+    context = multiprocessing.get_context("fork")  # as the loader's processes begin
+    gate = context.Barrier(count + 1)
+    answer = context.SimpleQueue()
+    processes = [context.Process(target=read_some, args=(records, gate, answer)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    gate.wait()
+    after = memory_mb("Pss")
+    gate.wait()
+    after += sum(answer.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return after - before
+
+
+def measure_memory(count: int, loaders: int) -> dict[str, float]:
+    """Return bytes of records an image, and MB: held, at the most while made, and of loader processes."""
     before = memory_mb("Rss")
     annotations = made_annotations(count)
     records, _ = ssd.make_records(Path("data/made-up"), "train", annotations, annotations.columns.names)
@@ -143,12 +165,8 @@ def measure_memory(count: int) -> dict[str, float]:
         arrays += vars(texts).values()
     held = memory_mb("Rss") - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before
-
-    context = multiprocessing.get_context("fork")  # as the loader's processes begin
-    answer = context.SimpleQueue()
-    context.Process(target=read_some, args=(records, answer)).start()
     size = sum(array.nbytes for array in arrays) / count
-    return {"bytes": size, "held": held, "peak": peak, "own": answer.get()}
+    return {"bytes": size, "held": held, "peak": peak, "loaders": loader_memory(records, loaders)}
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -161,12 +179,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
     add("--folder", type=Path, metavar="DIR", help="where the data set is or will be (default: not kept)")
     add("--json", metavar="FILE", help="write the result")
     add("--memory", action="store_true", help="only what so many images take in memory, without files")
+    add("--loaders", type=ssd.positive_int, default=16, help="processes of --memory (default: 16)")
     args = parser.parse_args(argv)
     if args.memory:
-        memory = measure_memory(args.images)
+        memory = measure_memory(args.images, args.loaders)
         print(
             f"{args.images} images: {memory['bytes']:.0f} bytes an image, {memory['held']:.0f} MB in all, "
-            f"{memory['peak']:.0f} MB while they are made, {memory['own']:.1f} MB more in a loader process"
+            f"{memory['peak']:.0f} MB while they are made; {args.loaders} loader processes take "
+            f"{memory['loaders']:.0f} MB more together"
         )
         return memory
     rounds: list[dict[str, dict[str, float]]] = []

@@ -26,6 +26,14 @@ def test_it_reads_the_made_up_data_in_three_ways(tmp_path, capsys):
     assert data.findings == ()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_loader_processes_share_the_records(capsys):
+    memory = annotations.main(["--images", "3000", "--memory", "--loaders", "2"])
+    assert 200 < memory["bytes"] < 300
+    assert memory["loaders"] < 100
+    assert "3000 images: 2" in capsys.readouterr().out
+
+
 def test_a_made_up_coco_is_converted_with_its_crowds_and_empty_images(tmp_path):
     coco.make_source(tmp_path, 200, 1400)
     source = [str(tmp_path / "instances_train2017.json"), str(tmp_path / "train2017")]
