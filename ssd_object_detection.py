@@ -88,6 +88,7 @@ from tqdm import tqdm
 __version__ = "0.2.0"
 
 T = TypeVar("T")
+R = TypeVar("R")
 PathLike = str | Path
 ImageSource = str | Path | Image.Image | np.ndarray
 VOC_CLASSES = (
@@ -1577,6 +1578,11 @@ def _resolve_id(root: PathLike, line: str, *, has_more_words: bool) -> str:
     return without_ending(bare or line)
 
 
+def _resolve_ids(root: PathLike, lines: Sequence[str], *, has_more_words: bool) -> list[str]:
+    """Return `_resolve_id` of each of some lines."""
+    return [_resolve_id(root, line, has_more_words=has_more_words) for line in lines]
+
+
 def _refuse_shared_names(path: Path, ids: Mapping[str, str]) -> None:
     """Raise InputError if two lines of a list, in different folders, came to the same image id."""
     first: dict[str, str] = {}
@@ -1609,6 +1615,23 @@ def _read_lines(root: PathLike, path: Path) -> list[str]:
     return lines
 
 
+CHUNK = 500  # images that a process looks for, or parses, at a time
+
+
+def in_processes(function: Callable[[Sequence[T]], R], items: Sequence[T]) -> list[R]:
+    """Return what a function makes of items, CHUNK at a time; processes, one a core, share many of them."""
+    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+    cores = min(usable_cores(), len(chunks) // 2)
+    if cores < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        return list(map(function, chunks))
+    first = function(chunks[0])  # here, so that all know the folders that it lists
+    context = multiprocessing.get_context(
+        "fork"
+    )  # threads would wait for one another: they hold Python's lock
+    with concurrent.futures.ProcessPoolExecutor(cores, context, _init_worker, (0,)) as pool:
+        return [first, *pool.map(function, chunks[1:])]
+
+
 def read_split(root: PathLike, split: str) -> list[str]:
     """Return the image ids of a list, one a line, each once; see `list_files` and `is_unlisted`.
 
@@ -1625,7 +1648,10 @@ def read_split(root: PathLike, split: str) -> list[str]:
     has_blanks = any(" " in line and find_pictures(root, without_ending(line)) for line in lines)
     if not has_blanks and all(re.search(r"\s(-1|0|1)$", line) for line in lines):
         raise InputError(f"{path} is a list of one class (-1, 0 or 1): name one of image ids, and --classes")
-    ids = {line: _resolve_id(root, line, has_more_words=not has_blanks) for line in lines}
+
+    resolve = functools.partial(_resolve_ids, root, has_more_words=not has_blanks)
+    found = itertools.chain.from_iterable(in_processes(resolve, lines))
+    ids = dict(zip(lines, found, strict=True))
     _refuse_shared_names(path, ids)
     return list(dict.fromkeys(ids.values()))
 
@@ -1680,7 +1706,6 @@ def describe_layout(root: PathLike, split: str) -> list[Finding]:
 
 INDEX_LEAST = 1000  # images of a list; fewer are parsed at each start
 UNSETTLED = 2_000_000_000  # ns: a file as new as this may change again without a change of its time
-PARSE_CHUNK = 500  # images that a process parses at a time
 
 Stamp = tuple[int, int, int]  # ns of the last change of content, of the file's entry; bytes
 
@@ -1818,25 +1843,29 @@ def load_index(path: Path, root: PathLike) -> Index | None:
     return Index(pairs, is_whole, arrays["stamps"], columns)
 
 
-def _find_pairs(root: PathLike, split: str, unlabelled: str) -> Pairs:
-    """Return the Pairs of a list; InputError for a missing image, and for a missing annotation.
-
-    unlabelled "negative": an image may have no annotation file.
-    """
-    ids: list[str] = []
-    image_paths: list[str] = []
-    xml_paths: list[str] = []
-    for image_id in read_split(root, split):
+def _find_files(root: PathLike, split: str, unlabelled: str, ids: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (image path, annotation path) of some images of a list, see `_find_pairs`."""
+    paths = []
+    for image_id in ids:
         image_path = find_file(root, "JPEGImages", image_id)
         if image_path is None:
             raise _missing_image(root, image_id, split)
         xml_path = find_file(root, "Annotations", image_id)
         if xml_path is None and unlabelled != "negative":
             raise _missing_annotation(root, image_id)
-        ids.append(image_id)
-        image_paths.append(image_path)
-        xml_paths.append(xml_path or "")
-    return Pairs(Texts(ids), Texts(image_paths), Texts(xml_paths))
+        paths.append((image_path, xml_path or ""))
+    return paths
+
+
+def _find_pairs(root: PathLike, split: str, unlabelled: str) -> Pairs:
+    """Return the Pairs of a list; InputError for a missing image, and for a missing annotation.
+
+    unlabelled "negative": an image may have no annotation file.
+    """
+    ids = read_split(root, split)
+    find = functools.partial(_find_files, root, split, unlabelled)
+    paths = list(itertools.chain.from_iterable(in_processes(find, ids)))
+    return Pairs(Texts(ids), Texts(image for image, _ in paths), Texts(xml for _, xml in paths))
 
 
 def _parse_pair(image_path: str, xml_path: str) -> tuple[Annotation, bool]:
@@ -1856,16 +1885,8 @@ def _parse_chunk(pairs: Sequence[tuple[str, str]]) -> Columns:
 
 
 def parse_all(pairs: Sequence[tuple[str, str]]) -> Columns:
-    """Return `_parse_chunk` of all pairs; many are shared out to processes, one a core."""
-    chunks = [pairs[start : start + PARSE_CHUNK] for start in range(0, len(pairs), PARSE_CHUNK)]
-    cores = min(usable_cores(), len(chunks) // 2)
-    if cores < 2 or "fork" not in multiprocessing.get_all_start_methods():
-        parts = list(map(_parse_chunk, chunks))
-    else:  # threads would wait for one another: parsing holds Python's lock
-        context = multiprocessing.get_context("fork")
-        with concurrent.futures.ProcessPoolExecutor(cores, context, _init_worker, (0,)) as pool:
-            parts = list(pool.map(_parse_chunk, chunks))
-    return join_columns([make_columns(()), *parts])
+    """Return `_parse_chunk` of all pairs."""
+    return join_columns([make_columns(()), *in_processes(_parse_chunk, pairs)])
 
 
 def _read_columns(pairs: Pairs, stamps: np.ndarray, index: Index | None) -> Columns:

@@ -238,13 +238,18 @@ def test_the_data_folder_is_not_written_to(root, settled):
     assert listing() == before
 
 
-def test_processes_parse_as_one_does_and_tell_the_same_error(root, monkeypatch):
+def test_processes_find_and_parse_as_one_does_and_tell_the_same_error(root, monkeypatch):
     first = load(root)
-    monkeypatch.setattr(ssd, "PARSE_CHUNK", 2)
+    monkeypatch.setattr(ssd, "CHUNK", 2)
     monkeypatch.setattr(ssd, "usable_cores", lambda: 3)
     assert load(root) == first
     (root / "Annotations" / "n3.xml").write_text("<annotation><object/></annotation>")
     assert "n3.xml: object 1 has no <name>" in input_error(load, root)
+    (root / "JPEGImages" / "n2.jpg").unlink()
+    message = input_error(load, root)
+    assert "n2" in message
+    monkeypatch.setattr(ssd, "CHUNK", 500)
+    assert input_error(load, root) == message
 
 
 def test_records_are_few_bytes_an_image():
