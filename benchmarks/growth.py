@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         row: dict[str, Any] = {"classes": num_classes}
         settings = (num_classes, args.width, args.batch_size, args.images, args.rounds)
         for part in PARTS:  # one process each, for the peaks
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
+            with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,)) as pool:
                 row |= pool.apply(part, settings)
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
