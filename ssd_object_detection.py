@@ -1615,12 +1615,13 @@ def _read_lines(root: PathLike, path: Path) -> list[str]:
     return lines
 
 
-CHUNK = 500  # images that a process looks for, or parses, at a time
+FIND_CHUNK = 5000  # images that a process looks for at a time
+PARSE_CHUNK = 500  # and parses
 
 
-def in_processes(function: Callable[[Sequence[T]], R], items: Sequence[T]) -> list[R]:
-    """Return what a function makes of items, CHUNK at a time; processes, one a core, share many of them."""
-    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+def in_processes(function: Callable[[Sequence[T]], R], items: Sequence[T], size: int) -> list[R]:
+    """Return what a function makes of each `size` items; processes, one a core, share many of them."""
+    chunks = [items[start : start + size] for start in range(0, len(items), size)]
     cores = min(usable_cores(), len(chunks) // 2)
     if cores < 2 or "fork" not in multiprocessing.get_all_start_methods():
         return list(map(function, chunks))
@@ -1650,7 +1651,7 @@ def read_split(root: PathLike, split: str) -> list[str]:
         raise InputError(f"{path} is a list of one class (-1, 0 or 1): name one of image ids, and --classes")
 
     resolve = functools.partial(_resolve_ids, root, has_more_words=not has_blanks)
-    found = itertools.chain.from_iterable(in_processes(resolve, lines))
+    found = itertools.chain.from_iterable(in_processes(resolve, lines, FIND_CHUNK))
     ids = dict(zip(lines, found, strict=True))
     _refuse_shared_names(path, ids)
     return list(dict.fromkeys(ids.values()))
@@ -1864,7 +1865,7 @@ def _find_pairs(root: PathLike, split: str, unlabelled: str) -> Pairs:
     """
     ids = read_split(root, split)
     find = functools.partial(_find_files, root, split, unlabelled)
-    paths = list(itertools.chain.from_iterable(in_processes(find, ids)))
+    paths = list(itertools.chain.from_iterable(in_processes(find, ids, FIND_CHUNK)))
     return Pairs(Texts(ids), Texts(image for image, _ in paths), Texts(xml for _, xml in paths))
 
 
@@ -1886,7 +1887,7 @@ def _parse_chunk(pairs: Sequence[tuple[str, str]]) -> Columns:
 
 def parse_all(pairs: Sequence[tuple[str, str]]) -> Columns:
     """Return `_parse_chunk` of all pairs."""
-    return join_columns([make_columns(()), *in_processes(_parse_chunk, pairs)])
+    return join_columns([make_columns(()), *in_processes(_parse_chunk, pairs, PARSE_CHUNK)])
 
 
 def _read_columns(pairs: Pairs, stamps: np.ndarray, index: Index | None) -> Columns:

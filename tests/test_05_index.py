@@ -240,7 +240,8 @@ def test_the_data_folder_is_not_written_to(root, settled):
 
 def test_processes_find_and_parse_as_one_does_and_tell_the_same_error(root, monkeypatch):
     first = load(root)
-    monkeypatch.setattr(ssd, "CHUNK", 2)
+    monkeypatch.setattr(ssd, "PARSE_CHUNK", 2)
+    monkeypatch.setattr(ssd, "FIND_CHUNK", 2)
     monkeypatch.setattr(ssd, "usable_cores", lambda: 3)
     assert load(root) == first
     (root / "Annotations" / "n3.xml").write_text("<annotation><object/></annotation>")
@@ -248,7 +249,7 @@ def test_processes_find_and_parse_as_one_does_and_tell_the_same_error(root, monk
     (root / "JPEGImages" / "n2.jpg").unlink()
     message = input_error(load, root)
     assert "n2" in message
-    monkeypatch.setattr(ssd, "CHUNK", 500)
+    monkeypatch.setattr(ssd, "FIND_CHUNK", 500)
     assert input_error(load, root) == message
 
 
