@@ -54,6 +54,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import unicodedata
 import urllib.error
@@ -186,6 +187,9 @@ LOADER_SECONDS = 300.0  # without a batch, then the run ends
 MEASURE_BATCH = 32  # images at most that are measured at once; processes share a list batch by batch
 MEASURE_SCORES = 2**26  # and their scores at most, which are in memory five times: more than 200 classes
 LONGEST_WAIT = 7200.0  # seconds for another process: VOC2007 and 2012, 2.9 GB, fetched at .4 MB/s
+BEAT_SECONDS = 5.0  # between two signs of life for torchrun's other processes
+SILENCE_SECONDS = 60.0  # without one, then a process is taken for gone
+GRACE_SECONDS = 20.0  # to save and end, when another process has stopped
 SAVE_SECONDS = 20.0  # least time between two saves: a full-width checkpoint takes a second to write
 RUN_FILES = (".pth", ".json", ".jsonl", ".csv", ".png", ".html", "evaluation", "predictions", "tensorboard")
 MAX_SKIPPED_STEPS = 3  # in a row, for a gradient that is not finite, before a run stops
@@ -201,6 +205,9 @@ PALETTE = (
     "#4b000f",
     "#3c0f4b",
 )  # far apart also to the colour-blind, and from white
+
+
+PROCESS_LOST = "another process stopped or cannot be reached; its own output may say why"
 
 
 class InputError(Exception):
@@ -365,6 +372,59 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def _exchange_signs(signs: list[tuple[bytes, float]], ended: threading.Event) -> None:
+    """Tell torchrun's other processes that this one lives, until ended, and note what they tell.
+
+    signs: the last one of each process, a number that grows or "stopped", and the time when it came.
+    """
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    names = [f"sign of {rank} after restart {start}" for rank in range(len(signs))]
+    own = names[process_rank()[0]]
+    with contextlib.suppress(RuntimeError):  # the store went with the first machine
+        store = torch.distributed.TCPStore(*address, is_master=False)
+        for number in itertools.count():
+            store.set(own, str(number))
+            for rank, sign in enumerate(store.multi_get(names)):  # waits for ever if the machine vanished
+                if sign != signs[rank][0]:
+                    signs[rank] = (sign, time.monotonic())
+            if ended.wait(BEAT_SECONDS):
+                break
+        store.set(own, "stopped")
+
+
+def _end_with_others(signs: list[tuple[bytes, float]], ended: threading.Event) -> None:
+    """End this process if another one has stopped or is silent, and the main thread does not notice."""
+    is_alone = False
+    while not is_alone:
+        if ended.wait(BEAT_SECONDS):
+            return
+        longest_silence = time.monotonic() - min(since for _, since in signs)
+        is_alone = longest_silence > SILENCE_SECONDS or b"stopped" in [sign for sign, _ in signs]
+    if not ended.wait(GRACE_SECONDS):
+        print(f"error: {PROCESS_LOST}", file=sys.stderr, flush=True)
+        os._exit(2)  # without cleaning up, which may wait for the other process
+
+
+@contextlib.contextmanager
+def watched_processes() -> Iterator[None]:
+    """End this process when another one of torchrun's stops, is killed or loses its machine.
+
+    Threads watch: the main one may wait for hours, which is legal, or in NCCL for one that is gone.
+    """
+    signs = [(b"", time.monotonic())] * process_rank()[1]
+    ended = threading.Event()
+    exchange = threading.Thread(target=_exchange_signs, args=(signs, ended), daemon=True)
+    exchange.start()
+    threading.Thread(target=_end_with_others, args=(signs, ended), daemon=True).start()
+    try:
+        yield
+        gather_objects(None)  # nobody leaves before all are done
+    finally:
+        ended.set()
+        exchange.join(GRACE_SECONDS)  # it tells the others
+
+
 @contextlib.contextmanager
 def joined_processes(name: str) -> Iterator[str]:
     """Join torchrun's processes, if it started this one; yields its --device. Rank 0 prints and downloads."""
@@ -381,7 +441,7 @@ def joined_processes(name: str) -> Iterator[str]:
     torch.distributed.init_process_group(backend, timeout=timeout)
     with open(os.devnull, "w") as null:
         stdout = sys.stdout if process_rank()[0] == 0 else null
-        with contextlib.redirect_stdout(stdout):
+        with contextlib.redirect_stdout(stdout), watched_processes():
             yield name
     torch.distributed.destroy_process_group()
 
@@ -5665,7 +5725,7 @@ def load_settings(argv: Sequence[str] | None = None) -> tuple[Settings, dict[str
 
 
 def advise(error: Exception) -> str | None:
-    """Return what helps against an error for want of memory or of a compiler; None for another error."""
+    """Return what helps if memory, a compiler or another process is missing; None for another error."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return "out of memory: lower --batch-size or --workers, or set --no-cache"
     if "DataLoader" in str(error):
@@ -5676,6 +5736,9 @@ def advise(error: Exception) -> str | None:
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         problem = str(error).strip().splitlines()[0][:160]
         return f"torch.compile failed ({problem}): set --no-compile"
+    if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):
+        problem = error_line(error).partition(". ")[0]
+        return f"{PROCESS_LOST} ({problem})"
     return None
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -46,6 +47,28 @@ def dying(state, *args, **more):
 
 ssd.train_one_epoch = dying
 sys.exit(ssd.main(sys.argv[1:]))
+"""
+FAULTY = """
+import os, signal, sys, time
+import ssd_object_detection as ssd
+
+ssd.BEAT_SECONDS, ssd.SILENCE_SECONDS, ssd.GRACE_SECONDS = 0.5, 10.0, 2.0
+train_one_epoch = ssd.train_one_epoch
+fault, rank, others, *flags = sys.argv[1:]
+
+def faulty(state, *args, **more):
+    if state.epoch == 1 and ssd.process_rank()[0] == int(rank):
+        if fault == "is switched off":
+            os.kill(os.getppid(), signal.SIGSTOP)  # torchrun, with the store
+        if fault != "has an error":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ssd.InputError("one.jpg cannot be read")
+    if state.epoch == 1 and others == "notice nothing":
+        time.sleep(3600)
+    return train_one_epoch(state, *args, **more)
+
+ssd.train_one_epoch = faulty
+sys.exit(ssd.main(flags))
 """
 
 
@@ -137,7 +160,8 @@ def torchrun(*command, cwd, code=0):
 def on_two_machines(*command, folders, code=0):
     """Run a script by two torchruns of one process, as on two machines; returns what each printed.
 
-    folders: the working folder of each.
+    folders: the working folder of each. Both torchruns must end with the code; a first one that was frozen
+    goes on when the second has ended.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -147,7 +171,19 @@ def on_two_machines(*command, folders, code=0):
         start_torchrun(*where, "--node-rank", rank, *command, cwd=folder)
         for rank, folder in enumerate(folders)
     ]
-    return [finish(process, code) for process in started]
+    second = finish(started[1], code)
+    if hasattr(signal, "SIGCONT"):
+        started[0].send_signal(signal.SIGCONT)
+    return [finish(started[0], code), second]
+
+
+@pytest.fixture
+def machines(tiny_voc, tmp_path):
+    """The folders of two machines, with a copy of the data each."""
+    folders = [tmp_path / "first machine", tmp_path / "second machine"]
+    for folder in folders:
+        shutil.copytree(tiny_voc, folder / "tiny_set")
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +220,11 @@ def test_two_processes_hold_the_decoded_images_once(by_two):
     assert share == pytest.approx(resident / 2, rel=0.1)
 
 
-def test_two_machines_train_as_one_does_and_each_resumes_the_other_s_run(tiny_voc, flags_of, tmp_path):
+def test_two_machines_train_as_one_does_and_each_resumes_the_other_s_run(
+    tiny_voc, flags_of, machines, tmp_path
+):
     """Two machines with a copy of the data each; the first one alone has the folder of the run."""
     same = ("--batch-norm", "none", "--optimizer", "sgd", "--lr", ".001", "--batch-size", "2")
-    machines = [tmp_path / "first machine", tmp_path / "second machine"]
-    for machine in machines:
-        shutil.copytree(tiny_voc, machine / "tiny_set")
     folders = {"one": tmp_path / "one", "two": machines[0] / "two"}
     assert ssd.main(flags_of(tiny_voc, folders["one"], *same)) == 0
     printed = on_two_machines(MODULE, *flags_of("tiny_set", "two", *same), folders=machines)
@@ -239,6 +274,46 @@ def test_a_process_that_dies_ends_the_others_and_the_run_can_go_on(tiny_voc, fla
     state = ssd.load_checkpoint(tmp_path / "checkpoints" / "last.pth", resumable=True)["train_state"]
     assert state["epoch"] == 1
     assert not list(tmp_path.rglob("*.pth.*.tmp"))
+
+
+def lines_of_processes(printed):
+    """Return the errors of its processes that a torchrun printed: our lines, and tracebacks, "[rank1]: "."""
+    return [line for line in printed.splitlines() if re.match(r"error: |\[rank\d+\]: ", line)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize(
+    ("fault", "rank", "others"),
+    [
+        ("has an error", 1, "lose the connection"),
+        ("is killed", 0, "lose the connection"),
+        ("has an error", 1, "notice nothing"),  # as when NCCL waits for it
+        ("is killed", 1, "notice nothing"),
+        ("is switched off", 0, "notice nothing"),
+    ],
+)
+def test_a_process_that_stops_ends_the_other_machine_with_one_line(
+    fault, rank, others, flags_of, machines, tmp_path
+):
+    script = tmp_path / "script.py"
+    script.write_text(FAULTY)
+    flags = flags_of("tiny_set", "run")
+    printed = on_two_machines(script, fault, rank, others, *flags, folders=machines, code=1)
+    cause = ["error: one.jpg cannot be read"] if fault == "has an error" else []
+    assert lines_of_processes(printed[rank]) == cause
+    lines = lines_of_processes(printed[1 - rank])
+    assert [line.partition(" or ")[0] for line in lines] == ["error: another process stopped"]
+    checkpoint = ssd.load_checkpoint(machines[0] / "run" / "checkpoints" / "last.pth", resumable=True)
+    assert checkpoint["train_state"]["epoch"] == 1
+
+
+def test_data_missing_on_one_machine_ends_the_other_with_one_line(flags_of, machines):
+    shutil.rmtree(machines[1] / "tiny_set")
+    printed = on_two_machines(MODULE, *flags_of("tiny_set", "run"), folders=machines, code=1)
+    (cause,) = lines_of_processes(printed[1])
+    assert "tiny_set" in cause
+    lines = lines_of_processes(printed[0])
+    assert [line.partition(" or ")[0] for line in lines] == ["error: another process stopped"]
 
 
 def test_a_batch_that_processes_cannot_share_is_one_line():
